@@ -1,0 +1,481 @@
+"""Every option of a run, once: frozen dataclasses, presets as functions, and the checks that need several fields.
+
+Each field carries one mark, and resume reads that mark (`compare`):
+
+    identity   what the run is: must match the checkpoint's value
+    schedule   may change on resume; old and new value are logged
+    machine    free: where and how the run is executed, never what it computes
+
+A span of training (`Images`) is written in images seen, 25600 or '25600', or in epochs, '160ep'. `freeze` turns epochs
+into images once, from the index; the result is the resolved configuration, and that is what is stored.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import typing
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+from megapix.errors import InputError, one_of
+
+IMAGENET_IMAGES = 1_281_167
+"""Training images of ImageNet-1k (ILSVRC2012)."""
+
+Images = int | str
+"""Images seen, epochs such as '160ep', or 'never'."""
+
+T = TypeVar("T")
+
+
+def _identity(default: Any) -> Any:
+    return field(default=default, metadata={"mark": "identity"})
+
+
+def _schedule(default: Any) -> Any:
+    return field(default=default, metadata={"mark": "schedule"})
+
+
+def _machine(default: Any) -> Any:
+    return field(default=default, metadata={"mark": "machine"})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The options
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The network (paper, section 3)."""
+
+    patch_size: int = _identity(16)
+    """Pixels on a side of a patch (p); image height and width must be divisible by it."""
+    width: int = _identity(1152)
+    """Width of the patch pathway (D)."""
+    depth: int = _identity(26)
+    """Blocks of the patch pathway (N)."""
+    heads: int = _identity(16)
+    """Attention heads of both pathways; width / heads must be divisible by 4 for the 2D RoPE."""
+    pixel_width: int = _identity(16)
+    """Width of a pixel token (d); must be divisible by 4 for the 2D sin-cos positions."""
+    pixel_depth: int = _identity(4)
+    """PiT blocks of the pixel pathway (M)."""
+    mlp: Literal["gelu", "swiglu"] = _identity("gelu")
+    """FFN of the patch blocks: the paper's GELU MLP with ratio 4, or the released weights' SwiGLU."""
+    modulation: Literal["pre", "post"] = _identity("pre")
+    """Pixel-wise AdaLN: 'pre' with gates as in the paper, or 'post', the later variant against loss spikes."""
+    num_classes: int = _identity(1000)
+    """Classes of the data set; the class table has one more row, the null class for guidance."""
+
+
+@dataclass(frozen=True)
+class FlowConfig:
+    """Rectified flow: t = 0 is noise, t = 1 the image."""
+
+    t_mean: float = _identity(0.0)
+    """Mean of the logit-normal distribution of t."""
+    t_std: float = _identity(1.0)
+    """Standard deviation of the logit-normal distribution of t."""
+    time_shift: float = _identity(1.0)
+    """Time shift in training, t / (t + (1 - t) * shift): 1 at 256 pixels, 3 at 512."""
+    label_dropout: float = _identity(0.1)
+    """Probability that a sample's class is replaced by the null class."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The shards and how they are read."""
+
+    path: str = _machine("")
+    """Shard folder made by data_prep (it holds index.json)."""
+    image_size: int = _identity(256)
+    """Height and width of the training images in pixels; must be the shards' own."""
+    flip: bool = _identity(True)
+    """Mirror an image with probability 1/2, decided by seed and position."""
+    workers: int = _machine(4)
+    """Processes of each rank that read and decode; 0 decodes in the training process."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW, its learning rate, and the EMA that lives in its state."""
+
+    global_batch: int = _identity(256)
+    """Images of one optimizer step, over all ranks and accumulation steps."""
+    lr: float = _schedule(1e-4)
+    """Learning rate up to the milestone."""
+    lr_after: float = _schedule(1e-5)
+    """Learning rate from the milestone on."""
+    lr_step_at: Images = _schedule(160 * IMAGENET_IMAGES)
+    """Milestone in images seen, or epochs ('160ep'); 'never' keeps lr to the end."""
+    end_at: Images = _schedule(320 * IMAGENET_IMAGES)
+    """End of training in images seen, or epochs ('320ep')."""
+    warmup: Images = _schedule(0)
+    """Linear warm-up from 0 in images, or epochs; 0 is off."""
+    beta1: float = _identity(0.9)
+    """AdamW's decay of the first moment."""
+    beta2: float = _identity(0.999)
+    """AdamW's decay of the second moment."""
+    weight_decay: float = _identity(0.0)
+    """AdamW's decoupled weight decay."""
+    grad_clip: float = _schedule(1.0)
+    """Largest norm of the whole gradient; 0 switches clipping off."""
+    ema_decay: float = _identity(0.9999)
+    """Decay of the EMA of the fp32 weights, at each applied step."""
+
+
+@dataclass(frozen=True)
+class MachineConfig:
+    """How the run lies on the machine; nothing here changes what is computed, but for rounding."""
+
+    micro_batch: int = _machine(0)
+    """Images in one forward pass of one rank; 0 takes global_batch / ranks, without accumulation."""
+    pixel_checkpointing: Literal["none", "full"] = _machine("full")
+    """Activation checkpointing of the pixel pathway: 'full' recomputes each PiT block in backward."""
+    ds_config: str = _machine("zero2")
+    """DeepSpeed-only knobs: a name in ds_configs/, or the path of a JSON file."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When the run is saved."""
+
+    every: Images = _machine("5ep")
+    """Distance between checkpoints in images seen, or epochs; one more is saved at the end."""
+    keep: int = _machine(3)
+    """Newest checkpoints that are kept; 0 keeps all."""
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """What goes to TensorBoard, and how often."""
+
+    every: Images = _machine(25_600)
+    """Distance between rows of scalars in images seen, or epochs."""
+    samples_every: Images = _machine("5ep")
+    """Distance between EMA sample grids in images seen, or epochs; 'never' switches them off."""
+    grid_classes: int = _machine(8)
+    """Rows of the grid: the first classes."""
+    grid_columns: int = _machine(4)
+    """Columns of the grid: samples of each class."""
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How samples are drawn in training, and the defaults of `megapix sample` for this run."""
+
+    sampler: Literal["euler", "ab2"] = _machine("ab2")
+    """Euler, or the two-step Adams-Bashforth method that the authors released as FlowDPMSolver."""
+    steps: int = _machine(100)
+    """Evaluations of the (guided) velocity for an image."""
+    guidance: float = _machine(2.75)
+    """Scale w of classifier-free guidance, v_u + w (v_c - v_u); 1 is off."""
+    guidance_from: float = _machine(0.1)
+    """Guidance acts where t is above this."""
+    guidance_to: float = _machine(0.9)
+    """Guidance acts where t is below this."""
+    shift: float = _machine(1.0)
+    """Time shift of the sampler's grid."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run. The same command starts it and, after an interruption, goes on from its last checkpoint."""
+
+    out: str = _machine("")
+    """Run folder: configuration, checkpoints and TensorBoard events."""
+    seed: int = _identity(0)
+    """Seed of the initial weights, sample order, flips, noise, timesteps and label dropout."""
+    init: str = _identity("")
+    """Start from the EMA weights of this run, checkpoint or exported folder; all other state starts fresh."""
+    precision: Literal["bf16", "fp32"] = _identity("bf16")
+    """DeepSpeed's bf16 mode (bf16 weights and activations, fp32 masters, moments and EMA), or fp32 throughout."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    flow: FlowConfig = field(default_factory=FlowConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    machine: MachineConfig = field(default_factory=MachineConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Presets (paper: model sizes, and the training recipe on ImageNet-1k)
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def imagenet_256(model: ModelConfig) -> Config:
+    """256 pixels: learning rate 1e-4 for 160 epochs, then 1e-5 up to 320."""
+    return Config(model=model)
+
+
+def imagenet_512(model: ModelConfig) -> Config:
+    """512 pixels: constant learning rate 1e-4, gradient clip 0.5, time shift 3, 850 epochs; sampled with shift 2."""
+    return Config(
+        model=model,
+        flow=FlowConfig(time_shift=3.0),
+        data=DataConfig(image_size=512),
+        optim=OptimConfig(lr_step_at="never", end_at=850 * IMAGENET_IMAGES, grad_clip=0.5),
+        sampling=SamplingConfig(guidance=3.5, guidance_to=1.0, shift=2.0),
+    )
+
+
+def pixeldit_b() -> ModelConfig:
+    """PixelDiT-B: 12 + 2 blocks, width 768, 184.8 M parameters."""
+    return ModelConfig(width=768, depth=12, heads=12, pixel_depth=2)
+
+
+def pixeldit_l() -> ModelConfig:
+    """PixelDiT-L: 22 + 4 blocks, width 1024, 569.8 M parameters."""
+    return ModelConfig(width=1024, depth=22, heads=16, pixel_depth=4)
+
+
+def pixeldit_xl() -> ModelConfig:
+    """PixelDiT-XL: 26 + 4 blocks, width 1152, 797.5 M parameters."""
+    return ModelConfig(width=1152, depth=26, heads=16, pixel_depth=4)
+
+
+def tiny() -> Config:
+    """A network of 1.6 million parameters for the embedded image set: every part of the stack, small.
+
+    Tuned for five minutes on two CPU cores. No flip, since flags have a left side; fp32, since small matrices gain
+    nothing from bf16 on a CPU.
+    """
+    return Config(
+        precision="fp32",
+        model=ModelConfig(patch_size=4, width=128, depth=3, heads=4, pixel_width=16, pixel_depth=2, num_classes=5),
+        data=DataConfig(image_size=32, flip=False, workers=1),
+        optim=OptimConfig(
+            global_batch=32, lr=3e-3, lr_after=3e-4, lr_step_at=28_000, end_at=40_000, beta2=0.99, ema_decay=0.995
+        ),
+        machine=MachineConfig(pixel_checkpointing="none"),
+        checkpoint=CheckpointConfig(every=8_000),
+        log=LogConfig(every=640, samples_every=20_000),
+        sampling=SamplingConfig(steps=50, guidance=2.5, guidance_from=0.0, guidance_to=1.0),
+    )
+
+
+PRESETS = {
+    "tiny": (tiny, "the quickstart: 32 pixels, 1.6 M parameters, minutes on two CPU cores"),
+    "b-256": (lambda: imagenet_256(pixeldit_b()), "PixelDiT-B on ImageNet at 256 pixels"),
+    "l-256": (lambda: imagenet_256(pixeldit_l()), "PixelDiT-L on ImageNet at 256 pixels"),
+    "xl-256": (lambda: imagenet_256(pixeldit_xl()), "PixelDiT-XL on ImageNet at 256 pixels"),
+    "b-512": (lambda: imagenet_512(pixeldit_b()), "PixelDiT-B on ImageNet at 512 pixels"),
+    "l-512": (lambda: imagenet_512(pixeldit_l()), "PixelDiT-L on ImageNet at 512 pixels"),
+    "xl-512": (lambda: imagenet_512(pixeldit_xl()), "PixelDiT-XL on ImageNet at 512 pixels"),
+}
+"""Name -> (function that makes the configuration, one line for --help)."""
+
+
+def preset(name: str) -> Config:
+    """The configuration of that name.
+
+    Raises:
+        InputError: unknown name; the nearest one is in the message.
+    """
+    if name not in PRESETS:
+        raise InputError(f"preset {name!r} does not exist{one_of(name, list(PRESETS))}")
+    return PRESETS[name][0]()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Spans, batch layout, checks
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class BatchLayout:
+    """global batch = micro batch × accumulation × ranks, computed here and nowhere else."""
+
+    micro: int
+    accumulation: int
+    ranks: int
+
+    @property
+    def total(self) -> int:
+        """Images of one optimizer step."""
+        return self.micro * self.accumulation * self.ranks
+
+    def __str__(self) -> str:
+        return f"{self.total} = micro batch {self.micro} x accumulation {self.accumulation} x ranks {self.ranks}"
+
+
+def batch_layout(config: Config, ranks: int) -> BatchLayout:
+    """Split the global batch over ranks and accumulation steps.
+
+    Raises:
+        InputError: it does not divide; the message holds the arithmetic.
+    """
+    total, micro = config.optim.global_batch, config.machine.micro_batch
+    if micro == 0:
+        micro = max(1, total // ranks)
+    accumulation = total // (micro * ranks)
+    if accumulation < 1 or micro * accumulation * ranks != total:
+        raise InputError(
+            f"optim.global_batch = {total} is not micro batch x accumulation x ranks: "
+            f"{micro} x {total / (micro * ranks):g} x {ranks}; "
+            f"choose machine.micro_batch so that {total} is divisible by {ranks} x machine.micro_batch"
+        )
+    return BatchLayout(micro, accumulation, ranks)
+
+
+def images(span: Images, epoch: int, key: str) -> int | None:
+    """Images seen that `span` means, with `epoch` images an epoch; None for 'never'.
+
+    Raises:
+        InputError: neither a count nor epochs such as '160ep' nor 'never'.
+    """
+    text = str(span)
+    if text == "never":
+        return None
+    match = re.fullmatch(r"(\d+)|(\d+(?:\.\d+)?)ep", text)
+    if not match:
+        raise InputError(f"{key} = {text!r}: expected images seen such as 25600, epochs such as '160ep', or 'never'")
+    return int(match[1]) if match[1] else round(float(match[2]) * epoch)
+
+
+SPANS = ("optim.lr_step_at", "optim.end_at", "optim.warmup", "checkpoint.every", "log.every", "log.samples_every")
+MAY_BE_NEVER = ("optim.lr_step_at", "log.samples_every")
+
+
+def freeze(config: Config, epoch: int) -> Config:
+    """Turn every span into images (or 'never'), with `epoch` images an epoch: the resolved configuration.
+
+    Raises:
+        InputError: a span that cannot be read, is zero where it may not be, or 'never' where an end is needed.
+    """
+    for key in SPANS:
+        value = images(get(config, key), epoch, key)
+        if value is None and key not in MAY_BE_NEVER:
+            raise InputError(f"{key} = 'never': expected images seen or epochs")
+        if value == 0 and key != "optim.warmup":
+            raise InputError(f"{key} = {get(config, key)!r} is no image at all; expected at least 1")
+        config = replace(config, key, "never" if value is None else value)
+    return config
+
+
+def validate(config: Config) -> None:
+    """Check what can be checked without data or other ranks.
+
+    Raises:
+        InputError: naming key, value and what would be right.
+    """
+    m, d, o, s = config.model, config.data, config.optim, config.sampling
+
+    def need(holds: bool, key: str, right: str) -> None:
+        if not holds:
+            raise InputError(f"{key} = {get(config, key)!r}: expected {right}")
+
+    for key in ("patch_size", "width", "depth", "heads", "pixel_width", "pixel_depth", "num_classes"):
+        need(getattr(m, key) >= 1, f"model.{key}", "at least 1")
+    need(m.width % m.heads == 0, "model.heads", f"a divisor of model.width = {m.width}")
+    need(m.width // m.heads % 4 == 0, "model.heads", f"model.width / heads divisible by 4, not {m.width // m.heads}")
+    need(m.pixel_width % 4 == 0, "model.pixel_width", "a multiple of 4")
+    need(d.image_size >= 1, "data.image_size", "at least 1")
+    if d.image_size % m.patch_size:
+        raise InputError(
+            f"data.image_size = {d.image_size} is not divisible by model.patch_size = {m.patch_size} "
+            f"({d.image_size} = {d.image_size // m.patch_size} x {m.patch_size} + {d.image_size % m.patch_size})"
+        )
+    need(d.workers >= 0, "data.workers", "0 or more")
+    need(config.flow.t_std > 0, "flow.t_std", "above 0")
+    need(config.flow.time_shift > 0, "flow.time_shift", "above 0")
+    need(0 <= config.flow.label_dropout <= 1, "flow.label_dropout", "a probability, 0 to 1")
+    need(o.global_batch >= 1, "optim.global_batch", "at least 1")
+    need(o.lr > 0, "optim.lr", "above 0")
+    need(o.lr_after > 0, "optim.lr_after", "above 0")
+    need(0 <= o.beta1 < 1, "optim.beta1", "0 <= beta1 < 1")
+    need(0 <= o.beta2 < 1, "optim.beta2", "0 <= beta2 < 1")
+    need(o.weight_decay >= 0, "optim.weight_decay", "0 or more")
+    need(o.grad_clip >= 0, "optim.grad_clip", "0 (off) or more")
+    need(0 <= o.ema_decay < 1, "optim.ema_decay", "0 <= decay < 1")
+    need(config.machine.micro_batch >= 0, "machine.micro_batch", "0 (global batch / ranks) or more")
+    need(config.checkpoint.keep >= 0, "checkpoint.keep", "0 (all) or more")
+    need(config.log.grid_classes >= 1, "log.grid_classes", "at least 1")
+    need(config.log.grid_columns >= 1, "log.grid_columns", "at least 1")
+    need(s.steps >= 1, "sampling.steps", "at least 1")
+    need(s.shift > 0, "sampling.shift", "above 0")
+    need(config.seed >= 0, "seed", "0 or more")
+    need(config.out != "", "out", "a run folder (--out RUN)")
+    need(d.path != "", "data.path", "a shard folder (--data.path SHARDS)")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Configurations as data: dotted keys, JSON, and what resume compares
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
+    """Every option as (dotted key, value, mark)."""
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if dataclasses.is_dataclass(value):
+            yield from leaves(value, f"{prefix}{f.name}.")
+        else:
+            yield prefix + f.name, value, f.metadata["mark"]
+
+
+def get(config: Any, key: str) -> Any:
+    """Value at a dotted key."""
+    for name in key.split("."):
+        config = getattr(config, name)
+    return config
+
+
+def replace(config: T, key: str, value: Any) -> T:
+    """A copy with one dotted key changed."""
+    name, _, rest = key.partition(".")
+    inner = replace(getattr(config, name), rest, value) if rest else value
+    return dataclasses.replace(config, **{name: inner})  # type: ignore[type-var]
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Nested plain dictionary, ready for JSON."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(kind: type[T], data: dict[str, Any], where: str) -> T:
+    """Build `kind` from a nested dictionary; missing keys take their defaults.
+
+    Raises:
+        InputError: an unknown key (with the nearest right one) or a value of the wrong type; `where` names the file.
+    """
+    import pydantic  # late: only files need it
+
+    known = {f.name for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    values: dict[str, Any] = {}
+    for key, value in data.items():
+        if key not in known:
+            raise InputError(f"{where}: unknown key {key!r}{one_of(key, sorted(known))}")
+        default = getattr(kind(), key)
+        if dataclasses.is_dataclass(default):
+            if not isinstance(value, dict):
+                raise InputError(f"{where}: {key} = {value!r}: expected a table of options")
+            values[key] = from_dict(type(default), value, f"{where}: {key}")
+            continue
+        try:
+            pydantic.TypeAdapter(typing.get_type_hints(kind)[key]).validate_python(value, strict=True)
+        except pydantic.ValidationError as error:
+            raise InputError(f"{where}: {key} = {value!r}: {error.errors()[0]['msg'].lower()}") from error
+        values[key] = value
+    return kind(**values)
+
+
+def compare(saved: Config, now: Config, where: str) -> list[str]:
+    """Compare a checkpoint's resolved configuration with this run's; return the schedule changes, one line each.
+
+    Raises:
+        InputError: identity options differ; each is named with both values.
+    """
+    old = {key: value for key, value, _ in leaves(saved)}
+    different = [(key, old[key], value, mark) for key, value, mark in leaves(now) if old[key] != value]
+    clashes = [
+        f"{key} is {before!r} there and {after!r} here" for key, before, after, mark in different if mark == "identity"
+    ]
+    if clashes:
+        raise InputError(f"{where} belongs to another run: {'; '.join(clashes)}. Use another --out, or the old values")
+    return [f"{key}: {before!r} -> {after!r}" for key, before, after, mark in different if mark == "schedule"]

@@ -1,0 +1,19 @@
+"""The one error that a user's input can cause. Imports nothing; every module may import it."""
+
+from __future__ import annotations
+
+
+class InputError(Exception):
+    """Bad input: a file, option or value that the user can put right.
+
+    The message names the file, key or option, the value found and what would be right, in one line.
+    The command line prints it without a traceback and exits with code 2.
+    """
+
+
+def one_of(name: str, names: list[str] | tuple[str, ...]) -> str:
+    """Return " (did you mean 'x'?)" for the nearest of `names`, else the list of them."""
+    import difflib
+
+    near = difflib.get_close_matches(name, names, n=1)
+    return f" (did you mean {near[0]!r}?)" if near else f" (one of: {', '.join(sorted(names))})"

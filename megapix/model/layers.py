@@ -1,0 +1,169 @@
+"""Layers that both pathways share, and their blocks.
+
+Shape suffixes: B batch, L patches, P pixels of a patch, N = B·L, D patch width, d pixel width, H heads,
+h channels of one head.
+
+Precision: in bf16 the weights, linear layers and residual streams are bf16; norm statistics, x·(1+scale)+shift and
+the rotary rotation are computed in fp32 inside the functions below and rounded once at their end. In fp32 the casts
+cost nothing.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megapix.config import ModelConfig
+
+MLP_RATIO = 4
+Rope = tuple[Tensor, Tensor]
+"""Cosine and sine tables, each [L, h/2] float32 (`embed.rope_table`)."""
+
+
+class RMSNorm(nn.Module):
+    """RMSNorm with a learned weight, eps 1e-6, statistics in fp32; `fp32` returns before the final rounding."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def fp32(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), eps=1e-6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fp32(x).to(x.dtype)
+
+
+def modulate(x_fp32: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """x·(1 + scale) + shift in fp32, returned in the dtype of `scale`."""
+    out = torch.addcmul(x_fp32, x_fp32, scale.float()) + shift.float()
+    return out.to(scale.dtype)
+
+
+def rotate(x_BLHh: Tensor, rope: Rope) -> Tensor:
+    """Turn each pair of adjacent channels (a, b) to (a·cos - b·sin, a·sin + b·cos); fp32 in and out."""
+    cos, sin = (table[:, None, :] for table in rope)  # [L, 1, h/2]
+    a, b = x_BLHh.view(*x_BLHh.shape[:-1], -1, 2).unbind(-1)  # [B, L, H, h/2]
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2)
+
+
+class Attention(nn.Module):
+    """Self-attention over patches with QK-RMSNorm on each head and 2D RoPE: [B, L, D] -> [B, L, D]."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.q_norm = RMSNorm(width // heads)
+        self.k_norm = RMSNorm(width // heads)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x_BLD: Tensor, rope: Rope) -> Tensor:
+        qkv = self.qkv(x_BLD).view(*x_BLD.shape[:2], 3, self.heads, -1)  # [B, L, 3, H, h]
+        q, k, v = qkv.unbind(2)  # [B, L, H, h]
+        q = rotate(self.q_norm.fp32(q), rope).to(v.dtype)
+        k = rotate(self.k_norm.fp32(k), rope).to(v.dtype)
+        out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))  # [B, H, L, h]
+        return self.proj(out.transpose(1, 2).flatten(2))  # [B, L, D]
+
+
+class GeluMlp(nn.Module):
+    """Linear, exact GELU, Linear with biases, hidden width 4·width: DiT's FFN, and the pixel pathway's."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, MLP_RATIO * width)
+        self.fc2 = nn.Linear(MLP_RATIO * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class SwiGluMlp(nn.Module):
+    """w2(silu(w1 x) · w3 x) without biases, hidden width int(2/3 · 4 · width): the released weights' FFN."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        hidden = int(2 / 3 * MLP_RATIO * width)
+        self.w1 = nn.Linear(width, hidden, bias=False)
+        self.w2 = nn.Linear(hidden, width, bias=False)
+        self.w3 = nn.Linear(width, hidden, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+def zero_linear(in_features: int, out_features: int) -> nn.Linear:
+    """A linear layer that starts at zero, weight and bias: modulation and output layers."""
+    layer = nn.Linear(in_features, out_features)
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+class PatchBlock(nn.Module):
+    """Augmented DiT block (section 3.1): adaLN-Zero, RMSNorm, attention with RoPE, FFN: [B, L, D] -> [B, L, D]."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        width = config.width
+        self.norm1 = RMSNorm(width)
+        self.attn = Attention(width, config.heads)
+        self.norm2 = RMSNorm(width)
+        self.mlp = GeluMlp(width) if config.mlp == "gelu" else SwiGluMlp(width)
+        self.adaLN_modulation = nn.Sequential(zero_linear(width, 6 * width))
+
+    def forward(self, x_BLD: Tensor, c_B1D: Tensor, rope: Rope) -> Tensor:
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c_B1D).chunk(6, dim=-1)  # [B, 1, D]
+        x_BLD = torch.addcmul(x_BLD, gate1, self.attn(modulate(self.norm1.fp32(x_BLD), shift1, scale1), rope))
+        return torch.addcmul(x_BLD, gate2, self.mlp(modulate(self.norm2.fp32(x_BLD), shift2, scale2)))
+
+
+class PiTBlock(nn.Module):
+    """PiT block (section 3.2): pixel-wise AdaLN, pixel token compaction, MLP on each pixel: [N, P, d] -> [N, P, d].
+
+    Compaction: the P·d numbers of a patch go through a linear layer to D, attention runs over the L patches, and a
+    linear layer brings them back; so attention costs what it costs in the patch pathway, not (H·W)².
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        pixels, width = config.patch_size**2, config.pixel_width
+        self.post = config.modulation == "post"
+        self.chunks = 4 if self.post else 6
+        self.norm1 = RMSNorm(width)
+        self.compress_to_attn = nn.Linear(pixels * width, config.width)
+        self.attn = Attention(config.width, config.heads)
+        self.expand_from_attn = nn.Linear(config.width, pixels * width)
+        self.norm2 = RMSNorm(width)
+        self.mlp = GeluMlp(width)
+        self.adaLN_modulation = nn.Sequential(zero_linear(config.width, pixels * self.chunks * width))
+
+    def forward(self, x_NPd: Tensor, s_BLD: Tensor, rope: Rope) -> Tensor:
+        modulation = self.adaLN_modulation(s_BLD)  # [B, L, P·chunks·d]
+        parts = modulation.view(*x_NPd.shape[:-1], -1).chunk(self.chunks, dim=-1)  # chunks × [N, P, d]
+        if self.post:
+            scale1, shift1, scale2, shift2 = parts
+            x_NPd = x_NPd + modulate(self._attend(self.norm1(x_NPd), s_BLD, rope).float(), shift1, scale1)
+            return x_NPd + modulate(self.mlp(self.norm2(x_NPd)).float(), shift2, scale2)
+        shift1, scale1, gate1, shift2, scale2, gate2 = parts
+        attended = self._attend(modulate(self.norm1.fp32(x_NPd), shift1, scale1), s_BLD, rope)
+        x_NPd = torch.addcmul(x_NPd, gate1, attended)
+        return torch.addcmul(x_NPd, gate2, self.mlp(modulate(self.norm2.fp32(x_NPd), shift2, scale2)))
+
+    def _attend(self, x_NPd: Tensor, s_BLD: Tensor, rope: Rope) -> Tensor:
+        compact = self.compress_to_attn(x_NPd.view(*s_BLD.shape[:2], -1))  # [B, L, D]
+        return self.expand_from_attn(self.attn(compact, rope)).view_as(x_NPd)  # [N, P, d]
+
+
+class FinalLayer(nn.Module):
+    """RMSNorm, then a linear layer from the pixel width to colour: [N, P, d] -> [N, P, C]."""
+
+    def __init__(self, width: int, channels: int) -> None:
+        super().__init__()
+        self.norm = RMSNorm(width)
+        self.linear = zero_linear(width, channels)
+
+    def forward(self, x_NPd: Tensor) -> Tensor:
+        return self.linear(self.norm(x_NPd))  # [N, P, C]

@@ -1,0 +1,99 @@
+"""PixelDiT, the class-conditional network: patch pathway for semantics, pixel pathway for texture (section 3).
+
+Shape suffixes: B batch, C = 3 colours, L patches, P pixels of a patch, N = B·L, D patch width, d pixel width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from megapix.config import ModelConfig
+from megapix.model.embed import (
+    ClassEmbedder,
+    PatchEmbedder,
+    PixelEmbedder,
+    TimestepEmbedder,
+    pixel_position_table,
+    rope_table,
+)
+from megapix.model.layers import FinalLayer, PatchBlock, PiTBlock
+
+CHANNELS = 3
+Checkpoint = Callable[..., Any]
+"""Runs `fn(*args)` and may recompute it in backward, as `torch.utils.checkpoint.checkpoint` does."""
+
+
+class PixelDiT(nn.Module):
+    """Velocity of the rectified flow, straight in pixels.
+
+    Args:
+        config: sizes and the two choices (patch FFN, pixel modulation).
+        checkpoint: wraps each PiT block and the output layer in training; None keeps their activations.
+    """
+
+    def __init__(self, config: ModelConfig, checkpoint: Checkpoint | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.checkpoint = checkpoint
+        patch = config.patch_size
+        self.s_embedder = PatchEmbedder(CHANNELS * patch * patch, config.width)
+        self.t_embedder = TimestepEmbedder(config.width)
+        self.y_embedder = ClassEmbedder(config.num_classes, config.width)
+        self.patch_blocks = nn.ModuleList(PatchBlock(config) for _ in range(config.depth))
+        self.pixel_embedder = PixelEmbedder(CHANNELS, config.pixel_width)
+        self.pixel_blocks = nn.ModuleList(PiTBlock(config) for _ in range(config.pixel_depth))
+        self.final_layer = FinalLayer(config.pixel_width, CHANNELS)
+
+    @property
+    def null_class(self) -> int:
+        """Class index that means "no class": the last row of the table."""
+        return self.config.num_classes
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """Predict the velocity.
+
+        Args:
+            x: noisy images [B, 3, H, W], any float dtype; H and W divisible by the patch size.
+            t: time [B] float32 in [0, 1]; 0 is noise, 1 the image.
+            y: class indices [B] int64; `null_class` for none.
+
+        Returns:
+            Velocity [B, 3, H, W] in the dtype of the weights.
+
+        Raises:
+            ValueError: H or W is not divisible by the patch size.
+        """
+        patch, (height, width) = self.config.patch_size, x.shape[-2:]
+        if height % patch or width % patch:
+            raise ValueError(f"image size {height}x{width} is not divisible by the patch size {patch}")
+        rows, cols = height // patch, width // patch
+        rope = rope_table(rows, cols, self.config.width // self.config.heads, x.device)
+        positions = pixel_position_table(height, width, patch, self.config.pixel_width, x.device)
+        x = x.to(self.s_embedder.proj.weight.dtype)
+
+        # patch pathway
+        patches = rearrange(x, "b c (r i) (q j) -> b (r q) (c i j)", i=patch, j=patch)
+        s = self.s_embedder(patches)  # [B, L, D]
+        t_emb = self.t_embedder(t)[:, None]  # [B, 1, D]
+        c = F.silu(t_emb + self.y_embedder(y)[:, None])  # [B, 1, D]
+        for block in self.patch_blocks:
+            s = block(s, c, rope)  # [B, L, D]
+        s = F.silu(t_emb + s)  # [B, L, D], the pixel pathway's condition
+
+        # pixel pathway
+        pixels = rearrange(x, "b c (r i) (q j) -> b (r q) (i j) c", i=patch, j=patch)
+        tokens = (self.pixel_embedder(pixels) + positions.to(x.dtype)).flatten(0, 1)  # [N, P, d]
+        for block in self.pixel_blocks:
+            tokens = self._run(block, tokens, s, rope)  # [N, P, d]
+        out = self._run(self.final_layer, tokens)  # [N, P, C]
+        return rearrange(out, "(b r q) (i j) c -> b c (r i) (q j)", r=rows, q=cols, i=patch)  # [B, C, H, W]
+
+    def _run(self, layer: nn.Module, *args: Any) -> Tensor:
+        if self.checkpoint is None or not self.training:
+            return layer(*args)
+        return self.checkpoint(layer, *args)
