@@ -1,0 +1,37 @@
+"""Small real shards for the tests: images with a structure that a tiny network learns in a few steps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_prep.sources import ImageFolder
+from data_prep.write import Options, write
+
+CLASSES = ("blue", "green", "red")
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """40 PNG images of 16 pixels in three class folders: a gradient of the class's colour, with noise."""
+    root = tmp_path_factory.mktemp("images")
+    generator = np.random.default_rng(0)
+    for number in range(40):
+        label = number % 3
+        image = generator.integers(0, 60, (16, 16, 3))
+        image[..., 2 - label] += np.linspace(0, 190, 16).astype(int)[None, :]
+        folder = root / CLASSES[label] / ("deep" if number % 2 else ".")
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image.astype(np.uint8)).save(folder / f"{number:02d}.png")
+    return root
+
+
+@pytest.fixture(scope="session")
+def shards(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Those images as three shards."""
+    out = tmp_path_factory.mktemp("shards") / "small"
+    write(ImageFolder.open(image_folder), out, Options(16, "png", 95, 16, 0), workers=1, progress=False)
+    return out

@@ -1,0 +1,307 @@
+"""Preparation on real tar files: what the stock library reads, reproducible bytes, the image policy, bad input."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset
+from PIL import Image
+
+from data_prep import cli, demo, transform
+from data_prep.demo import OpenMoji
+from data_prep.sources import ImageFolder
+from data_prep.write import Options, write
+from megapix.errors import InputError
+from megapix.shards import RECORD, TABLE_NAME, Index, check_shards, read_index
+
+
+def test_stock_webdataset_reads_the_same_samples(shards: Path, image_folder: Path) -> None:
+    index = read_index(shards)
+    assert (index.samples, [s.samples for s in index.shards]) == (40, [16, 16, 8])
+    assert [(c.name, c.samples) for c in index.classes] == [("blue", 14), ("green", 13), ("red", 13)]
+    urls = [str(shards / shard.name) for shard in index.shards]
+    samples = list(webdataset.WebDataset(urls, shardshuffle=False).decode("pil"))
+    assert [sample["__key__"] for sample in samples] == [f"{n:09d}" for n in range(40)]
+    assert sorted(sample["json"]["source"] for sample in samples) == sorted(
+        p.relative_to(image_folder).as_posix() for p in image_folder.rglob("*.png")
+    )
+    for sample in samples:
+        name = sample["json"]["source"]
+        assert sample["cls"] == ["blue", "green", "red"].index(name.split("/")[0])
+        assert sample["json"]["caption"] == name.split("/")[0]
+        with Image.open(image_folder / name) as original:  # 16 pixels already: the policy must not touch them
+            assert np.array_equal(np.asarray(original), np.asarray(sample["png"]))
+
+
+def test_records_point_at_the_images(shards: Path) -> None:
+    index = read_index(shards)
+    records = [RECORD.unpack_from((shards / TABLE_NAME).read_bytes(), n * RECORD.size) for n in range(index.samples)]
+    number = 0
+    for place, entry in enumerate(index.shards):
+        data = (shards / entry.name).read_bytes()
+        assert (len(data), hashlib.sha256(data).hexdigest()) == (entry.bytes, entry.sha256)
+        with tarfile.open(shards / entry.name) as tar:
+            for member in tar.getmembers():
+                assert (member.mtime, member.uname, member.mode) == (0, "megapix", 0o444)
+                if member.name.endswith(".png"):
+                    shard, size, offset, label = records[number]
+                    file = tar.extractfile(member)
+                    assert file is not None
+                    assert data[offset : offset + size] == file.read()
+                    cls = tar.extractfile(f"{number:09d}.cls")
+                    assert cls is not None
+                    assert (shard, label) == (place, int(cls.read()))
+                    number += 1
+    assert number == 40
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+
+
+def test_bytes_do_not_depend_on_the_workers(image_folder: Path, shards: Path, tmp_path: Path) -> None:
+    write(ImageFolder.open(image_folder), tmp_path / "two", Options(16, "png", 95, 16, 0), workers=2, progress=False)
+    assert hashes(tmp_path / "two") == hashes(shards)
+    write(ImageFolder.open(image_folder), tmp_path / "seed", Options(16, "png", 95, 16, 1), workers=1, progress=False)
+    assert hashes(tmp_path / "seed") != hashes(shards)
+
+
+def run(*arguments: object) -> int:
+    return cli.main([str(argument) for argument in arguments])
+
+
+def test_a_finished_folder_is_left_alone_and_other_options_are_refused(
+    image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    command = ["write", image_folder, out, "--size", 8, "--samples-per-shard", 30]
+    assert run(*command) == 0
+    before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
+    assert "is finished: 40 images of 8 pixels in 2 shards" in capsys.readouterr().out
+    assert run(*command) == 0
+    assert "was finished already" in capsys.readouterr().out
+    for changed, both in (
+        (["--size", 16], ("size = 8", "has 16")),
+        (["--seed", 5], ("seed = 0", "has 5")),
+        (["--format", "webp"], ("format = 'png'", "has 'webp'")),
+    ):
+        assert run(*command, *changed) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert all(text in error for text in both), error
+    assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before
+
+
+def test_an_unfinished_folder_is_started_over(image_folder: Path, shards: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / ".shard-000001.tar.tmp").write_bytes(b"half a shard")
+    (out / "shard-000000.tar").write_bytes(b"from an interrupted run")
+    write(ImageFolder.open(image_folder), out, Options(16, "png", 95, 16, 0), workers=1, progress=False)
+    assert hashes(out) == hashes(shards)
+
+
+def test_formats(image_folder: Path, tmp_path: Path) -> None:
+    for extension, kind in (("jpg", "JPEG"), ("webp", "WEBP")):
+        out = tmp_path / extension
+        assert run("write", image_folder, out, "--size", "8", "--format", extension, "--workers", 1) == 0
+        sample = next(iter(webdataset.WebDataset(str(out / "shard-000000.tar"), shardshuffle=False)))
+        with Image.open(io.BytesIO(sample[extension])) as image:
+            assert (image.format, image.size, image.mode) == (kind, (8, 8), "RGB")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The image policy
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_crop_is_central() -> None:
+    wide = np.zeros((8, 16, 3), np.uint8)
+    wide[:, 4:12] = 200
+    assert (np.asarray(transform.centre_crop(Image.fromarray(wide), 8)) == 200).all()
+    tall = wide.transpose(1, 0, 2).copy()
+    assert (np.asarray(transform.centre_crop(Image.fromarray(tall), 8)) == 200).all()
+
+
+def test_large_images_are_halved_with_a_box_filter_first() -> None:
+    # Four 2x2 blocks of four values each: halving twice averages 4x4 pixels exactly, with no bicubic step left.
+    values = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4
+    image = Image.fromarray(np.repeat(values[..., None], 3, 2))
+    halved = values.reshape(4, 2, 4, 2).mean((1, 3))
+    expected = np.floor(np.floor(halved + 0.5).reshape(2, 2, 2, 2).mean((1, 3)) + 0.5)
+    assert np.asarray(transform.centre_crop(image, 2))[..., 0].tolist() == expected.tolist()
+
+
+def test_the_policy_against_pillow_step_by_step() -> None:
+    generator = np.random.default_rng(0)
+    image = Image.fromarray(generator.integers(0, 256, (75, 131, 3), dtype=np.uint8))
+    expected = image.resize((65, 37), Image.Resampling.BOX)  # 37 < 2·20 ends the halving
+    expected = expected.resize((round(65 * 20 / 37), 20), Image.Resampling.BICUBIC).crop((7, 0, 27, 20))
+    assert np.array_equal(np.asarray(transform.centre_crop(image, 20)), np.asarray(expected))
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
+    out = io.BytesIO()
+    image.save(out, kind, **options)
+    return out.getvalue()
+
+
+def colour(data: bytes) -> tuple[int, ...]:
+    image = transform.decode(data)
+    assert image.mode == "RGB"
+    pixel = image.getpixel((0, 0))
+    assert isinstance(pixel, tuple)
+    return pixel
+
+
+def test_every_mode_comes_out_as_rgb() -> None:
+    size = (4, 4)
+    assert colour(encoded(Image.new("RGB", size, (10, 20, 30)))) == (10, 20, 30)
+    assert colour(encoded(Image.new("L", size, 77))) == (77, 77, 77)
+    assert colour(encoded(Image.new("1", size, 1))) == (255, 255, 255)
+    assert colour(encoded(Image.new("RGBA", size, (255, 0, 0, 0)))) == (255, 255, 255), "transparent is white"
+    assert colour(encoded(Image.new("RGBA", size, (0, 0, 0, 51)))) == (204, 204, 204), "a fifth black on white"
+    assert colour(encoded(Image.new("LA", size, (0, 51)))) == (204, 204, 204)
+    palette = Image.new("P", size, 1)
+    palette.putpalette([0, 0, 0, 9, 8, 7])
+    assert colour(encoded(palette)) == (9, 8, 7)
+    assert colour(encoded(palette, transparency=1)) == (255, 255, 255), "a transparent palette entry"
+    grey16 = Image.fromarray(np.full(size, 128 * 257, np.uint16))
+    assert colour(encoded(grey16)) == (128, 128, 128), "16 bits are scaled, not clipped"
+    cmyk = colour(encoded(Image.new("CMYK", size, (0, 255, 255, 0)), "JPEG", quality=100))
+    assert np.abs(np.array(cmyk) - (255, 0, 0)).max() <= 2
+
+
+def test_exif_orientation_is_applied() -> None:
+    pixels = np.zeros((2, 4, 3), np.uint8)
+    pixels[:, 0] = 250  # a bright left column
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: show it rotated clockwise by 90 degrees
+    image = np.asarray(transform.decode(encoded(Image.fromarray(pixels), exif=exif)))
+    assert image.shape == (4, 2, 3)
+    assert (image[0] == 250).all()
+    assert not image[1:].any()
+
+
+def test_unusable_images_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    good = encoded(Image.effect_noise((64, 64), 50), "JPEG")
+    for bad in (b"", b"not an image", good[:200], b"GIF89a" + bytes(30)):
+        with pytest.raises(ValueError, match=r"."):
+            transform.decode(bad)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(ValueError, match="exceeds limit"):
+        transform.decode(good)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The embedded set
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_openmoji_classes_and_splits() -> None:
+    parts = {split: OpenMoji.open(split) for split in ("train", "heldout", "all")}
+    names = {split: {item.name for item in source.items} for split, source in parts.items()}
+    assert names["train"] | names["heldout"] == names["all"]
+    assert not names["train"] & names["heldout"]
+    assert 0.05 < len(names["heldout"]) / len(names["all"]) < 0.15
+    for label, name in enumerate(parts["train"].classes):
+        assert sum(item.label == label for item in parts["train"].items) >= 60, name
+        assert sum(item.label == label for item in parts["heldout"].items) >= 5, name
+    by_name = {item.name: item for item in parts["all"].items}
+    flag = by_name["1F1E9-1F1EA"]
+    assert (parts["all"].classes[flag.label], flag.caption) == ("flags", "flag de")
+    face = by_name["1F600"]
+    assert (parts["all"].classes[face.label], face.caption) == ("faces", "grinning face")
+    toned = by_name["1F44B-1F3FD"]
+    assert parts["all"].classes[toned.label] == "hands"
+    assert toned.caption == "waving hand sign, emoji modifier fitzpatrick type-4"
+    assert demo.caption("10FFFF") == "emoji u+10ffff"
+
+
+def test_openmoji_shards(tmp_path: Path) -> None:
+    assert run("demo", "openmoji", tmp_path / "out", "--size", 16, "--split", "heldout", "--workers", 1) == 0
+    index: Index = read_index(tmp_path / "out")
+    check_shards(tmp_path / "out", index)
+    assert index.source["licence"] == "CC BY-SA 4.0"
+    assert "OpenMoji" in index.source["attribution"]
+    images = []
+    for sample in webdataset.WebDataset(str(tmp_path / "out" / "shard-000000.tar"), shardshuffle=False).decode("pil"):
+        image = np.asarray(sample["png"])
+        assert image.shape == (16, 16, 3)
+        images.append(image)
+    corners = np.stack(images)[:, 0, 0]
+    assert (corners == 255).all(1).mean() > 0.9, "on white"
+    assert np.stack(images).std() > 40, "something is drawn"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bad input
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_bad_input_is_one_line_and_code_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "flat").mkdir()
+    (tmp_path / "flat" / "a.png").write_bytes(encoded(Image.new("RGB", (4, 4))))
+    (tmp_path / "hollow" / "class").mkdir(parents=True)
+    (tmp_path / "broken" / "class").mkdir(parents=True)
+    (tmp_path / "broken" / "class" / "bad.jpg").write_bytes(b"not an image")
+    (tmp_path / "good" / "class").mkdir(parents=True)
+    (tmp_path / "good" / "class" / "a.PNG").write_bytes(encoded(Image.new("RGB", (4, 4))))
+    (tmp_path / "file").write_text("")
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "thesis.tex").write_text("")
+    out, size = tmp_path / "out", ["--size", 4]
+    cases = [
+        (["write", tmp_path / "missing", out, *size], "missing' is not a folder"),
+        (["write", tmp_path / "empty", out, *size], "empty' has no class folders"),
+        (["write", tmp_path / "flat", out, *size], "flat' has no class folders"),
+        (["write", tmp_path / "hollow", out, *size], "class' holds no image"),
+        (["write", tmp_path / "broken", out, *size], "image 'class/bad.jpg' cannot be used"),
+        (["write", tmp_path / "good", out, "--size", 0], "--size = 0: expected at least 1"),
+        (["write", tmp_path / "good", out, *size, "--quality", 0], "--quality = 0: expected 1 to 100"),
+        (["write", tmp_path / "good", tmp_path / "file", *size], "file' is not a folder"),
+        (["write", tmp_path / "good", tmp_path / "file" / "below", *size], "cannot write"),
+        (["write", tmp_path / "good", tmp_path / "theirs", *size], "holds 'thesis.tex', which is not ours"),
+    ]
+    for arguments, message in cases:
+        assert run(*arguments) == 2, arguments
+        error = capsys.readouterr().err.splitlines()
+        assert error[-1].startswith("data_prep: error: ")
+        assert message in error[-1]
+        assert not (out / "index.json").exists()
+    with pytest.raises(SystemExit) as stop:
+        run("demo", "emojione", out, *size)
+    assert stop.value.code == 2
+
+
+def test_as_a_module(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "data_prep", "write", str(tmp_path / "missing"), str(tmp_path), "--size", "8"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: d.update(version=99), "version is 99, this release reads version 1"),
+        (lambda d: d.update(format="zip"), "format is 'zip', expected 'megapix-shards'"),
+        (lambda d: d.pop("classes"), "a key is missing or of the wrong type: 'classes'"),
+        (lambda d: d.update(samples=7), "samples is 7, but its shards hold 40"),
+    ],
+)
+def test_a_wrong_index_is_refused(shards: Path, tmp_path: Path, change: object, message: str) -> None:
+    data = json.loads((shards / "index.json").read_text())
+    change(data)  # type: ignore[operator]
+    (tmp_path / "index.json").write_text(json.dumps(data))
+    with pytest.raises(InputError, match=message):
+        read_index(tmp_path)
