@@ -1,0 +1,46 @@
+# Two commands for a newcomer: `make quickstart` and `make test`. Each makes .venv if it is missing.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+DEMO   := runs/quickstart
+SHARDS := runs/openmoji-32
+
+.PHONY: quickstart test checks clean
+.DELETE_ON_ERROR:
+
+quickstart: $(VENV)/.installed
+	@echo "== 1/3  shards: OpenMoji, drawn at 32 pixels, as WebDataset tar files in $(SHARDS)"
+	$(BIN)/data_prep demo openmoji $(SHARDS) --size 32 --samples-per-shard 128
+	@echo "== 2/3  training: a tiny PixelDiT with ZeRO-2 in $(DEMO)"
+	./launch.sh tiny --data.path $(SHARDS) --out $(DEMO)
+	@echo "== 3/3  samples: every class from the EMA"
+	$(BIN)/megapix sample $(DEMO) --out $(DEMO)/samples.png --per-class 12 --zoom 2
+	@echo
+	@echo "run folder   $(DEMO)"
+	@echo "picture      $(DEMO)/samples.png"
+	@echo "TensorBoard  $(BIN)/tensorboard --logdir $(DEMO)/tensorboard"
+	@echo "resume       ./launch.sh tiny --data.path $(SHARDS) --out $(DEMO)"
+	@echo "             (the command that started it; to train longer add --optim.end-at 80000)"
+	@echo "cluster      ./launch.sh xl-256 --data.path SHARDS --out RUN"
+	@echo "             (README.md, section 'To a cluster')"
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest
+
+checks: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest tests/test_imports.py
+	$(BIN)/shellcheck launch.sh .ci/run
+
+# The stamp is newer than the files it was made from, so a changed pin installs again.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@echo "== setting up $(VENV) (once)"
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[demo,dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache megapix.egg-info

@@ -1,0 +1,235 @@
+"""The command line: `megapix train | sample | export`. Parses, calls, and turns bad input into one line and code 2."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from megapix import config, dist
+from megapix.config import PRESETS, Config
+from megapix.dist import World
+from megapix.errors import InputError, one_of
+
+USAGE = """usage: megapix COMMAND ...
+
+Pretraining of PixelDiT, the pixel-space diffusion transformer, on DeepSpeed.
+
+  train     train a preset, or go on with an interrupted run (several ranks: launch.sh)
+  sample    draw images from a run, a checkpoint or an exported folder
+  export    write the EMA or raw weights of a run as safetensors, with their configuration
+
+'megapix COMMAND --help' documents each.
+"""
+
+TRAIN_USAGE = """usage: megapix train PRESET --data.path SHARDS --out RUN [--SECTION.OPTION VALUE ...]
+       megapix train --config FILE [--SECTION.OPTION VALUE ...]
+
+Starts a run, or goes on from its last checkpoint: the same command does both. PRESET is one of
+
+{presets}
+
+  --config FILE   take a JSON file's options (a run's config.json, or a part of one) over the defaults of xl-256
+  --dry-run       check everything, print the resolved configuration, and stop
+
+'megapix train PRESET --help' lists every option with that preset's values.
+"""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# train
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def train(arguments: list[str], world: World) -> int:
+    """Train a preset or a file's configuration on this rank."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        presets = "\n".join(f"  {name:8} {about}" for name, (_, about) in PRESETS.items())
+        print(TRAIN_USAGE.format(presets=presets), end="", file=sys.stdout if arguments else sys.stderr)
+        return 0 if arguments else 2
+    dry_run = "--dry-run" in arguments
+    asked = parse_run([a for a in arguments if a != "--dry-run" and not a.startswith("--local_rank=")], world)
+    if dry_run:
+        from megapix.prepare import plan
+
+        print(json.dumps(config.to_dict(plan(asked, world.size).config), indent=1))
+        return 0
+
+    from megapix import engine, loop
+
+    try:
+        loop.train(asked, world)
+    except dist.Agreed as error:
+        _complain(error, world.main)
+        engine.stop()
+        return 2
+    except InputError as error:
+        # This rank alone knows; the others wait in a collective, until the launcher sees the code and ends them.
+        _complain(error, True)
+        os._exit(2)
+    engine.stop()
+    return 0
+
+
+def parse_run(arguments: list[str], world: World) -> Config:
+    """A configuration from `PRESET [OPTIONS]` or `--config FILE [OPTIONS]`; only rank 0 prints tyro's messages.
+
+    Raises:
+        InputError: unknown preset, or a file that cannot be read or holds an unknown key.
+        SystemExit: an option that tyro refuses (code 2), or --help (code 0).
+    """
+    first, rest = arguments[0], arguments[1:]
+    if first == "--config":
+        if not rest:
+            raise InputError("--config needs a JSON file")
+        default, name, rest = _read_config(Path(rest[0])), f"--config {rest[0]}", rest[1:]
+    elif first.startswith("-"):
+        raise InputError(
+            f"the first argument is {first!r}: expected a preset{one_of(first, list(PRESETS))} or --config FILE"
+        )
+    else:
+        default, name = config.preset(first), first
+    return tyro.cli(Config, default=default, args=rest, prog=f"megapix train {name}", console_outputs=world.main)
+
+
+def _read_config(path: Path) -> Config:
+    try:
+        data = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"--config {path}: cannot be read as JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise InputError(f"--config {path}: expected a table of options, found {type(data).__name__}")
+    return config.from_dict(Config, data, str(path))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# sample, export
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SampleOptions:
+    """Draw images from a run, a checkpoint or an exported folder, on one process. Defaults marked 'the run's' come
+    from the configuration stored with the weights."""
+
+    path: tyro.conf.Positional[Path]
+    """Run folder (its latest checkpoint), checkpoint folder, or exported folder."""
+    out: Path = Path("samples.png")
+    """PNG file of the grid: one class a row."""
+    singles: Path | None = None
+    """Folder that also gets every image as its own PNG, CLASS-NUMBER.png."""
+    raw: bool = False
+    """Use the raw weights instead of the EMA."""
+    classes: tuple[int, ...] = ()
+    """Class numbers; the default is all, but no more than 16."""
+    per_class: int = 8
+    """Images of each class."""
+    seed: int = 0
+    """Seed of the noise; an image depends on it and on its own number, not on the batch."""
+    sampler: Literal["euler", "ab2"] | None = None
+    """Euler, or two-step Adams-Bashforth; the run's."""
+    steps: int | None = None
+    """Sampler steps; the run's."""
+    guidance: float | None = None
+    """Guidance scale, 1 is off; the run's."""
+    interval: tuple[float, float] | None = None
+    """Guidance acts for t strictly between these; the run's."""
+    shift: float | None = None
+    """Time shift of the sampler's grid; the run's."""
+    size: tuple[int, int] | None = None
+    """Height and width in pixels, each divisible by the patch size; the run's."""
+    batch: int = 64
+    """Images drawn at once."""
+    zoom: int = 1
+    """Pixels of the grid's PNG for each pixel of an image."""
+
+
+def sample(arguments: list[str], world: World) -> int:
+    """Draw a grid of samples and write it as PNG."""
+    options = tyro.cli(SampleOptions, args=arguments, prog="megapix sample", console_outputs=world.main)
+    from megapix.sample import write_samples
+    from megapix.weights import load_weights
+
+    for name in ("per_class", "batch", "zoom"):
+        if getattr(options, name) < 1:
+            raise InputError(f"--{name.replace('_', '-')} = {getattr(options, name)}: expected at least 1")
+    weights = load_weights(options.path, not options.raw)
+    low, high = options.interval or (weights.sampling.guidance_from, weights.sampling.guidance_to)
+    asked = {
+        k: getattr(options, k) for k in ("sampler", "steps", "guidance", "shift") if getattr(options, k) is not None
+    }
+    sampling = replace(weights.sampling, guidance_from=low, guidance_to=high, **asked)
+    size = options.size or (weights.image_size, weights.image_size)
+    classes = options.classes or tuple(range(min(16, weights.model.num_classes)))
+    write_samples(
+        weights,
+        sampling,
+        classes,
+        options.per_class,
+        options.seed,
+        size,
+        options.batch,
+        options.out,
+        options.singles,
+        options.zoom,
+    )
+    kind = "EMA" if weights.ema else "raw weights"
+    print(f"megapix: {options.out}: {options.per_class} samples a row, from the {kind} of {weights.source}")
+    print(f"megapix: rows: {', '.join(weights.classes[c] for c in classes)}")
+    return 0
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """Write the EMA (or raw) weights of a run or checkpoint as model.safetensors and config.json."""
+
+    path: tyro.conf.Positional[Path]
+    """Run folder (its latest checkpoint) or checkpoint folder."""
+    out: Path
+    """Folder to write; `megapix sample`, `load_model` and `train --init` read it."""
+    raw: bool = False
+    """Export the raw weights instead of the EMA."""
+
+
+def export(arguments: list[str], world: World) -> int:
+    """Export weights for use outside training."""
+    options = tyro.cli(ExportOptions, args=arguments, prog="megapix export", console_outputs=world.main)
+    from megapix import weights
+
+    loaded = weights.load_weights(options.path, not options.raw)
+    weights.export(loaded, options.out)
+    count = sum(t.numel() for t in loaded.tensors.values())
+    print(f"megapix: {options.out}: {count:,} {'EMA' if loaded.ema else 'raw'} parameters from {loaded.source}")
+    return 0
+
+
+COMMANDS = {"train": train, "sample": sample, "export": export}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of the console script and of each rank; returns the exit code."""
+    arguments = sys.argv[1:] if argv is None else argv
+    world = dist.from_environment()
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE, end="", file=sys.stdout if arguments else sys.stderr)
+        return 0 if arguments else 2
+    try:
+        if arguments[0] not in COMMANDS:
+            raise InputError(f"command {arguments[0]!r} does not exist{one_of(arguments[0], list(COMMANDS))}")
+        return COMMANDS[arguments[0]](arguments[1:], world)
+    except InputError as error:
+        _complain(error, world.main)
+        return 2
+    except KeyboardInterrupt:
+        _complain("interrupted; the same command goes on from the last checkpoint", world.main)
+        return 130
+
+
+def _complain(what: object, speak: bool) -> None:
+    if speak:
+        print(f"megapix: error: {what}", file=sys.stderr, flush=True)

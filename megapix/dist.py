@@ -1,0 +1,90 @@
+"""Rank and world as a plain value, messages from rank 0, and the question "does anyone object?"."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar, cast
+
+from megapix.errors import InputError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place in the run. `size` counts ranks; under no launcher it is 1."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+
+    @property
+    def main(self) -> bool:
+        """Whether this is rank 0, which prints, logs and decides names."""
+        return self.rank == 0
+
+    def say(self, message: str) -> None:
+        """Print a line on rank 0, above a progress bar if there is one."""
+        if self.main:
+            from tqdm import tqdm
+
+            tqdm.write(f"megapix: {message}", file=sys.stdout)
+            sys.stdout.flush()
+
+
+class Agreed(InputError):
+    """An InputError that every rank has raised together, so that all can leave in order."""
+
+
+def from_environment() -> World:
+    """Read RANK, WORLD_SIZE and LOCAL_RANK as `deepspeed` and `torchrun` set them."""
+    return World(*(int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))))
+
+
+def agree(world: World, problem: str | None = None) -> None:
+    """Meet all ranks; if any brings a problem, raise the same error on every one, so that none hangs.
+
+    Raises:
+        Agreed: the first problem, with the rank and host that brought it where not every rank has the same.
+    """
+    if world.size == 1:
+        if problem:
+            raise Agreed(problem)
+        return
+    problems = gather(world, (problem, socket.gethostname()))
+    bad = [(rank, host, text) for rank, (text, host) in enumerate(problems) if text]
+    if bad:
+        rank, host, text = bad[0]
+        everyone = len(bad) == world.size and len({text for _, _, text in bad}) == 1
+        raise Agreed(text if everyone else f"rank {rank} on {host}: {text}")
+
+
+def together(world: World, work: Callable[[], T]) -> T:
+    """Run `work` on every rank and return its value, or raise Agreed on all if it raised InputError on any."""
+    value, problem = None, None
+    try:
+        value = work()
+    except InputError as error:
+        problem = str(error)
+    agree(world, problem)
+    return cast(T, value)
+
+
+def gather(world: World, value: Any) -> list[Any]:
+    """Every rank's value, on every rank, in rank order. Values are small and picklable."""
+    if world.size == 1:
+        return [value]
+    import torch.distributed
+
+    values: list[Any] = [None] * world.size
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
+def barrier(world: World) -> None:
+    """Wait until every rank is here."""
+    gather(world, None)

@@ -1,0 +1,145 @@
+"""The one door to DeepSpeed: its processes, its engine around our network, optimizer and schedule, its shards."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.utils.checkpoint
+
+from megapix.config import BatchLayout, Config, ModelConfig
+from megapix.dist import World
+from megapix.ds_config import deepspeed_config
+from megapix.errors import InputError
+from megapix.model import PixelDiT
+from megapix.model.pixeldit import Checkpoint
+from megapix.optim import EMA, AdamWWithEMA
+from megapix.schedule import ImagesSeenSchedule
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+import deepspeed
+import deepspeed.comm
+from deepspeed.accelerator import get_accelerator
+from deepspeed.utils import logger as deepspeed_logger
+from deepspeed.utils import safe_get_full_optimizer_state
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Processes
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def start(world: World) -> torch.device:
+    """Join the process group (NCCL on GPUs, gloo on CPUs) and return this rank's device."""
+    deepspeed_logger.setLevel(logging.WARNING)
+    # It warns of every optimizer that is not its own; ours is proven by the parity and EMA tests.
+    deepspeed_logger.addFilter(lambda record: "untested optimizer" not in record.getMessage())
+    if world.size == 1 and "MASTER_PORT" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    get_accelerator().set_device(world.local_rank)
+    deepspeed.init_distributed(get_accelerator().communication_backend_name(), auto_mpi_discovery=False, verbose=False)
+    return torch.device(get_accelerator().current_device_name())
+
+
+def stop() -> None:
+    """Wait for every rank and leave the process group; a rank that exits while others talk would abort."""
+    if torch.distributed.is_initialized():
+        deepspeed.comm.barrier()
+        torch.distributed.destroy_process_group()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The engine
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def build_network(config: ModelConfig, seed: int, checkpoint: Checkpoint | None = None) -> PixelDiT:
+    """The network with its initial weights, a function of the seed; the global generator is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return PixelDiT(config, checkpoint)
+
+
+def pixel_checkpoint(policy: str) -> Checkpoint | None:
+    """The checkpoint function of a `machine.pixel_checkpointing` policy (torch's non-reentrant one, or none)."""
+    if policy == "none":
+        return None
+    # No dropout in the network, so there is no generator state to keep for the recomputation.
+    return functools.partial(torch.utils.checkpoint.checkpoint, use_reentrant=False, preserve_rng_state=False)
+
+
+def build(config: Config, layout: BatchLayout, network: PixelDiT) -> Any:
+    """DeepSpeed's engine around `network`, with our optimizer and our schedule. Call it on every rank.
+
+    Raises:
+        InputError: DeepSpeed refuses a knob of the JSON.
+    """
+    import pydantic
+
+    o = config.optim
+    optimizer = AdamWWithEMA(network.parameters(), o.lr, (o.beta1, o.beta2), o.weight_decay, o.ema_decay)
+    try:
+        engine, *_ = deepspeed.initialize(
+            model=network,
+            optimizer=optimizer,
+            lr_scheduler=lambda base: ImagesSeenSchedule(base, o),
+            config=deepspeed_config(config, layout),
+            dist_init_required=False,
+        )
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise InputError(f"machine.ds_config = {config.machine.ds_config!r}: {key}: {first['msg'].lower()}") from error
+    return engine
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# State
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def save(engine: Any, parent: Path, name: str) -> None:
+    """Write network, optimizer, EMA and schedule of every rank into `parent / name`. Call it on every rank."""
+    engine.save_checkpoint(str(parent), tag=name, save_latest=False)
+
+
+def load(engine: Any, folder: Path) -> None:
+    """Restore what `save` wrote, on the same number of ranks."""
+    engine.load_checkpoint(str(folder.parent), tag=folder.name)
+    # The optimizer's own state brings back the old learning rate; the schedule of this run's configuration decides.
+    engine.lr_scheduler.apply()
+    # Links parameters to their loaded optimizer state at once; DeepSpeed would do it at the next step only.
+    engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+
+@contextmanager
+def ema_weights(engine: Any) -> Iterator[PixelDiT]:
+    """The network with the EMA gathered into its weights, in eval mode; the training weights come back at the end.
+
+    Call it on every rank: each parameter's EMA is gathered from all shards. Needs one spare copy of the weights.
+    """
+    network: PixelDiT = engine.module
+    parameters = list(network.parameters())
+    training = [p.detach().clone() for p in parameters]
+    try:
+        with torch.no_grad():
+            for p in parameters:
+                p.copy_(safe_get_full_optimizer_state(p, EMA))
+        network.eval()
+        yield network
+    finally:
+        with torch.no_grad():
+            for p, saved in zip(parameters, training, strict=True):
+                p.copy_(saved)
+        network.train()

@@ -1,0 +1,148 @@
+"""A run from start to end. One step reads: batch → loss → backward → step → count → log → save."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from megapix import checkpoint, config, dist, engine, flow, metrics, sample, weights
+from megapix.checkpoint import Counters, State
+from megapix.config import Config
+from megapix.data import loader, order
+from megapix.dist import World
+from megapix.model import PixelDiT
+from megapix.prepare import Plan, plan
+from megapix.shards import write_atomic
+
+MAX_SKIPPED_IN_A_ROW = 100
+"""A run that skips this many steps in a row (gradient not finite) has diverged and ends with an error."""
+
+
+def train(asked: Config, world: World) -> None:
+    """Train, or go on training, as `asked`; every rank calls it.
+
+    Raises:
+        InputError: bad input, found before the first step and raised on every rank; or a sample that cannot be read.
+        FloatingPointError: every recent step was skipped.
+    """
+    device = engine.start(world)
+    p = dist.together(world, lambda: plan(asked, world.size))
+    run, c = Path(p.config.out), p.config
+    for change in p.changes:
+        world.say(f"changed since the checkpoint: {change}")
+    if p.finished:
+        world.say(f"{run} is finished: {p.end:,} images seen, last checkpoint {p.resume}")
+        return
+
+    net = engine.build_network(c.model, c.seed, engine.pixel_checkpoint(c.machine.pixel_checkpointing))
+    if c.init and p.state is None:
+        initial = dist.together(world, lambda: weights.load_weights(c.init))
+        dist.together(world, lambda: weights.assign(net, initial))
+    e = engine.build(c, p.layout, net)
+    counters = p.state.counters if p.state else Counters()
+    if p.resume:
+        engine.load(e, p.resume)
+    _announce(p, world, net, counters)
+    if world.main:
+        write_atomic(run / "config.json", (json.dumps(config.to_dict(c), indent=1) + "\n").encode())
+    _steps(e, p, counters, world, device)
+    world.say(f"finished: {p.end:,} images seen; {checkpoint.latest(run)}")
+
+
+def _steps(e: Any, p: Plan, counters: Counters, world: World, device: torch.device) -> None:
+    c, run, total, skipped = p.config, Path(p.config.out), p.layout.total, counters.skipped
+    schedule, position = e.lr_scheduler, counters.position
+    batches = loader.batches(c.data, p.index, c.seed, p.layout, world.rank, position, skipped)
+    board = metrics.Writer(run / "tensorboard", position // total) if world.main else None
+    bar = tqdm(total=p.end, initial=schedule.images_seen, unit="img", disable=not world.main, **_bar_style())
+    meter, clock, logged, skips, skips_in_a_row = metrics.LossMeter(device), metrics.Clock(), position, 0, 0
+    if board:
+        board.configuration(position // total, config.to_dict(c))
+
+    while schedule.images_seen < p.end:
+        before, lr = schedule.images_seen, schedule.get_last_lr()[0]
+        for _ in range(p.layout.accumulation):
+            with clock.waiting():
+                batch = next(batches)
+            images, labels = batch.images.to(device, non_blocking=True), batch.labels.to(device, non_blocking=True)
+            loss, t = flow.training_loss(e, images, labels, batch.positions, c.seed, c.flow)
+            e.backward(loss.mean())
+            e.step()
+            meter.add(loss, t)
+
+        _, position = order.take(position, total, skipped)
+        now, step = schedule.images_seen, position // total
+        bar.update(now - before)
+        skips_in_a_row = 0 if e.was_step_applied() else skips_in_a_row + 1
+        skips += skips_in_a_row > 0
+        if skips_in_a_row:
+            world.say(f"step {step} skipped: the gradient is not finite ({skips_in_a_row} in a row)")
+        if skips_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+            raise FloatingPointError(
+                f"{skips_in_a_row} steps in a row were skipped; the last good state is {checkpoint.latest(run)}"
+            )
+
+        if _due(c.log.every, before, now, p.end):
+            row = meter.read(world.size) | clock.read(position - logged) | metrics.memory(device)
+            row |= {"schedule/lr": lr, "schedule/images_seen": now, "health/skipped_steps": skips}
+            row |= {"health/grad_norm": float(e.get_global_grad_norm())}
+            logged = position
+            bar.set_postfix(loss=f"{row['loss/train']:.4f}", lr=f"{lr:.1e}", refresh=False)
+            if board:
+                board.scalars(step, row)
+        if _due(c.log.samples_every, before, now, p.end):
+            picture = ema_grid(e, c, world, device)
+            if board:
+                board.image(step, "samples/ema", picture)
+        if _due(c.checkpoint.every, before, now, p.end):
+            state = State(
+                Counters(position, now, skipped), c, p.index.digest, tuple(k.name for k in p.index.classes), world.size
+            )
+            checkpoint.save(run, state, world, lambda parent, name: engine.save(e, parent, name), c.checkpoint.keep)
+
+    bar.close()
+    if board:
+        board.close()
+
+
+def ema_grid(e: Any, c: Config, world: World, device: torch.device) -> np.ndarray:
+    """A grid of EMA samples, one class a row: uint8 [H, W, 3]. Each rank draws its share; every rank gets the grid."""
+    rows, columns, s = min(c.log.grid_classes, c.model.num_classes), c.log.grid_columns, c.sampling
+    numbers = list(range(rows * columns))
+    mine = numbers[world.rank :: world.size]
+    noise = sample.seeded_noise(c.seed, mine, (c.data.image_size, c.data.image_size), device)
+    labels = torch.tensor([n // columns for n in mine], device=device)
+    with engine.ema_weights(e) as net:
+        images = sample.draw(net, noise, labels, s)
+    shares = dist.gather(world, sample.to_uint8(images))
+    grid = np.empty((len(numbers), *shares[0].shape[1:]), np.uint8)
+    for rank, share in enumerate(shares):
+        grid[rank :: world.size] = share
+    return sample.grid(grid, columns)
+
+
+def _due(every: Any, before: int, now: int, end: int) -> bool:
+    """Whether a multiple of `every` images, or the end, was reached between `before` and `now`."""
+    return every != "never" and now > before and (now // every > before // every or now >= end)
+
+
+def _announce(p: Plan, world: World, net: PixelDiT, counters: Counters) -> None:
+    c, layout = p.config, p.layout
+    millions = sum(parameter.numel() for parameter in net.parameters()) / 1e6
+    classes = f"{p.index.samples:,} images in {len(p.index.classes)} classes"
+    world.say(f"run {c.out}: {millions:.1f} M parameters, {c.precision}, {classes}")
+    world.say(f"global batch {layout}")
+    if p.resume:
+        world.say(f"going on from {p.resume} at {counters.images_seen:,} images seen")
+
+
+def _bar_style() -> dict[str, Any]:
+    """A line every half second on a terminal, every ten seconds in a log file."""
+    terminal = os.isatty(2)
+    return {"mininterval": 0.5 if terminal else 10.0, "dynamic_ncols": terminal, "unit_scale": True, "smoothing": 0.1}

@@ -1,0 +1,99 @@
+"""What a run reports: losses kept on the device, throughput and waiting time, TensorBoard on one global step."""
+
+from __future__ import annotations
+
+import json
+import resource
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed
+from torch import Tensor
+
+QUARTERS = 4
+
+
+class LossMeter:
+    """Sums of the loss over a window, in all and by quarter of t, on the device until they are read."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._sums = torch.zeros(2, QUARTERS, dtype=torch.float64, device=device)
+
+    def add(self, loss: Tensor, t: Tensor) -> None:
+        """Add a micro batch: loss [B] and t [B] float32. Does not wait for the device."""
+        quarter = (t * QUARTERS).long().clamp(max=QUARTERS - 1)
+        loss = loss.detach().double()
+        self._sums.index_add_(1, quarter, torch.stack([loss, torch.ones_like(loss)]))
+
+    def read(self, ranks: int) -> dict[str, float]:
+        """Means over all ranks since the last call, and start again. A quarter without samples is left out."""
+        if ranks > 1:
+            torch.distributed.all_reduce(self._sums)
+        sums, counts = self._sums.tolist()
+        self._sums.zero_()
+        means = {f"loss/t_{i}_of_{QUARTERS}": s / n for i, (s, n) in enumerate(zip(sums, counts, strict=True), 1) if n}
+        return {"loss/train": sum(sums) / sum(counts)} | means
+
+
+class Clock:
+    """Wall time of a window, and the part of it spent waiting for data."""
+
+    def __init__(self) -> None:
+        self._start, self._waited = time.perf_counter(), 0.0
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Count the time inside as waiting for data."""
+        start = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - start
+
+    def read(self, images: int) -> dict[str, float]:
+        """images/s and the share of time waited for data since the last call, and start again."""
+        elapsed = time.perf_counter() - self._start
+        row = {"speed/images_per_s": images / elapsed, "speed/data_wait_share": self._waited / elapsed}
+        self._start, self._waited = time.perf_counter(), 0.0
+        return row
+
+
+def memory(device: torch.device) -> dict[str, float]:
+    """Peak memory of this process in GiB: resident on the host, allocated on a GPU."""
+    row = {"memory/host_peak_GiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+    if device.type == "cuda":
+        row["memory/gpu_peak_GiB"] = torch.cuda.max_memory_allocated(device) / 2**30
+    return row
+
+
+class Writer:
+    """TensorBoard events of one run. The global step counts steps drawn, applied or not, so it survives a resume."""
+
+    def __init__(self, folder: Path, first_step: int) -> None:
+        """Open `folder`; events of an earlier process after `first_step` are superseded by this one's."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._board = SummaryWriter(str(folder), purge_step=first_step + 1 if first_step else None)
+
+    def scalars(self, step: int, row: dict[str, float]) -> None:
+        """Write one row of scalars."""
+        for name, value in row.items():
+            self._board.add_scalar(name, value, step)
+        self._board.flush()
+
+    def image(self, step: int, name: str, image: np.ndarray) -> None:
+        """Write a uint8 image [H, W, 3]."""
+        self._board.add_image(name, image, step, dataformats="HWC")
+        self._board.flush()
+
+    def configuration(self, step: int, config: dict[str, Any]) -> None:
+        """Write the resolved configuration as text."""
+        text = json.dumps(config, indent=2)
+        self._board.add_text("config", "\n".join("    " + line for line in text.splitlines()), step)
+
+    def close(self) -> None:
+        """Flush and close."""
+        self._board.close()

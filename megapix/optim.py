@@ -1,0 +1,37 @@
+"""AdamW whose state holds the EMA of its parameters.
+
+Under ZeRO-2 the optimizer's parameters are this rank's fp32 partition, so the EMA is kept in fp32 shards: 4 bytes ×
+parameters / ranks, without communication. It moves only when the optimizer steps, so a skipped step cannot move it,
+and it is saved and loaded inside DeepSpeed's own optimizer shards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+EMA = "ema"
+"""Key of the EMA in each parameter's optimizer state."""
+
+
+class AdamWWithEMA(torch.optim.AdamW):
+    """torch's AdamW; after each step `ema ← ema + (1 - decay)·(p - ema)`, starting from the initial weights."""
+
+    def __init__(
+        self, params: Iterable[Tensor], lr: float, betas: tuple[float, float], weight_decay: float, ema_decay: float
+    ) -> None:
+        super().__init__(params, lr=lr, betas=betas, weight_decay=weight_decay)
+        self.ema_decay = ema_decay
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> Any:
+        params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        initial = {p: p.clone() for p in params if EMA not in self.state[p]}
+        loss = super().step(closure)
+        for p in params:
+            ema = self.state[p].setdefault(EMA, initial.get(p))
+            ema.lerp_(p, 1.0 - self.ema_decay)
+        return loss

@@ -1,0 +1,88 @@
+"""Before the first step: everything that can be wrong with a command is found here, before anything is written."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from megapix import checkpoint, config
+from megapix.checkpoint import State
+from megapix.config import BatchLayout, Config
+from megapix.ds_config import read_knobs
+from megapix.errors import InputError
+from megapix.shards import Index, check_shards, read_index
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run that can start: resolved configuration, data, batch layout, and where it goes on."""
+
+    config: Config
+    index: Index
+    layout: BatchLayout
+    resume: Path | None
+    """The checkpoint to go on from."""
+    state: State | None
+    """What that checkpoint says of itself."""
+    changes: list[str]
+    """Schedule options that differ from the checkpoint's."""
+
+    @property
+    def end(self) -> int:
+        """Images seen at the end of the run."""
+        return int(self.config.optim.end_at)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the checkpoint is already at the end."""
+        return self.state is not None and self.state.counters.images_seen >= self.end
+
+
+def plan(asked: Config, ranks: int) -> Plan:
+    """Check a configuration against its data, its run folder and the number of ranks, and freeze its spans.
+
+    Raises:
+        InputError: the first thing that is wrong.
+    """
+    config.validate(asked)
+    layout = config.batch_layout(asked, ranks)
+    read_knobs(asked.machine.ds_config)
+    index = read_index(asked.data.path)
+    check_shards(asked.data.path, index)
+    if index.image_size != asked.data.image_size:
+        raise InputError(
+            f"data.image_size = {asked.data.image_size}, "
+            f"but the images in {asked.data.path!r} are {index.image_size} pixels"
+        )
+    if len(index.classes) != asked.model.num_classes:
+        raise InputError(
+            f"model.num_classes = {asked.model.num_classes}, but {asked.data.path!r} holds {len(index.classes)} classes"
+        )
+    resolved = config.freeze(asked, index.samples)
+    run = Path(asked.out)
+    _check_writable(run)
+    folder = checkpoint.latest(run)
+    if folder is None:
+        return Plan(resolved, index, layout, None, None, [])
+    state = checkpoint.read_state(folder)
+    changes = config.compare(state.config, resolved, str(folder))
+    if state.data_digest != index.digest:
+        raise InputError(
+            f"{folder} was trained on the data set {state.data_digest[:16]}…, "
+            f"but {asked.data.path!r} is {index.digest[:16]}…; give the same shards, or another --out"
+        )
+    if state.ranks != ranks:
+        raise InputError(
+            f"{folder} was written by {state.ranks} ranks, but this run has {ranks}; start {state.ranks} ranks"
+        )
+    return Plan(resolved, index, layout, folder, state, changes)
+
+
+def _check_writable(run: Path) -> None:
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"out = {str(run)!r}: the run folder cannot be made: {error.strerror}") from error
+    if not os.access(run, os.W_OK | os.X_OK):
+        raise InputError(f"out = {str(run)!r}: the run folder is not writable")

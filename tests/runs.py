@@ -1,0 +1,68 @@
+"""The small run that the distributed tests share, as a configuration and as command-line arguments."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from megapix import config
+from megapix.config import Config, DataConfig, LogConfig, MachineConfig, ModelConfig, OptimConfig, SamplingConfig
+
+STEP_BATCH = 8
+SMALL = Config(
+    seed=1,
+    precision="fp32",
+    model=ModelConfig(patch_size=4, width=32, depth=2, heads=2, pixel_width=8, pixel_depth=2, num_classes=3),
+    data=DataConfig(image_size=16, workers=0),
+    optim=OptimConfig(
+        global_batch=STEP_BATCH,
+        lr=2e-3,
+        lr_after=5e-4,
+        lr_step_at=12 * STEP_BATCH,
+        end_at=20 * STEP_BATCH,
+        grad_clip=0.5,
+        ema_decay=0.9,
+    ),
+    machine=MachineConfig(pixel_checkpointing="none"),
+    checkpoint=config.CheckpointConfig(every=10 * STEP_BATCH),
+    log=LogConfig(every=STEP_BATCH, samples_every="never"),
+    sampling=SamplingConfig(steps=3),
+)
+
+
+def arguments(shards: Path, out: Path, *overrides: str) -> list[str]:
+    """`train` arguments of SMALL: the tiny preset with every option that differs from it, then the overrides."""
+    preset = dict((key, value) for key, value, _ in config.leaves(config.preset("tiny")))
+    found = ["train", "tiny", "--data.path", str(shards), "--out", str(out)]
+    for key, value, _ in config.leaves(SMALL):
+        if value != preset[key] and key not in ("out", "data.path"):
+            found += [f"--{key.replace('_', '-')}", str(value)]
+    return [*found, *overrides]
+
+
+def scalars(run: Path, tag: str) -> dict[int, float]:
+    """step -> value of one TensorBoard scalar, as TensorBoard shows it."""
+    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0})
+    events.Reload()
+    return {event.step: event.value for event in events.Scalars(tag)}
+
+
+def shard_tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Every tensor in every file of a checkpoint, by file and path inside it."""
+    found: dict[str, torch.Tensor] = {}
+
+    def walk(value: object, name: str) -> None:
+        if isinstance(value, torch.Tensor):
+            found[name] = value
+        elif isinstance(value, dict):
+            for key, inner in value.items():
+                walk(inner, f"{name}/{key}")
+        elif isinstance(value, (list, tuple)):
+            for number, inner in enumerate(value):
+                walk(inner, f"{name}/{number}")
+
+    for path in sorted(checkpoint.glob("*.pt")):
+        walk(torch.load(path, weights_only=False), path.name)
+    return found

@@ -1,0 +1,189 @@
+"""Order, reading, decoding: an auditor over positions, and the loader on real shards."""
+
+from __future__ import annotations
+
+import io
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import webdataset
+from PIL import Image
+
+from megapix import draws
+from megapix.config import BatchLayout, DataConfig
+from megapix.data import order
+from megapix.data.decode import Decoder
+from megapix.data.loader import Batch, batches
+from megapix.data.read import ShardReader
+from megapix.errors import InputError
+from megapix.shards import read_index
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 64, 65, 1000, 4097])
+def test_each_epoch_is_a_permutation(size: int) -> None:
+    seen = [draws.permuted(0, epoch, size, np.arange(size)).tolist() for epoch in range(3)]
+    for epoch in seen:
+        assert sorted(epoch) == list(range(size))
+    if size > 7:
+        assert seen[0] != seen[1] != seen[2]
+        assert seen[0] != draws.permuted(1, 0, size, np.arange(size)).tolist()
+
+
+def test_the_permutation_shuffles_well() -> None:
+    size = 10_000
+    place = draws.permuted(0, 0, size, np.arange(size))
+    assert abs(np.corrcoef(np.arange(size), place)[0, 1]) < 0.03
+    assert abs(np.corrcoef(place[:-1], place[1:])[0, 1]) < 0.03
+    # Distance of neighbours in a perfect shuffle is size/3 on average.
+    assert np.abs(np.diff(place)).mean() == pytest.approx(size / 3, rel=0.03)
+
+
+def test_take_jumps_over_skipped_ranges() -> None:
+    skipped = [(3, 5), (8, 9), (20, 30)]
+    assert order.take(0, 4, skipped)[0].tolist() == [0, 1, 2, 5]
+    assert order.take(0, 4, skipped)[1] == 6
+    positions, following = order.take(6, 4, skipped)
+    assert (positions.tolist(), following) == ([6, 7, 9, 10], 11)
+    assert order.take(3, 1, skipped)[0].tolist() == [5]
+    assert order.take(4, 1, skipped)[0].tolist() == [5]
+    assert order.take(40, 2, skipped)[0].tolist() == [40, 41]
+    assert order.take(0, 3, [])[0].tolist() == [0, 1, 2]
+    # Taken in pieces or at once, the same positions in the same order.
+    at_once, position, pieces = order.take(0, 24, skipped)[0].tolist(), 0, []
+    for count in (1, 2, 3, 5, 6, 7):
+        some, position = order.take(position, count, skipped)
+        pieces += some.tolist()
+    assert pieces == at_once
+
+
+@pytest.mark.parametrize(
+    "layout", [BatchLayout(8, 1, 1), BatchLayout(2, 2, 2), BatchLayout(1, 2, 4), BatchLayout(4, 1, 2)]
+)
+def test_every_world_draws_the_same_positions_once(layout: BatchLayout) -> None:
+    streams = [order.micro_batches(16, layout, rank, [(20, 26)]) for rank in range(layout.ranks)]
+    for step in range(5):
+        drawn = [next(stream).tolist() for _ in range(layout.accumulation) for stream in streams]
+        assert {len(micro) for micro in drawn} == {layout.micro}
+        start = [16, 30, 38, 46, 54][step]
+        expected = [16, 17, 18, 19, 26, 27, 28, 29] if step == 0 else list(range(start, start + 8))
+        assert sorted(chain(*drawn)) == expected
+
+
+def test_positions_run_on_over_epochs_and_lose_nothing() -> None:
+    positions = np.arange(0, 3 * 7)
+    samples = order.samples_at(5, 7, positions).reshape(3, 7)
+    assert all(sorted(epoch.tolist()) == list(range(7)) for epoch in samples)
+    assert order.samples_at(5, 7, np.array([20, 0, 8])).tolist() == [samples[2, 6], samples[0, 0], samples[1, 1]]
+
+
+def collect(shards: Path, workers: int, layout: BatchLayout, position: int, steps: int) -> dict[int, tuple[bytes, int]]:
+    """position -> (image bytes, label) over all ranks."""
+    found: dict[int, tuple[bytes, int]] = {}
+    config, index = DataConfig(path=str(shards), image_size=16, workers=workers), read_index(shards)
+    for rank in range(layout.ranks):
+        loader = batches(config, index, 3, layout, rank, position, ())
+        for _ in range(steps * layout.accumulation):
+            batch = next(loader)
+            for image, label, place in zip(batch.images, batch.labels.tolist(), batch.positions.tolist(), strict=True):
+                assert place not in found
+                found[place] = (image.numpy().tobytes(), label)
+    return found
+
+
+def test_the_loader_gives_the_same_whatever_ranks_workers_and_micro_batch(shards: Path) -> None:
+    whole = collect(shards, 0, BatchLayout(12, 1, 1), 0, 8)
+    assert sorted(whole) == list(range(96))
+    assert collect(shards, 2, BatchLayout(2, 2, 3), 0, 8) == whole
+    resumed = collect(shards, 1, BatchLayout(6, 1, 2), 48, 4)
+    assert resumed == {place: value for place, value in whole.items() if place >= 48}
+
+
+def test_the_loader_agrees_with_stock_webdataset(shards: Path) -> None:
+    """Every image and label of an epoch, as the stock pipeline reads them (flips undone by comparing both)."""
+    index = read_index(shards)
+    urls = [str(shards / shard.name) for shard in index.shards]
+    stock = [
+        (np.asarray(image).transpose(2, 0, 1), label)
+        for image, label in webdataset.WebDataset(urls, shardshuffle=False).decode("pil").to_tuple("png", "cls")
+    ]
+    assert len(stock) == index.samples
+    ours = collect(shards, 0, BatchLayout(index.samples, 1, 1), 0, 1)
+    samples = order.samples_at(3, index.samples, np.arange(index.samples))
+    flipped = 0
+    for place, sample in enumerate(samples.tolist()):
+        image, label = stock[sample]
+        data, ours_label = ours[place]
+        mirrored = data == np.ascontiguousarray(image[..., ::-1]).tobytes()
+        assert data == image.tobytes() or mirrored
+        assert ours_label == label
+        flipped += mirrored
+    assert 0.25 < flipped / index.samples < 0.75
+
+
+def png(size: int = 16) -> bytes:
+    out = io.BytesIO()
+    Image.new("RGB", (size, size), (255, 0, 0)).save(out, "PNG")
+    return out.getvalue()
+
+
+def noisy_png(size: int = 16) -> bytes:
+    out = io.BytesIO()
+    Image.effect_noise((size, size), 60).save(out, "PNG")
+    return out.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"not an image", "not a PNG, JPEG or WebP image"),
+        (png(64), "image is 64x64 pixels, expected 16x16"),
+        (noisy_png()[:150], "truncated"),
+        (b"GIF89a" + bytes(20), "not a PNG, JPEG or WebP image"),
+    ],
+    ids=["text", "size", "truncated", "gif"],
+)
+def test_decoding_is_bounded_and_says_where_it_failed(data: bytes, reason: str) -> None:
+    sample = {"__key__": "000000007", "__url__": "shard-000000.tar", "png": data, "cls": b"1"}
+    with pytest.raises(InputError, match=f"shard-000000.tar: sample 000000007: member png: .*{reason}"):
+        Decoder(16)(sample, "png")
+
+
+def test_decoding_never_unpickles(tmp_path: Path) -> None:
+    import pickle
+
+    class Bomb:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return (Path.touch, (tmp_path / "exploded",))
+
+    sample = {"__key__": "0", "__url__": "u", "png": png(), "cls": b"1", "pyd": pickle.dumps(Bomb()), "pth": b"x"}
+    image, label = Decoder(16)(sample, "png")
+    assert (image[:, 0, 0].tolist(), label) == ([255, 0, 0], 1)
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_the_reader_checks_each_header(shards: Path, tmp_path: Path) -> None:
+    import shutil
+
+    folder = tmp_path / "shards"
+    shutil.copytree(shards, folder)
+    index = read_index(folder)
+    victim = folder / index.shards[0].name
+    victim.write_bytes(bytes(victim.stat().st_size))
+    reader = ShardReader(folder, index)
+    with pytest.raises(InputError, match=r"shard-000000.tar: expected 000000000.png .* does not match its shards"):
+        reader.read(0)
+    config = DataConfig(path=str(folder), image_size=16, workers=1)
+    whole_epoch = batches(config, index, 0, BatchLayout(index.samples, 1, 1), 0, 0, ())
+    with pytest.raises(InputError, match=r"shard-000000.tar: expected .* does not match its shards"):
+        next(whole_epoch)
+
+
+def test_batches_are_what_they_say(shards: Path) -> None:
+    config = DataConfig(path=str(shards), image_size=16, workers=0)
+    batch = next(batches(config, read_index(shards), 0, BatchLayout(4, 1, 1), 0, 0, ()))
+    assert isinstance(batch, Batch)
+    assert (batch.images.dtype, tuple(batch.images.shape)) == (torch.uint8, (4, 3, 16, 16))
+    assert (batch.labels.dtype, batch.positions.tolist()) == (torch.int64, [0, 1, 2, 3])
