@@ -73,5 +73,16 @@ if ((!gpus)); then
   trap 'rm -f /dev/shm/deepspeed_allreduce_buffer_"$(id -u)"_*_"$port"_*' EXIT
 fi
 
+# The launcher gets a process group of its own, so that a signal to this script ends every rank: on one machine
+# deepspeed's runner does not pass SIGTERM on, and its ranks would go on alone.
+set -m
 "$python" -m deepspeed.launcher.runner --log_level error --num_gpus "$ranks" --master_port "$port" --no_local_rank \
-  --module megapix train "${arguments[@]}"
+  --module megapix train "${arguments[@]}" &
+group=$!
+set +m
+trap 'echo "launch.sh: stopping the ranks; the same command goes on from the last checkpoint" >&2
+      kill -TERM -- "-$group" 2>/dev/null' INT TERM HUP
+code=0
+wait "$group" || code=$?
+while kill -0 -- "-$group" 2>/dev/null; do sleep 0.2; done
+exit "$code"

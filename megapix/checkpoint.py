@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,14 @@ class Counters:
 
     position: int = 0
     images_seen: int = 0
-    skipped: tuple[tuple[int, int], ...] = field(default=())
+    skipped: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def drawn(self) -> int:
+        """Samples drawn so far: the position, less the skipped ranges before it."""
+        return self.position - sum(
+            min(stop, self.position) - start for start, stop in self.skipped if start < self.position
+        )
 
 
 @dataclass(frozen=True)

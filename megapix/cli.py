@@ -72,6 +72,10 @@ def train(arguments: list[str], world: World) -> int:
         # This rank alone knows; the others wait in a collective, until the launcher sees the code and ends them.
         _complain(error, True)
         os._exit(2)
+    except FloatingPointError as error:
+        _complain(error, world.main)
+        engine.stop()
+        return 1
     engine.stop()
     return 0
 
@@ -164,6 +168,7 @@ def sample(arguments: list[str], world: World) -> int:
         k: getattr(options, k) for k in ("sampler", "steps", "guidance", "shift") if getattr(options, k) is not None
     }
     sampling = replace(weights.sampling, guidance_from=low, guidance_to=high, **asked)
+    config.validate_sampling(sampling)
     size = options.size or (weights.image_size, weights.image_size)
     classes = options.classes or tuple(range(min(16, weights.model.num_classes)))
     write_samples(

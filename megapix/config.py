@@ -250,11 +250,11 @@ def tiny() -> Config:
         model=ModelConfig(patch_size=4, width=128, depth=3, heads=4, pixel_width=16, pixel_depth=2, num_classes=5),
         data=DataConfig(image_size=32, flip=False, workers=1),
         optim=OptimConfig(
-            global_batch=32, lr=3e-3, lr_after=3e-4, lr_step_at=28_000, end_at=40_000, beta2=0.99, ema_decay=0.995
+            global_batch=32, lr=3e-3, lr_after=3e-4, lr_step_at=24_000, end_at=34_000, beta2=0.99, ema_decay=0.995
         ),
         machine=MachineConfig(pixel_checkpointing="none"),
         checkpoint=CheckpointConfig(every=8_000),
-        log=LogConfig(every=640, samples_every=20_000),
+        log=LogConfig(every=640, samples_every=16_000),
         sampling=SamplingConfig(steps=50, guidance=2.5, guidance_from=0.0, guidance_to=1.0),
     )
 
@@ -364,7 +364,7 @@ def validate(config: Config) -> None:
     Raises:
         InputError: naming key, value and what would be right.
     """
-    m, d, o, s = config.model, config.data, config.optim, config.sampling
+    m, d, o = config.model, config.data, config.optim
 
     def need(holds: bool, key: str, right: str) -> None:
         if not holds:
@@ -397,11 +397,24 @@ def validate(config: Config) -> None:
     need(config.checkpoint.keep >= 0, "checkpoint.keep", "0 (all) or more")
     need(config.log.grid_classes >= 1, "log.grid_classes", "at least 1")
     need(config.log.grid_columns >= 1, "log.grid_columns", "at least 1")
-    need(s.steps >= 1, "sampling.steps", "at least 1")
-    need(s.shift > 0, "sampling.shift", "above 0")
+    validate_sampling(config.sampling)
     need(config.seed >= 0, "seed", "0 or more")
     need(config.out != "", "out", "a run folder (--out RUN)")
     need(d.path != "", "data.path", "a shard folder (--data.path SHARDS)")
+
+
+def validate_sampling(s: SamplingConfig) -> None:
+    """Check sampling options, of a run or of `megapix sample`.
+
+    Raises:
+        InputError: naming key, value and what would be right.
+    """
+    if s.steps < 1:
+        raise InputError(f"sampling.steps = {s.steps}: expected at least 1")
+    if s.shift <= 0:
+        raise InputError(f"sampling.shift = {s.shift}: expected above 0")
+    if s.guidance_from > s.guidance_to:
+        raise InputError(f"sampling.guidance_from = {s.guidance_from} is above guidance_to = {s.guidance_to}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

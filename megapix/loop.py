@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,19 +33,22 @@ def train(asked: Config, world: World) -> None:
         InputError: bad input, found before the first step and raised on every rank; or a sample that cannot be read.
         FloatingPointError: every recent step was skipped.
     """
+    if world.size > 1 and not torch.cuda.is_available():
+        world.say(
+            "joining CPU ranks (the first time on a machine, DeepSpeed compiles a communication op: about a minute)"
+        )
     device = engine.start(world)
     p = dist.together(world, lambda: plan(asked, world.size))
     run, c = Path(p.config.out), p.config
     for change in p.changes:
         world.say(f"changed since the checkpoint: {change}")
-    if p.finished:
-        world.say(f"{run} is finished: {p.end:,} images seen, last checkpoint {p.resume}")
+    if p.state and p.finished:
+        world.say(f"{run} is finished: {p.state.counters.images_seen:,} images seen, last checkpoint {p.resume}")
         return
 
     net = engine.build_network(c.model, c.seed, engine.pixel_checkpoint(c.machine.pixel_checkpointing))
     if c.init and p.state is None:
-        initial = dist.together(world, lambda: weights.load_weights(c.init))
-        dist.together(world, lambda: weights.assign(net, initial))
+        dist.together(world, lambda: weights.assign(net, weights.load_weights(c.init)))
     e = engine.build(c, p.layout, net)
     counters = p.state.counters if p.state else Counters()
     if p.resume:
@@ -57,58 +62,54 @@ def train(asked: Config, world: World) -> None:
 
 def _steps(e: Any, p: Plan, counters: Counters, world: World, device: torch.device) -> None:
     c, run, total, skipped = p.config, Path(p.config.out), p.layout.total, counters.skipped
-    schedule, position = e.lr_scheduler, counters.position
+    schedule, position, in_a_row, logged = e.lr_scheduler, counters.position, 0, counters.position
     batches = loader.batches(c.data, p.index, c.seed, p.layout, world.rank, position, skipped)
-    board = metrics.Writer(run / "tensorboard", position // total) if world.main else None
+    meter, clock = metrics.LossMeter(device), metrics.Clock()
     bar = tqdm(total=p.end, initial=schedule.images_seen, unit="img", disable=not world.main, **_bar_style())
-    meter, clock, logged, skips, skips_in_a_row = metrics.LossMeter(device), metrics.Clock(), position, 0, 0
-    if board:
-        board.configuration(position // total, config.to_dict(c))
+    board = metrics.Writer(run / "tensorboard", position // total, enabled=world.main)
+    board.configuration(position // total, config.to_dict(c))
 
-    while schedule.images_seen < p.end:
-        before, lr = schedule.images_seen, schedule.get_last_lr()[0]
-        for _ in range(p.layout.accumulation):
-            with clock.waiting():
-                batch = next(batches)
-            images, labels = batch.images.to(device, non_blocking=True), batch.labels.to(device, non_blocking=True)
-            loss, t = flow.training_loss(e, images, labels, batch.positions, c.seed, c.flow)
-            e.backward(loss.mean())
-            e.step()
-            meter.add(loss, t)
+    with bar, closing(board):
+        while schedule.images_seen < p.end:
+            before, lr = schedule.images_seen, schedule.get_last_lr()[0]
+            for _ in range(p.layout.accumulation):
+                with clock.waiting():
+                    batch = next(batches)
+                images, labels = (x.to(device, non_blocking=True) for x in (batch.images, batch.labels))
+                loss, t = flow.training_loss(e, images, labels, batch.positions, c.seed, c.flow)
+                e.backward(loss.mean())
+                e.step()
+                meter.add(loss, t)
 
-        _, position = order.take(position, total, skipped)
-        now, step = schedule.images_seen, position // total
-        bar.update(now - before)
-        skips_in_a_row = 0 if e.was_step_applied() else skips_in_a_row + 1
-        skips += skips_in_a_row > 0
-        if skips_in_a_row:
-            world.say(f"step {step} skipped: the gradient is not finite ({skips_in_a_row} in a row)")
-        if skips_in_a_row >= MAX_SKIPPED_IN_A_ROW:
-            raise FloatingPointError(
-                f"{skips_in_a_row} steps in a row were skipped; the last good state is {checkpoint.latest(run)}"
-            )
+            _, position = order.take(position, total, skipped)
+            counters = Counters(position, schedule.images_seen, skipped)
+            now, step = counters.images_seen, position // total
+            in_a_row = _skips(e.was_step_applied(), in_a_row, step, world)
+            bar.update(now - before)
 
-        if _due(c.log.every, before, now, p.end):
-            row = meter.read(world.size) | clock.read(position - logged) | metrics.memory(device)
-            row |= {"schedule/lr": lr, "schedule/images_seen": now, "health/skipped_steps": skips}
-            row |= {"health/grad_norm": float(e.get_global_grad_norm())}
-            logged = position
-            bar.set_postfix(loss=f"{row['loss/train']:.4f}", lr=f"{lr:.1e}", refresh=False)
-            if board:
+            if _due(c.log.every, before, now, p.end):
+                row = meter.read(world.size) | clock.read(position - logged) | metrics.memory(device)
+                row |= {"schedule/lr": lr, "schedule/images_seen": now}
+                row |= {"health/grad_norm": float(e.get_global_grad_norm())}
+                row |= {"health/skipped_steps": (counters.drawn - now) // total}
+                logged = position
+                bar.set_postfix(loss=f"{row['loss/train']:.4f}", lr=f"{lr:.1e}", refresh=False)
                 board.scalars(step, row)
-        if _due(c.log.samples_every, before, now, p.end):
-            picture = ema_grid(e, c, world, device)
-            if board:
-                board.image(step, "samples/ema", picture)
-        if _due(c.checkpoint.every, before, now, p.end):
-            state = State(
-                Counters(position, now, skipped), c, p.index.digest, tuple(k.name for k in p.index.classes), world.size
-            )
-            checkpoint.save(run, state, world, lambda parent, name: engine.save(e, parent, name), c.checkpoint.keep)
+            if _due(c.log.samples_every, before, now, p.end):
+                board.image(step, "samples/ema", ema_grid(e, c, world, device))
+            if _due(c.checkpoint.every, before, now, p.end):
+                state = State(counters, c, p.index.digest, p.index.class_names, world.size)
+                checkpoint.save(run, state, world, partial(engine.save, e), c.checkpoint.keep)
 
-    bar.close()
-    if board:
-        board.close()
+
+def _skips(applied: bool, in_a_row: int, step: int, world: World) -> int:
+    """Steps skipped in a row, this one included; a skipped step is said aloud, and too many of them end the run."""
+    if applied:
+        return 0
+    world.say(f"step {step} skipped: the gradient is not finite ({in_a_row + 1} in a row)")
+    if in_a_row + 1 >= MAX_SKIPPED_IN_A_ROW:
+        raise FloatingPointError(f"{in_a_row + 1} steps in a row had a gradient that is not finite: the run diverged")
+    return in_a_row + 1
 
 
 def ema_grid(e: Any, c: Config, world: World, device: torch.device) -> np.ndarray:

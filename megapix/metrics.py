@@ -70,30 +70,39 @@ def memory(device: torch.device) -> dict[str, float]:
 
 
 class Writer:
-    """TensorBoard events of one run. The global step counts steps drawn, applied or not, so it survives a resume."""
+    """TensorBoard events of one run, written by one rank; on the others `enabled` is false and nothing happens.
 
-    def __init__(self, folder: Path, first_step: int) -> None:
+    The global step counts steps drawn, applied or not, so it survives a resume.
+    """
+
+    def __init__(self, folder: Path, first_step: int, enabled: bool) -> None:
         """Open `folder`; events of an earlier process after `first_step` are superseded by this one's."""
-        from torch.utils.tensorboard import SummaryWriter
+        self._board = None
+        if enabled:
+            from torch.utils.tensorboard import SummaryWriter
 
-        self._board = SummaryWriter(str(folder), purge_step=first_step + 1 if first_step else None)
+            self._board = SummaryWriter(str(folder), purge_step=first_step + 1 if first_step else None)
 
     def scalars(self, step: int, row: dict[str, float]) -> None:
         """Write one row of scalars."""
-        for name, value in row.items():
-            self._board.add_scalar(name, value, step)
-        self._board.flush()
+        if self._board:
+            for name, value in row.items():
+                self._board.add_scalar(name, value, step)
+            self._board.flush()
 
     def image(self, step: int, name: str, image: np.ndarray) -> None:
         """Write a uint8 image [H, W, 3]."""
-        self._board.add_image(name, image, step, dataformats="HWC")
-        self._board.flush()
+        if self._board:
+            self._board.add_image(name, image, step, dataformats="HWC")
+            self._board.flush()
 
     def configuration(self, step: int, config: dict[str, Any]) -> None:
         """Write the resolved configuration as text."""
-        text = json.dumps(config, indent=2)
-        self._board.add_text("config", "\n".join("    " + line for line in text.splitlines()), step)
+        if self._board:
+            text = json.dumps(config, indent=2)
+            self._board.add_text("config", "\n".join("    " + line for line in text.splitlines()), step)
 
     def close(self) -> None:
         """Flush and close."""
-        self._board.close()
+        if self._board:
+            self._board.close()

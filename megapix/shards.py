@@ -95,6 +95,11 @@ class Index:
     source: dict[str, Any]
 
     @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes by number."""
+        return tuple(entry.name for entry in self.classes)
+
+    @property
     def digest(self) -> str:
         """SHA-256 of the index's canonical JSON: the identity of a data set, whatever folder it lies in."""
         return hashlib.sha256(_dump(self).encode()).hexdigest()

@@ -38,7 +38,12 @@ def arguments(shards: Path, out: Path, *overrides: str) -> list[str]:
     found = ["train", "tiny", "--data.path", str(shards), "--out", str(out)]
     for key, value, _ in config.leaves(SMALL):
         if value != preset[key] and key not in ("out", "data.path"):
-            found += [f"--{key.replace('_', '-')}", str(value)]
+            option = key.replace("_", "-")
+            section, _, name = option.rpartition(".")
+            if isinstance(value, bool):  # a switch: --data.flip or --data.no-flip
+                found.append(f"--{option}" if value else f"--{section}.no-{name}")
+            else:
+                found += [f"--{option}", str(value)]
     return [*found, *overrides]
 
 

@@ -43,6 +43,7 @@ def test_matches_the_reference(mlp: str, modulation: str, size: tuple[int, int])
     x, t, y = inputs(2, *size)
     expected = reference.pixeldit(net.state_dict(), config.patch_size, x, t, y)
     torch.testing.assert_close(net(x, t, y).double(), expected, rtol=2e-5, atol=2e-5)
+    assert expected.std() > 0.1, "the network does something"
 
 
 def test_bf16_is_bf16_with_fp32_inside_the_sensitive_operations() -> None:
@@ -60,8 +61,24 @@ def test_bf16_is_bf16_with_fp32_inside_the_sensitive_operations() -> None:
     norm = layers.RMSNorm(4096).bfloat16()
     torch.testing.assert_close(norm(torch.full((1, 4096), 3.0, dtype=torch.bfloat16)), torch.ones(1, 4096).bfloat16())
     # x·(1+scale)+shift is rounded once: 1.0·(1 + 2^-9) + (-1) is 2^-9, which bf16 arithmetic would lose.
-    tiny = torch.tensor([2.0**-9], dtype=torch.bfloat16)
-    assert layers.modulate(torch.ones(1), torch.tensor([-1.0]).bfloat16(), tiny).item() == 2.0**-9
+    tiny = torch.full((1, 16), 2.0**-9, dtype=torch.bfloat16)
+    one, minus = torch.ones(1, 16).bfloat16(), -torch.ones(1, 16).bfloat16()
+    assert layers.modulate(one, minus, tiny)[0, 0].item() == 2.0**-9
+    normed = layers.RMSNorm(16).bfloat16().modulated(one, minus, tiny)[0, 0].item()
+    assert normed == pytest.approx(2.0**-9, rel=1e-3), "norm and modulation are rounded once, at the end"
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 8), (2, 5, 8)])
+def test_norm_and_modulation_against_the_formula(shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    norm = layers.RMSNorm(8).double()
+    x = torch.randn(2, 5, 8, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(8, dtype=torch.float64, requires_grad=True)
+    shift, scale = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    norm.weight = nn.Parameter(weight.detach().clone())
+    expected = reference.rms(x, weight) * (1 + scale) + shift
+    torch.testing.assert_close(norm.modulated(x, shift, scale), expected, rtol=1e-12, atol=1e-12)
+    assert torch.autograd.gradcheck(layers._NormModulate.apply, (x, weight, shift, scale))
 
 
 def hand_count(c: ModelConfig) -> int:
@@ -220,3 +237,21 @@ def test_checkpointing_is_off_when_evaluating() -> None:
     net(*inputs())
     with pytest.raises(AssertionError):
         net.train()(*inputs())
+
+
+def test_pixel_checkpointing_holds_little_memory_at_xl() -> None:
+    """Four PiT blocks and the output layer of XL, one image at 256 x 256 in bf16 (figures: docs/architecture.md)."""
+    from bench.pixel_memory import pixel_pathway_bytes
+
+    held = {policy: pixel_pathway_bytes(pixeldit_xl(), policy) / 2**20 for policy in ("none", "full")}
+    assert held["full"] <= 15.0
+    assert held["none"] <= 260.0, "no more than keeping every intermediate of a plain implementation"
+
+
+def test_held_memory_is_counted_by_hand() -> None:
+    from bench.pixel_memory import held_by
+
+    x, weight = torch.randn(1000), torch.randn(1000, requires_grad=True)
+    # exp keeps its result (4,000 bytes); the product by 2 keeps nothing and its result is the one returned (4,000).
+    assert held_by(lambda: (x * weight).exp() * 2.0) == 8_000
+    assert held_by(lambda: x.view(10, 100)) == 0

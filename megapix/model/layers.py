@@ -10,6 +10,8 @@ cost nothing.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,28 +19,68 @@ from torch import Tensor, nn
 from megapix.config import ModelConfig
 
 MLP_RATIO = 4
+EPS = 1e-6
 Rope = tuple[Tensor, Tensor]
 """Cosine and sine tables, each [L, h/2] float32 (`embed.rope_table`)."""
 
 
 class RMSNorm(nn.Module):
-    """RMSNorm with a learned weight, eps 1e-6, statistics in fp32; `fp32` returns before the final rounding."""
+    """RMSNorm with a learned weight, eps 1e-6, statistics in fp32; `wide` returns before the final rounding."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
 
-    def fp32(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), eps=1e-6)
+    def wide(self, x: Tensor) -> Tensor:
+        """Normalised in fp32, not rounded back."""
+        return F.rms_norm(wide(x), self.weight.shape, wide(self.weight), EPS)
+
+    def modulated(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        """norm(x)·(1 + scale) + shift, in fp32 inside, rounded once to the dtype of x."""
+        return _NormModulate.apply(x, self.weight, shift, scale)  # type: ignore[no-untyped-call]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fp32(x).to(x.dtype)
+        return self.wide(x).to(x.dtype)
 
 
-def modulate(x_fp32: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x·(1 + scale) + shift in fp32, returned in the dtype of `scale`."""
-    out = torch.addcmul(x_fp32, x_fp32, scale.float()) + shift.float()
-    return out.to(scale.dtype)
+def wide(x: Tensor) -> Tensor:
+    """fp32 of a half-precision tensor; fp32 and fp64 as they are."""
+    return x.float() if x.itemsize < 4 else x
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """x·(1 + scale) + shift in fp32, rounded once to the dtype of x."""
+    return (wide(x) * (1.0 + wide(scale)) + wide(shift)).to(x.dtype)
+
+
+class _NormModulate(torch.autograd.Function):
+    """RMSNorm and modulation as one operation with a backward written out.
+
+    The chain rule op by op would keep five fp32 tensors of x's size for backward; this keeps x itself, one number for
+    each row, and the scale, which lives in the modulation tensor anyway. Everything else is computed again.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        x32 = wide(x)
+        rstd = x32.square().mean(-1, keepdim=True).add_(EPS).rsqrt_()
+        ctx.save_for_backward(x, weight, scale, rstd)
+        ctx.shift_shape = shift.shape
+        normed = (x32 * rstd).mul_(wide(weight))
+        return torch.addcmul(normed, normed, wide(scale)).add_(wide(shift)).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        x, weight, scale, rstd = ctx.saved_tensors
+        g, w, unit = wide(grads[0]), wide(weight), wide(x) * rstd  # unit: x before the weight
+        g_unit = g * unit
+        d_scale = (g_unit * w).sum_to_size(scale.shape)
+        by_scale = wide(scale) + 1.0
+        d_weight = g_unit.mul_(by_scale).flatten(0, -2).sum(0)
+        g_w = (g * by_scale).mul_(w)
+        d_x = torch.addcmul(g_w, unit, (g_w * unit).mean(-1, keepdim=True), value=-1).mul_(rstd)
+        d_shift = g.sum_to_size(ctx.shift_shape)
+        return d_x.to(x.dtype), d_weight.to(weight.dtype), d_shift.to(x.dtype), d_scale.to(scale.dtype)
 
 
 def rotate(x_BLHh: Tensor, rope: Rope) -> Tensor:
@@ -62,8 +104,8 @@ class Attention(nn.Module):
     def forward(self, x_BLD: Tensor, rope: Rope) -> Tensor:
         qkv = self.qkv(x_BLD).view(*x_BLD.shape[:2], 3, self.heads, -1)  # [B, L, 3, H, h]
         q, k, v = qkv.unbind(2)  # [B, L, H, h]
-        q = rotate(self.q_norm.fp32(q), rope).to(v.dtype)
-        k = rotate(self.k_norm.fp32(k), rope).to(v.dtype)
+        q = rotate(self.q_norm.wide(q), rope).to(v.dtype)
+        k = rotate(self.k_norm.wide(k), rope).to(v.dtype)
         out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))  # [B, H, L, h]
         return self.proj(out.transpose(1, 2).flatten(2))  # [B, L, D]
 
@@ -116,8 +158,8 @@ class PatchBlock(nn.Module):
 
     def forward(self, x_BLD: Tensor, c_B1D: Tensor, rope: Rope) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c_B1D).chunk(6, dim=-1)  # [B, 1, D]
-        x_BLD = torch.addcmul(x_BLD, gate1, self.attn(modulate(self.norm1.fp32(x_BLD), shift1, scale1), rope))
-        return torch.addcmul(x_BLD, gate2, self.mlp(modulate(self.norm2.fp32(x_BLD), shift2, scale2)))
+        x_BLD = torch.addcmul(x_BLD, gate1, self.attn(self.norm1.modulated(x_BLD, shift1, scale1), rope))
+        return torch.addcmul(x_BLD, gate2, self.mlp(self.norm2.modulated(x_BLD, shift2, scale2)))
 
 
 class PiTBlock(nn.Module):
@@ -145,12 +187,12 @@ class PiTBlock(nn.Module):
         parts = modulation.view(*x_NPd.shape[:-1], -1).chunk(self.chunks, dim=-1)  # chunks × [N, P, d]
         if self.post:
             scale1, shift1, scale2, shift2 = parts
-            x_NPd = x_NPd + modulate(self._attend(self.norm1(x_NPd), s_BLD, rope).float(), shift1, scale1)
-            return x_NPd + modulate(self.mlp(self.norm2(x_NPd)).float(), shift2, scale2)
+            x_NPd = x_NPd + modulate(self._attend(self.norm1(x_NPd), s_BLD, rope), shift1, scale1)
+            return x_NPd + modulate(self.mlp(self.norm2(x_NPd)), shift2, scale2)
         shift1, scale1, gate1, shift2, scale2, gate2 = parts
-        attended = self._attend(modulate(self.norm1.fp32(x_NPd), shift1, scale1), s_BLD, rope)
+        attended = self._attend(self.norm1.modulated(x_NPd, shift1, scale1), s_BLD, rope)
         x_NPd = torch.addcmul(x_NPd, gate1, attended)
-        return torch.addcmul(x_NPd, gate2, self.mlp(modulate(self.norm2.fp32(x_NPd), shift2, scale2)))
+        return torch.addcmul(x_NPd, gate2, self.mlp(self.norm2.modulated(x_NPd, shift2, scale2)))
 
     def _attend(self, x_NPd: Tensor, s_BLD: Tensor, rope: Rope) -> Tensor:
         compact = self.compress_to_attn(x_NPd.view(*s_BLD.shape[:2], -1))  # [B, L, D]

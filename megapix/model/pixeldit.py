@@ -21,7 +21,7 @@ from megapix.model.embed import (
     pixel_position_table,
     rope_table,
 )
-from megapix.model.layers import FinalLayer, PatchBlock, PiTBlock
+from megapix.model.layers import FinalLayer, PatchBlock, PiTBlock, Rope
 
 CHANNELS = 3
 Checkpoint = Callable[..., Any]
@@ -71,27 +71,32 @@ class PixelDiT(nn.Module):
         patch, (height, width) = self.config.patch_size, x.shape[-2:]
         if height % patch or width % patch:
             raise ValueError(f"image size {height}x{width} is not divisible by the patch size {patch}")
-        rows, cols = height // patch, width // patch
-        rope = rope_table(rows, cols, self.config.width // self.config.heads, x.device)
-        positions = pixel_position_table(height, width, patch, self.config.pixel_width, x.device)
         x = x.to(self.s_embedder.proj.weight.dtype)
+        rope = rope_table(height // patch, width // patch, self.config.width // self.config.heads, x.device)
+        s = self.patch_pathway(x, t, y, rope)  # [B, L, D]
+        return self.pixel_pathway(x, s, rope)  # [B, C, H, W]
 
-        # patch pathway
+    def patch_pathway(self, x: Tensor, t: Tensor, y: Tensor, rope: Rope) -> Tensor:
+        """Semantics: attention and FFN over patches; returns the pixel pathway's condition [B, L, D]."""
+        patch = self.config.patch_size
         patches = rearrange(x, "b c (r i) (q j) -> b (r q) (c i j)", i=patch, j=patch)
         s = self.s_embedder(patches)  # [B, L, D]
         t_emb = self.t_embedder(t)[:, None]  # [B, 1, D]
         c = F.silu(t_emb + self.y_embedder(y)[:, None])  # [B, 1, D]
         for block in self.patch_blocks:
             s = block(s, c, rope)  # [B, L, D]
-        s = F.silu(t_emb + s)  # [B, L, D], the pixel pathway's condition
+        return F.silu(t_emb + s)  # [B, L, D]
 
-        # pixel pathway
+    def pixel_pathway(self, x: Tensor, s: Tensor, rope: Rope) -> Tensor:
+        """Texture: every pixel a token, conditioned on its patch's s [B, L, D]; returns the velocity [B, C, H, W]."""
+        patch, (height, width) = self.config.patch_size, x.shape[-2:]
+        positions = pixel_position_table(height, width, patch, self.config.pixel_width, x.device)
         pixels = rearrange(x, "b c (r i) (q j) -> b (r q) (i j) c", i=patch, j=patch)
         tokens = (self.pixel_embedder(pixels) + positions.to(x.dtype)).flatten(0, 1)  # [N, P, d]
         for block in self.pixel_blocks:
             tokens = self._run(block, tokens, s, rope)  # [N, P, d]
         out = self._run(self.final_layer, tokens)  # [N, P, C]
-        return rearrange(out, "(b r q) (i j) c -> b c (r i) (q j)", r=rows, q=cols, i=patch)  # [B, C, H, W]
+        return rearrange(out, "(b r q) (i j) c -> b c (r i) (q j)", r=height // patch, q=width // patch, i=patch)
 
     def _run(self, layer: nn.Module, *args: Any) -> Tensor:
         if self.checkpoint is None or not self.training:

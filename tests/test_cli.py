@@ -1,0 +1,373 @@
+"""What a user sees: help, one line and code 2 for bad input, on every rank and without a hang."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import megapix
+from megapix import checkpoint, cli, config, ds_config, weights
+from megapix.errors import InputError
+from megapix.prepare import plan
+from tests.launch import ROOT, start
+from tests.runs import SMALL, arguments
+
+
+@dataclass
+class Bad:
+    """A command that must fail: changes to the arguments, perhaps to the shards, and words of the message."""
+
+    change: Callable[[list[str], Path, Path], None]
+    words: tuple[str, ...]
+
+
+def option(name: str, value: str) -> Callable[[list[str], Path, Path], None]:
+    return lambda command, shards, out: command.extend([f"--{name}", value])
+
+
+def cut_shard(command: list[str], shards: Path, out: Path) -> None:
+    victim = shards / "shard-000001.tar"
+    victim.write_bytes(victim.read_bytes()[:-512])
+
+
+def other_run(command: list[str], shards: Path, out: Path) -> None:
+    other = config.replace(config.freeze(SMALL, 40), "optim.ema_decay", 0.5)
+    _checkpoint_of(other, shards, out, ranks=2)
+
+
+def other_ranks(command: list[str], shards: Path, out: Path) -> None:
+    _checkpoint_of(config.freeze(SMALL, 40), shards, out, ranks=7)
+
+
+def _checkpoint_of(c: config.Config, shards: Path, out: Path, ranks: int) -> None:
+    from megapix.shards import read_index
+
+    folder = out / "checkpoints" / "images-000000000080"
+    folder.mkdir(parents=True)
+    state = checkpoint.State(checkpoint.Counters(80, 80), c, read_index(shards).digest, ("a",) * 3, ranks)
+    (folder / "state.json").write_text(json.dumps(checkpoint._to_json(state)))
+    (folder.parent / "latest").write_text(folder.name)
+
+
+def below_a_file(command: list[str], shards: Path, out: Path) -> None:
+    (out.parent / "file").write_text("")
+    command.extend(["--out", str(out.parent / "file" / "run")])
+
+
+BAD = {
+    "missing shards": Bad(option("data.path", "nowhere"), ("shard folder 'nowhere' does not exist",)),
+    "empty shards": Bad(lambda c, s, o: (s / "index.json").unlink(), ("has no index.json", "run the same")),
+    "shard missing": Bad(lambda c, s, o: (s / "shard-000001.tar").unlink(), ("shard-000001.tar is missing",)),
+    "shard cut": Bad(cut_shard, ("shard-000001.tar has", "the index does not match its shards")),
+    "table changed": Bad(lambda c, s, o: (s / "samples.bin").write_bytes(bytes(800)), ("samples.bin has sha256",)),
+    "class count": Bad(option("model.num-classes", "5"), ("model.num_classes = 5", "holds 3 classes")),
+    "image size": Bad(option("data.image-size", "32"), ("data.image_size = 32", "are 16 pixels")),
+    "patch size": Bad(option("model.patch-size", "5"), ("data.image_size = 16", "not divisible", "patch_size = 5")),
+    "global batch": Bad(option("optim.global-batch", "9"), ("optim.global_batch = 9", "4 x 1.125 x 2")),
+    "micro batch": Bad(option("machine.micro-batch", "3"), ("3 x 1.33333 x 2", "divisible by 2 x")),
+    "heads": Bad(option("model.heads", "3"), ("model.heads = 3", "a divisor of model.width = 32")),
+    "span": Bad(option("optim.end-at", "12epochs"), ("optim.end_at = '12epochs'", "'160ep'")),
+    "no end": Bad(option("optim.end-at", "never"), ("optim.end_at = 'never'",)),
+    "dropout": Bad(option("flow.label-dropout", "1.5"), ("flow.label_dropout = 1.5", "0 to 1")),
+    "ds config": Bad(option("machine.ds-config", "zero3"), ("machine.ds_config = 'zero3'", "did you mean 'zero2'")),
+    "run folder": Bad(below_a_file, ("the run folder cannot be made",)),
+    "init": Bad(option("init", "nowhere"), ("'nowhere' holds no weights",)),
+    "other run": Bad(other_run, ("belongs to another run", "optim.ema_decay is 0.5 there and 0.9 here")),
+    "other ranks": Bad(other_ranks, ("was written by 7 ranks, but this run has 2",)),
+}
+
+
+@pytest.fixture
+def own_shards(shards: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(shards, tmp_path / "shards"))
+
+
+@pytest.mark.parametrize("name", [name for name in BAD if name != "init"])
+def test_bad_input_is_one_line_and_code_2(
+    name: str, own_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The check that launch.sh makes before it starts any rank."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    out = tmp_path / "run"
+    command = [*arguments(own_shards, out), "--dry-run"]
+    BAD[name].change(command, own_shards, out)
+    assert cli.main(command) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("megapix: error: ")
+    assert captured.err.count("\n") == 1
+    for words in BAD[name].words:
+        assert words in captured.err, captured.err
+
+
+@pytest.mark.parametrize("name", ["shard cut", "other run", "init"])
+def test_bad_input_ends_every_rank(name: str, own_shards: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    command = arguments(own_shards, out)
+    BAD[name].change(command, own_shards, out)
+    ranks = start(2, "megapix", command)
+    assert [rank.code for rank in ranks] == [2, 2]
+    lines = [line for line in ranks[0].err.splitlines() if line.startswith("megapix: error: ")]
+    assert len(lines) == 1
+    assert all(words in lines[0] for words in BAD[name].words)
+    assert all("Traceback" not in rank.err for rank in ranks)
+    assert "megapix: error" not in ranks[1].err, "the message comes once"
+
+
+def test_one_ranks_problem_reaches_every_rank(own_shards: Path, tmp_path: Path) -> None:
+    """A shard folder that only rank 1 cannot see."""
+    ranks = start(2, "tests.worker_one_bad", arguments(own_shards, tmp_path / "run"))
+    assert [rank.code for rank in ranks] == [2, 2]
+    assert "megapix: error: rank 1 on " in ranks[0].err
+    assert "shard folder 'gone' does not exist" in ranks[0].err
+
+
+def test_a_sample_that_turns_bad_in_mid_run_ends_with_its_name(own_shards: Path, tmp_path: Path) -> None:
+    """Same size, so the check at the start passes; the header tells when the sample is read."""
+    for shard in own_shards.glob("shard-*.tar"):
+        shard.write_bytes(bytes(shard.stat().st_size))
+    (rank,) = start(1, "megapix", arguments(own_shards, tmp_path / "run"))
+    assert rank.code == 2
+    line = rank.err.splitlines()[-1]
+    assert line.startswith("megapix: error: "), "on a line of its own, below the progress bar"
+    assert "the index does not match its shards" in line
+    assert "Traceback" not in rank.err
+
+
+def test_wrong_presets_options_and_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", "xl-265", "--data.path", "x"]) == 2
+    assert "preset 'xl-265' does not exist (did you mean 'xl-256'?)" in capsys.readouterr().err
+    assert cli.main(["trian"]) == 2
+    assert "command 'trian' does not exist (did you mean 'train'?)" in capsys.readouterr().err
+    assert cli.main(["train", "--data.path", "x"]) == 2
+    assert "expected a preset" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["train", "tiny", "--optim.learning-rate", "1"])
+    assert stop.value.code == 2
+    error = capsys.readouterr()
+    assert "--optim.learning-rate" in error.out + error.err
+    assert "Traceback" not in error.out + error.err
+
+
+@pytest.mark.parametrize(
+    ("knobs", "words"),
+    [
+        ({"train_batch_size": 8}, "'train_batch_size' does not belong here; it is set by optim.global_batch"),
+        ({"activation_checkpointing": {}}, "it is set by machine.pixel_checkpointing"),
+        ({"gradient_clipping": 1}, "it is set by optim.grad_clip"),
+        ({"bf16": {}}, "it is set by precision"),
+        ({"torch_autocast": {}}, "it is set by precision"),
+        ({"scheduler": {}}, "it is set by optim.lr_step_at and optim.lr_after"),
+        ({"zero_optimisation": {}}, "unknown key 'zero_optimisation' (did you mean 'zero_optimization'?)"),
+        ({"zero_optimization": {"stage": 3}}, "zero_optimization.stage = 3: expected 2"),
+    ],
+)
+def test_deepspeed_knobs_are_only_deepspeeds(knobs: dict[str, object], words: str, tmp_path: Path) -> None:
+    path = tmp_path / "knobs.json"
+    path.write_text(json.dumps(knobs))
+    with pytest.raises(InputError) as error:
+        ds_config.read_knobs(str(path))
+    assert words in str(error.value)
+    assert str(path) in str(error.value)
+
+
+def test_shipped_knobs_hold_nothing_of_ours() -> None:
+    for path in ds_config.DS_CONFIGS.glob("*.json"):
+        keys = json.loads(path.read_text())
+        assert not set(keys) & set(ds_config.OWNED), path
+        assert keys["zero_optimization"]["overlap_comm"] is False
+
+
+def test_a_knob_that_deepspeed_refuses_is_bad_input(own_shards: Path, tmp_path: Path) -> None:
+    path = tmp_path / "knobs.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 2, "reduce_buket_size": 1}}))
+    (rank,) = start(1, "megapix", arguments(own_shards, tmp_path / "run", "--machine.ds-config", str(path)))
+    assert rank.code == 2
+    assert "reduce_buket_size" in rank.err.splitlines()[-1]
+
+
+def test_configuration_files(own_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = [*arguments(own_shards, tmp_path / "run", "--optim.lr-step-at", "2.5ep"), "--dry-run"]
+    assert cli.main(command) == 0
+    resolved = json.loads(capsys.readouterr().out)
+    assert resolved["optim"]["lr_step_at"] == 100, "2.5 epochs of 40 images"
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(resolved))
+    assert cli.main(["train", "--config", str(path), "--dry-run", "--seed", "7"]) == 0
+    assert json.loads(capsys.readouterr().out) == resolved | {"seed": 7}
+    for text, words in (
+        ("{", "cannot be read as JSON"),
+        ("[]", "expected a table of options, found list"),
+        ('{"optim": {"lr_after_": 1}}', "optim: unknown key 'lr_after_' (did you mean 'lr_after'?)"),
+        ('{"seed": "one"}', "seed = 'one': input should be a valid integer"),
+        ('{"model": {"mlp": "silu"}}', "model: mlp = 'silu': input should be 'gelu' or 'swiglu'"),
+    ):
+        path.write_text(text)
+        assert cli.main(["train", "--config", str(path), "--dry-run"]) == 2
+        error = capsys.readouterr().err
+        assert words in error
+        assert str(path) in error
+
+
+def test_marks_are_complete_and_frozen() -> None:
+    marks = {key: mark for key, _, mark in config.leaves(config.Config())}
+    assert set(marks.values()) == {"identity", "schedule", "machine"}
+    schedule = {key for key, mark in marks.items() if mark == "schedule"}
+    assert schedule == {f"optim.{k}" for k in ("lr", "lr_after", "lr_step_at", "end_at", "warmup", "grad_clip")}
+    assert {key for key, mark in marks.items() if mark == "identity"} == {
+        "seed", "init", "precision", "data.image_size", "data.flip",
+        *(f"model.{k}" for k in config.ModelConfig.__dataclass_fields__),
+        *(f"flow.{k}" for k in config.FlowConfig.__dataclass_fields__),
+        *(f"optim.{k}" for k in ("global_batch", "beta1", "beta2", "weight_decay", "ema_decay")),
+    }  # fmt: skip
+
+
+def test_resume_reads_the_marks(own_shards: Path, tmp_path: Path) -> None:
+    asked = config.replace(config.replace(SMALL, "data.path", str(own_shards)), "out", str(tmp_path / "run"))
+    _checkpoint_of(config.freeze(SMALL, 40), own_shards, tmp_path / "run", ranks=2)
+    assert plan(asked, 2).changes == []
+    changed = config.replace(config.replace(asked, "optim.lr", 0.5), "machine.micro_batch", 1)
+    assert plan(changed, 2).changes == ["optim.lr: 0.002 -> 0.5"]
+    for key, value in (("model.mlp", "swiglu"), ("seed", 9), ("flow.time_shift", 3.0), ("optim.global_batch", 16)):
+        with pytest.raises(InputError, match=key):
+            plan(config.replace(asked, key, value), 2)
+
+
+def launch(folder: Path, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run launch.sh in `folder` with this interpreter."""
+    return subprocess.run(
+        [str(ROOT / "launch.sh"), *options],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHON": sys.executable} | environment,
+        cwd=folder,
+        timeout=300,
+    )
+
+
+def test_launcher_help_and_errors(own_shards: Path, tmp_path: Path) -> None:
+    done = launch(tmp_path, "--help")
+    assert done.returncode == 0
+    assert "usage: ./launch.sh" in done.stdout
+    assert launch(tmp_path).returncode == 2
+    done = launch(tmp_path, "--ranks", "many", "tiny")
+    assert (done.returncode, done.stderr) == (2, "launch.sh: error: --ranks = 'many': expected a number above 0\n")
+    done = launch(tmp_path, *arguments(tmp_path / "none", tmp_path / "run")[1:])
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "does not exist" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("tool", "answer", "words"),
+    [
+        ("g++", None, "no g++: DeepSpeed compiles its CPU communication op"),
+        ("df", "echo Avail; echo 64", "/dev/shm has 64 MiB free, 2 CPU ranks need 132"),
+        ("ninja", None, "no ninja beside"),
+    ],
+)
+def test_launcher_says_what_the_machine_lacks(
+    tool: str, answer: str | None, words: str, own_shards: Path, tmp_path: Path
+) -> None:
+    """The PATH holds the real tools but one, which is missing or answers as on a smaller machine."""
+    tools, python = tmp_path / "tools", tmp_path / "python"
+    tools.mkdir()
+    python.mkdir()
+    for name in ("bash", "dirname", "nproc", "wc", "df", "tail", "id", "rm", "g++", "ninja", "env"):
+        found = shutil.which(name, path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+        assert found, name
+        if name != tool:
+            (tools / name).symlink_to(found)
+    if answer:
+        (tools / tool).write_text(f"#!/bin/sh\n{answer}\n")
+        (tools / tool).chmod(0o755)
+    wrapper = python / "python"
+    wrapper.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    wrapper.chmod(0o755)
+    done = launch(tmp_path, *arguments(own_shards, tmp_path / "run")[1:], PATH=str(tools), PYTHON=str(wrapper))
+    assert done.returncode == 2
+    assert done.stderr.startswith("launch.sh: error: ")
+    assert words in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_launch_sh_trains_and_samples(own_shards: Path, tmp_path: Path) -> None:
+    """The whole way as a user goes it: launcher, two ranks, a worker each, then `megapix sample` and `export`."""
+    run = tmp_path / "run"
+    before = set(Path("/dev/shm").iterdir())
+    options = [*arguments(own_shards, run)[1:], "--optim.end-at", "24", "--data.workers", "1"]
+    done = launch(tmp_path, *options)
+    assert done.returncode == 0, done.stderr
+    assert "x ranks 2" in done.stdout
+    assert "finished: 24 images seen" in done.stdout
+    assert set(Path("/dev/shm").iterdir()) <= before, "the run's shared-memory segments are gone"
+    picture = tmp_path / "grid.png"
+    singles = tmp_path / "singles"
+    options = ["--per-class", "2", "--steps", "2", "--classes", "2", "0", "--singles", str(singles), "--zoom", "2"]
+    assert cli.main(["sample", str(run), "--out", str(picture), *options]) == 0
+    with Image.open(picture) as image:
+        assert image.size == (2 * (2 + 2 * 18), 2 * (2 + 2 * 18))
+        sheet = np.asarray(image)[::2, ::2]
+    assert sorted(path.name for path in singles.iterdir()) == [
+        "0000-000002.png", "0000-000003.png", "0002-000000.png", "0002-000001.png",
+    ]  # fmt: skip
+    with Image.open(singles / "0002-000001.png") as image:
+        assert np.array_equal(np.asarray(image), sheet[2:18, 20:36])
+    assert cli.main(["export", str(run), "--out", str(tmp_path / "exported")]) == 0
+    again = tmp_path / "again.png"
+    assert (
+        cli.main(["sample", str(tmp_path / "exported"), "--out", str(again), *options[:4], "--classes", "2", "0"]) == 0
+    )
+    with Image.open(again) as image:
+        assert np.array_equal(np.asarray(image), sheet)
+
+
+def test_sampling_from_python(own_shards: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    from megapix.model import PixelDiT
+
+    tensors = {name: p.detach() for name, p in PixelDiT(SMALL.model).named_parameters()}
+    folder = tmp_path / "exported"
+    made = weights.Weights(tensors, SMALL.model, SMALL.sampling, 16, ("a", "b", "c"), True, "here")
+    weights.export(made, folder)
+    net = megapix.load_model(folder, ema=True)
+    noise = torch.randn(2, 3, 16, 16)
+    images = megapix.sample.generate(
+        net, noise, torch.tensor([0, 2]), sampler="ab2", steps=3, guidance=2.0, interval=(0.1, 0.9), shift=1.0
+    )
+    assert torch.equal(images, noise), "an untrained network's velocity is zero"
+    with pytest.raises(InputError, match="holds EMA weights, but the raw ones were asked for"):
+        megapix.load_model(folder, ema=False)
+
+
+def test_sample_refuses_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from megapix.model import PixelDiT
+
+    tensors = {name: p.detach() for name, p in PixelDiT(SMALL.model).named_parameters()}
+    folder = tmp_path / "exported"
+    weights.export(weights.Weights(tensors, SMALL.model, SMALL.sampling, 16, ("a", "b", "c"), True, "here"), folder)
+    out = ["--out", str(tmp_path / "grid.png")]
+    for options, words in (
+        ([str(tmp_path / "none")], "holds no weights"),
+        ([str(folder), "--classes", "0", "3"], "class 3 does not exist: expected 0 to 2"),
+        ([str(folder), "--size", "18", "16"], "size 18x16 is not divisible by the patch size 4"),
+        ([str(folder), "--per-class", "0"], "--per-class = 0: expected at least 1"),
+        ([str(folder), "--steps", "0"], "steps"),
+        ([str(folder), "--raw"], "holds EMA weights"),
+    ):
+        assert cli.main(["sample", *options, *out]) == 2, options
+        error = capsys.readouterr().err
+        assert words in error
+        assert error.count("\n") == 1
+    assert not (tmp_path / "grid.png").exists()
