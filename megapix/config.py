@@ -250,7 +250,7 @@ def tiny() -> Config:
         model=ModelConfig(patch_size=4, width=128, depth=3, heads=4, pixel_width=16, pixel_depth=2, num_classes=5),
         data=DataConfig(image_size=32, flip=False, workers=1),
         optim=OptimConfig(
-            global_batch=32, lr=3e-3, lr_after=3e-4, lr_step_at=24_000, end_at=34_000, beta2=0.99, ema_decay=0.995
+            global_batch=32, lr=3e-3, lr_after=3e-4, lr_step_at=24_000, end_at=33_600, beta2=0.99, ema_decay=0.995
         ),
         machine=MachineConfig(pixel_checkpointing="none"),
         checkpoint=CheckpointConfig(every=8_000),

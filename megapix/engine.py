@@ -31,7 +31,7 @@ import deepspeed
 import deepspeed.comm
 from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import logger as deepspeed_logger
-from deepspeed.utils import safe_get_full_optimizer_state
+from deepspeed.utils import safe_get_full_optimizer_state, safe_set_full_fp32_param
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Processes
@@ -85,12 +85,16 @@ def pixel_checkpoint(policy: str) -> Checkpoint | None:
 def build(config: Config, layout: BatchLayout, network: PixelDiT) -> Any:
     """DeepSpeed's engine around `network`, with our optimizer and our schedule. Call it on every rank.
 
+    In bf16 the fp32 masters, and so the EMA, start from the network's fp32 weights; DeepSpeed alone would start them
+    from weights already rounded to bf16.
+
     Raises:
         InputError: DeepSpeed refuses a knob of the JSON.
     """
     import pydantic
 
     o = config.optim
+    initial = [p.detach().clone() for p in network.parameters()] if config.precision == "bf16" else []
     optimizer = AdamWWithEMA(network.parameters(), o.lr, (o.beta1, o.beta2), o.weight_decay, o.ema_decay)
     try:
         engine, *_ = deepspeed.initialize(
@@ -104,6 +108,8 @@ def build(config: Config, layout: BatchLayout, network: PixelDiT) -> Any:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
         raise InputError(f"machine.ds_config = {config.machine.ds_config!r}: {key}: {first['msg'].lower()}") from error
+    for p, value in zip(network.parameters() if initial else (), initial, strict=True):
+        safe_set_full_fp32_param(p, value)
     return engine
 
 

@@ -25,6 +25,7 @@ def main(precision: str, shards: str) -> None:
     c = config.replace(config.replace(SMALL, "precision", precision), "optim.lr_step_at", LR_STEP * STEP_BATCH)
     layout = config.batch_layout(c, world.size)
     net = engine.build_network(c.model, seed=1)
+    initial = {name: p.detach().clone() for name, p in net.named_parameters()}
     e = engine.build(c, layout, net)
     data = MicroBatches(shards, read_index(shards), seed=0, flip=True)
     parameters = dict(net.named_parameters())
@@ -33,6 +34,8 @@ def main(precision: str, shards: str) -> None:
         return {name: safe_get_full_fp32_param(p).clone() for name, p in parameters.items()}
 
     dense, rates = masters(), []
+    for name, value in initial.items():
+        assert torch.equal(dense[name], value), f"{name}: the masters do not start from the fp32 weights"
     for step in range(STEPS):
         before = masters()
         positions = np.arange(step * STEP_BATCH, (step + 1) * STEP_BATCH)
