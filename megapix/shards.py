@@ -6,15 +6,18 @@ A shard folder holds
     samples.bin                             one fixed-size record a sample, in the shards' order
     index.json                              what is in the folder; written last, so its presence means "complete"
 
-A sample is three tar members, KEY being nine digits (its number in the folder):
+and what only `data_prep` reads: plan.json, .receipts/ and rejected.jsonl.
+
+A sample is three tar members, KEY being nine digits (its number in the plan):
 
     KEY.cls     the class number, ASCII
     KEY.jpg     the image (or KEY.png, KEY.webp: members are sorted by extension)
     KEY.json    {"source": name in the source, "caption": …}
 
-The record of a sample (`RECORD`, little endian, 20 bytes) says where its image lies, so that a reader gets any sample
-with one `pread`: shard number (uint32), image bytes (uint32), offset of the image's data in the tar file (uint64),
-class number (int32). The 512 bytes before that offset are the member's tar header, which the reader checks.
+The record of a sample (`RECORD`, little endian, 24 bytes) says where its image lies, so that a reader gets any sample
+with one `pread`: place of the shard in the index's list (uint32), image bytes (uint32), offset of the image's data in
+the tar file (uint64), class number (int32), CRC-32 of the member's name (uint32). The 512 bytes before that offset are
+the member's tar header, whose name the reader checks.
 
 Standard library only: `data_prep` and the trainer share this file and nothing else.
 """
@@ -36,7 +39,7 @@ VERSION = 1
 INDEX_NAME = "index.json"
 TABLE_NAME = "samples.bin"
 IMAGE_EXTENSIONS = ("png", "jpg", "webp")
-RECORD = struct.Struct("<IIQi")
+RECORD = struct.Struct("<IIQiI")
 TAR_BLOCK = 512
 
 
@@ -57,6 +60,7 @@ class SampleRecord(NamedTuple):
     size: int
     offset: int
     label: int
+    name_crc: int
 
 
 @dataclass(frozen=True)
@@ -93,6 +97,8 @@ class Index:
     table_sha256: str
     image_policy: dict[str, Any]
     source: dict[str, Any]
+    rejected: int
+    """Samples of the source that could not be used; `rejected.jsonl` lists them."""
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -158,6 +164,7 @@ def read_index(folder: str | Path) -> Index:
             table_sha256=str(data["table_sha256"]),
             image_policy=dict(data["image_policy"]),
             source=dict(data["source"]),
+            rejected=int(data["rejected"]),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path}: a key is missing or of the wrong type: {error}") from error
@@ -170,7 +177,7 @@ def read_index(folder: str | Path) -> Index:
 def check_shards(folder: str | Path, index: Index) -> None:
     """Check that every file the index names is there with its size, and that the sample table has its hash.
 
-    Reads no image data: a stat for each shard and the table (20 bytes a sample).
+    Reads no image data: a stat for each shard and the table (24 bytes a sample).
 
     Raises:
         InputError: naming the first file that is missing or differs, with both values.

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep.sources import ImageFolder
-from data_prep.write import Options, write
+from data_prep.plan import Options
+from data_prep.sources.image_folder import ImageFolder
+from data_prep.write import write
 
 CLASSES = ("blue", "green", "red")
 
@@ -33,5 +34,5 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def shards(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Those images as three shards."""
     out = tmp_path_factory.mktemp("shards") / "small"
-    write(ImageFolder.open(image_folder), out, Options(16, "png", 95, 16, 0), workers=1, progress=False)
+    write(ImageFolder.open(image_folder), out, Options(16, samples_per_shard=16), workers=1, progress=False)
     return out

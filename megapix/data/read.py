@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
+import zlib
 from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
 
 from megapix.errors import InputError
-from megapix.shards import RECORD, TABLE_NAME, TAR_BLOCK, Index, SampleRecord, sample_key
+from megapix.shards import RECORD, TABLE_NAME, TAR_BLOCK, Index, SampleRecord
 
-RECORD_DTYPE = np.dtype([("shard", "<u4"), ("size", "<u4"), ("offset", "<u8"), ("label", "<i4")])
+RECORD_DTYPE = np.dtype([("shard", "<u4"), ("size", "<u4"), ("offset", "<u8"), ("label", "<i4"), ("name_crc", "<u4")])
 assert RECORD_DTYPE.itemsize == RECORD.size
 MAX_OPEN_SHARDS = 64
 """Open files of one process: shards are opened when needed, and the least recently used is closed."""
@@ -39,15 +40,16 @@ class ShardReader:
             data = os.pread(self._open(record.shard, path), TAR_BLOCK + record.size, start)
         except OSError as error:
             raise InputError(f"{path}: cannot be read: {error.strerror}") from error
-        extension, key = self.index.image_extension, sample_key(sample)
-        name = data[:100].rstrip(b"\0").decode("ascii", "replace")
-        if name != f"{key}.{extension}" or len(data) != TAR_BLOCK + record.size:
+        name = data[:100].rstrip(b"\0")
+        if zlib.crc32(name) != record.name_crc or len(data) != TAR_BLOCK + record.size:
             raise InputError(
-                f"{path}: expected {key}.{extension} with {record.size} bytes at byte {start}, found {name!r}: "
-                "the index does not match its shards; prepare the folder again"
+                f"{path}: sample {sample}: expected an image of {record.size} bytes with its header at byte {start}, "
+                f"found {name.decode('ascii', 'replace')!r}: the index does not match its shards; "
+                "prepare the folder again"
             )
+        key = name.decode().rpartition("/")[2].partition(".")[0]
         label = str(record.label).encode()
-        return {"__key__": key, "__url__": str(path), extension: data[TAR_BLOCK:], "cls": label}
+        return {"__key__": key, "__url__": str(path), self.index.image_extension: data[TAR_BLOCK:], "cls": label}
 
     def _open(self, shard: int, path: Path) -> int:
         if shard in self._files:

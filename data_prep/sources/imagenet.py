@@ -1,0 +1,55 @@
+"""ImageNet's training set as it ships: one tar file for each synset, in a folder or inside one large tar file."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from data_prep.source import Item, is_image
+from data_prep.sources.tars import TarReader, members
+from megapix.errors import InputError
+
+SYNSET = re.compile(r"(?:.*/)?(n\d{8})\.tar")
+
+
+@dataclass(frozen=True)
+class SynsetTars:
+    """ILSVRC2012 train; classes are the synsets (n01440764, …) in order, which is the usual class numbering."""
+
+    classes: tuple[str, ...]
+    items: Sequence[Item]
+    reader: TarReader = field(default_factory=TarReader)
+    about: dict[str, Any] = field(default_factory=lambda: {"kind": "ImageNet synset tars"})
+
+    @staticmethod
+    def recognises(path: Path) -> bool:
+        """Whether there are tar files named by synset."""
+        if path.is_dir():
+            return any(SYNSET.fullmatch(entry.name) for entry in path.iterdir())
+        return path.suffix == ".tar" and any(SYNSET.fullmatch(name) for name, _, _ in members(path))
+
+    @classmethod
+    def open(cls, path: Path) -> SynsetTars:
+        """List the images of every synset.
+
+        Raises:
+            InputError: no synset tar, or one that is damaged or holds no image.
+        """
+        found: list[tuple[str, Path, int, int | None]]
+        if path.is_dir():
+            found = [(m[1], p, 0, None) for p in sorted(path.iterdir()) if (m := SYNSET.fullmatch(p.name))]
+        else:
+            found = [(m[1], path, at, at + size) for name, at, size in members(path) if (m := SYNSET.fullmatch(name))]
+        if not found:
+            raise InputError(f"source {str(path)!r} holds no synset tar such as n01440764.tar")
+        found.sort(key=lambda entry: entry[0])
+        items: list[Item] = []
+        for label, (synset, file, start, end) in enumerate(found):
+            images = sorted(entry for entry in members(file, start, end) if is_image(entry[0]))
+            if not images:
+                raise InputError(f"{file}: synset {synset} holds no image")
+            items += [Item(f"{synset}/{name}", label, synset, (str(file), at, size)) for name, at, size in images]
+        return cls(tuple(synset for synset, *_ in found), items)

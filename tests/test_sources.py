@@ -1,0 +1,266 @@
+"""Every kind of source, made here as it ships, comes out as the same shards as the image folder it was made from."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import tarfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import webdataset
+
+from data_prep.plan import Options
+from data_prep.source import Source
+from data_prep.sources import open_source
+from data_prep.sources.edm2_zip import Edm2Zip
+from data_prep.sources.image_folder import ImageFolder
+from data_prep.sources.imagenet import SynsetTars
+from data_prep.sources.labelled import LabelledImages
+from data_prep.sources.shards import Shards
+from data_prep.write import write
+from megapix.errors import InputError
+
+SYNSETS = ("n01440764", "n01443537", "n02085620")
+
+
+def files(image_folder: Path) -> list[tuple[int, Path]]:
+    """(class number, file) of every image of the fixture."""
+    classes = sorted(entry.name for entry in image_folder.iterdir())
+    return [(classes.index(p.relative_to(image_folder).parts[0]), p) for p in sorted(image_folder.rglob("*.png"))]
+
+
+def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(data)
+    tar.addfile(member, io.BytesIO(data))
+
+
+def synset_tars(image_folder: Path, out: Path) -> Path:
+    out.mkdir()
+    for label, synset in enumerate(SYNSETS):
+        with tarfile.open(out / f"{synset}.tar", "w") as tar:
+            for number, path in files(image_folder):
+                if number == label:
+                    add(tar, f"{synset}_{path.stem}.JPEG", path.read_bytes())
+    (out / "README.txt").write_text("not a tar")
+    return out
+
+
+def tar_of_tars(image_folder: Path, out: Path) -> Path:
+    folder = synset_tars(image_folder, out.parent / "synsets")
+    with tarfile.open(out.with_suffix(".tar"), "w") as tar:
+        for path in sorted(folder.glob("*.tar"), reverse=True):
+            tar.add(path, path.name)
+    return out.with_suffix(".tar")
+
+
+def edm2_zip(image_folder: Path, out: Path) -> Path:
+    path = out.with_suffix(".zip")
+    labels = []
+    with zipfile.ZipFile(path, "w") as archive:
+        for label, file in files(image_folder):
+            name = f"00000/img{file.stem}.png"
+            archive.write(file, name)
+            labels.append([name, label])
+        archive.writestr("dataset.json", json.dumps({"labels": labels}))
+    return path
+
+
+def existing_shards(image_folder: Path, out: Path) -> Path:
+    out.mkdir()
+    chosen = files(image_folder)
+    for number in range(2):
+        with open(out / f"{number:05d}.tar", "wb") as file, webdataset.TarWriter(file) as tar:
+            for label, path in chosen[number::2]:
+                sample = {"__key__": f"sub/{path.stem}", "png": path.read_bytes(), "cls": label, "txt": f"no {label}"}
+                tar.write(sample)
+    return out
+
+
+def flat_folder(image_folder: Path, out: Path) -> Path:
+    out.mkdir()
+    for _, path in files(image_folder):
+        (out / path.name).write_bytes(path.read_bytes())
+    (out.parent / "labels.txt").write_text(
+        "".join(f"{path.name} {SYNSETS[label]}\n" for label, path in files(image_folder))
+    )
+    return out
+
+
+def flat_tar(image_folder: Path, out: Path) -> Path:
+    ordered = sorted(files(image_folder), key=lambda pair: pair[1].name)
+    with tarfile.open(out.with_suffix(".tar"), "w") as tar:
+        for _, path in reversed(ordered):
+            add(tar, path.name, path.read_bytes())
+    (out.parent / "labels.txt").write_text("".join(f"{label}\n" for label, _ in ordered))
+    return out.with_suffix(".tar")
+
+
+KINDS: dict[str, tuple[Callable[[Path, Path], Path], type, tuple[str, ...]]] = {
+    "synset tars": (synset_tars, SynsetTars, SYNSETS),
+    "tar of tars": (tar_of_tars, SynsetTars, SYNSETS),
+    "edm2 zip": (edm2_zip, Edm2Zip, ("0", "1", "2")),
+    "shards": (existing_shards, Shards, ("0", "1", "2")),
+    "flat folder": (flat_folder, LabelledImages, SYNSETS),
+    "flat tar": (flat_tar, LabelledImages, ("0", "1", "2")),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sources(kind: str, image_folder: Path, tmp_path: Path) -> None:
+    make, expected_type, classes = KINDS[kind]
+    path = make(image_folder, tmp_path / "source")
+    labels = tmp_path / "labels.txt"
+    source: Source = open_source(path, labels=labels if labels.exists() else None)
+    assert type(source) is expected_type, "recognised"
+    assert tuple(source.classes) == classes
+    assert len(pickle.dumps(source.reader)) < 1000, "the list does not travel with every shard"
+    out = tmp_path / "out"
+    write(source, out, Options(16, samples_per_shard=16), workers=1, progress=False)
+    urls = [str(shard) for shard in sorted(out.glob("shard-*.tar"))]
+    found = sorted(
+        (s["cls"], s["png"].tobytes()) for s in webdataset.WebDataset(urls, shardshuffle=False).decode("pil")
+    )
+    folder = ImageFolder.open(image_folder)
+    direct = tmp_path / "direct"
+    write(folder, direct, Options(16, samples_per_shard=16), workers=1, progress=False)
+    urls = [str(shard) for shard in sorted(direct.glob("shard-*.tar"))]
+    expected = sorted(
+        (s["cls"], s["png"].tobytes()) for s in webdataset.WebDataset(urls, shardshuffle=False).decode("pil")
+    )
+    assert found == expected
+    if kind == "shards":
+        assert {item.caption for item in source.items} == {"no 0", "no 1", "no 2"}
+
+
+def test_our_own_shards_are_a_source_with_class_names(shards: Path, tmp_path: Path) -> None:
+    source = open_source(shards)
+    assert isinstance(source, Shards)
+    assert source.classes == ("blue", "green", "red")
+    assert {item.caption for item in source.items} == {"blue", "green", "red"}
+
+
+def test_bad_sources(image_folder: Path, tmp_path: Path) -> None:
+    flat = flat_folder(image_folder, tmp_path / "flat")
+    labels = tmp_path / "labels.txt"
+    lines = labels.read_text().splitlines()
+    zipped = edm2_zip(image_folder, tmp_path / "zipped")
+    with zipfile.ZipFile(tmp_path / "bare.zip", "w") as archive:
+        archive.writestr("a.png", b"")
+    with zipfile.ZipFile(zipped) as archive, zipfile.ZipFile(tmp_path / "fewer.zip", "w") as fewer:
+        for name in archive.namelist():
+            if name != "dataset.json":
+                fewer.writestr(name, archive.read(name))
+        fewer.writestr("dataset.json", json.dumps({"labels": json.loads(archive.read("dataset.json"))["labels"][:-1]}))
+    with tarfile.open(tmp_path / "odd.tar", "w") as tar:
+        add(tar, "a.cls", b"1")
+    with tarfile.open(tmp_path / "words.tar", "w") as tar:
+        add(tar, "a.cls", b"cat")
+        add(tar, "a.png", b"")
+    cases: list[tuple[Callable[[], object], str]] = [
+        (lambda: open_source(tmp_path / "none"), "does not exist"),
+        (lambda: open_source(flat), "of no known kind .* flat images need --labels FILE"),
+        (lambda: open_source(flat, name="edm-zip"), "'edm-zip' is not a kind of source .did you mean 'edm2-zip'"),
+        (lambda: open_source(flat, name="shards", labels=labels), "not with --source shards"),
+        (lambda: open_source(tmp_path / "bare.zip"), "dataset.json is missing"),
+        (lambda: open_source(tmp_path / "fewer.zip"), "dataset.json has no label for '00000/img"),
+        (lambda: open_source(tmp_path / "odd.tar"), "sample 'a': expected one image and one cls"),
+        (lambda: open_source(tmp_path / "words.tar"), "cls is 'cat', not a number"),
+        (lambda: open_source(flat, labels=tmp_path / "none.txt"), "none.txt: cannot be read"),
+    ]
+    for call, message in cases:
+        with pytest.raises(InputError, match=message):
+            call()
+    for text, message in (
+        ("\n".join(lines[:-1]), "has 39 lines, but there are 40 images"),
+        ("\n".join([*lines[:-1], "other.png n01440764"]), "has no line for image"),
+        ("\n".join([*lines[:-1], "a b c"]), "expected LABEL, or NAME LABEL"),
+    ):
+        labels.write_text(text)
+        with pytest.raises(InputError, match=message):
+            open_source(flat, labels=labels)
+
+
+def test_names_must_be_unique(image_folder: Path, tmp_path: Path) -> None:
+    folder = ImageFolder.open(image_folder)
+    twice = ImageFolder(folder.classes, [*folder.items, folder.items[0]], folder.reader)
+    with pytest.raises(InputError, match=r"the source holds 'blue/\S+' twice"):
+        write(twice, tmp_path / "out", Options(16), workers=1, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda f: (f / "shard-000001.tar").unlink(), "shard-000001.tar is missing"),
+        (lambda f: _flip(f / "shard-000001.tar", 700), "shard-000001.tar: sha256 differs from the index"),
+        (lambda f: _flip(f / "samples.bin", 30), "samples.bin has sha256"),
+    ],
+)
+def test_verify_finds_damage(
+    damage: Callable[[Path], None], words: str, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import shutil
+
+    from data_prep import cli
+
+    out = tmp_path / "out"
+    shutil.copytree(shards, out)
+    assert cli.main(["verify", str(out), "--workers", "1"]) == 0
+    assert "everything is as the index says" in capsys.readouterr().out
+    damage(out)
+    assert cli.main(["verify", str(out), "--workers", "1"]) == 2
+    assert words in capsys.readouterr().err
+
+
+def _flip(path: Path, place: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)
+
+
+def test_verify_looks_into_the_samples(shards: Path, tmp_path: Path) -> None:
+    """A shard whose hash was brought up to date after its samples were spoilt."""
+    import shutil
+
+    from data_prep.shard import sha256_of
+    from data_prep.verify import verify
+
+    out = tmp_path / "out"
+    shutil.copytree(shards, out)
+    with tarfile.open(out / "shard-000000.tar") as tar:
+        image, label = tar.getmember("000000003.png"), tar.getmember("000000005.cls")
+    data = bytearray((out / "shard-000000.tar").read_bytes())
+    data[image.offset_data : image.offset_data + 8] = bytes(8)
+    data[label.offset_data : label.offset_data + 1] = b"9"
+    (out / "shard-000000.tar").write_bytes(data)
+    index = json.loads((out / "index.json").read_text())
+    index["shards"][0]["sha256"] = sha256_of(out / "shard-000000.tar")
+    (out / "index.json").write_text(json.dumps(index))
+    faults = list(verify(out, workers=1, progress=False))
+    assert len(faults) == 2
+    assert "sample 000000003: cannot be decoded" in faults[0]
+    assert "sample 000000005: the class differs from samples.bin" in faults[1]
+
+
+def test_inspect(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import numpy as np
+    from PIL import Image
+
+    from data_prep import cli
+
+    sheet = tmp_path / "sheet.png"
+    assert cli.main(["inspect", str(shards), "--sheet", str(sheet), "--columns", "4", "--rows", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "40 images of 16 pixels in 3 shards" in out
+    assert "0 blue        14 ########################################" in out
+    assert "8 images" in out
+    with Image.open(sheet) as image:
+        pixels = np.asarray(image)
+    assert pixels.shape == (2 + 2 * 18, 2 + 4 * 18, 3)
+    blue, green = pixels[2:18, 2:18].mean((0, 1)), pixels[20:36, 2:18].mean((0, 1))
+    assert blue.argmax() == 2
+    assert green.argmax() == 1
