@@ -47,15 +47,15 @@ def uniform(seed: int, purpose: Purpose, positions: NDArray[np.int64]) -> NDArra
     return ((bits(seed, purpose, positions) >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
 
 
-def permuted(seed: int, epoch: int, size: int, indices: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Places of `indices` under the epoch's permutation of range(size): int64 of the same shape.
+def permuted(seed: int, stream: int, size: int, indices: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Places of `indices` under permutation number `stream` of range(size): int64 of the same shape.
 
     A six-round Feistel network on the smallest even number of bits that holds `size`, walked until the value falls
-    inside the range: a bijection in constant memory, so any position of any epoch is found at once.
+    inside the range: a bijection in constant memory, so the place of any index is found at once.
     """
     half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
     mask = (np.uint64(1) << half) - np.uint64(1)
-    round_keys = bits(seed, Purpose.ORDER, np.arange(6, dtype=np.int64) + np.int64(6) * np.int64(epoch))
+    round_keys = bits(seed, Purpose.ORDER, np.arange(6, dtype=np.int64) + np.int64(6) * np.int64(stream))
 
     def encrypt(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
         left, right = x >> half, x & mask

@@ -226,7 +226,7 @@ def test_marks_are_complete_and_frozen() -> None:
     schedule = {key for key, mark in marks.items() if mark == "schedule"}
     assert schedule == {f"optim.{k}" for k in ("lr", "lr_after", "lr_step_at", "end_at", "warmup", "grad_clip")}
     assert {key for key, mark in marks.items() if mark == "identity"} == {
-        "seed", "init", "precision", "data.image_size", "data.flip",
+        "seed", "init", "precision", "data.image_size", "data.flip", "data.shuffle_window",
         *(f"model.{k}" for k in config.ModelConfig.__dataclass_fields__),
         *(f"flow.{k}" for k in config.FlowConfig.__dataclass_fields__),
         *(f"optim.{k}" for k in ("global_batch", "beta1", "beta2", "weight_decay", "ema_decay")),

@@ -72,11 +72,55 @@ def test_every_world_draws_the_same_positions_once(layout: BatchLayout) -> None:
         assert sorted(chain(*drawn)) == expected
 
 
-def test_positions_run_on_over_epochs_and_lose_nothing() -> None:
-    positions = np.arange(0, 3 * 7)
-    samples = order.samples_at(5, 7, positions).reshape(3, 7)
-    assert all(sorted(epoch.tolist()) == list(range(7)) for epoch in samples)
-    assert order.samples_at(5, 7, np.array([20, 0, 8])).tolist() == [samples[2, 6], samples[0, 0], samples[1, 1]]
+SIZES = (3, 2, 3, 2, 5, 1, 4)
+
+
+@pytest.mark.parametrize("window", [0, 1, 2, 3, 7, 100])
+def test_each_epoch_holds_every_sample_once_window_by_window(window: int) -> None:
+    shard_of = np.repeat(np.arange(len(SIZES)), SIZES)
+    total = len(shard_of)
+    samples = order.SampleOrder(5, SIZES, window).at(np.arange(4 * total)).reshape(4, total)
+    for epoch in samples:
+        assert sorted(epoch.tolist()) == list(range(total))
+        # A window is a run of whole shards: walking the epoch, its shards are exhausted before others begin.
+        width = window or len(SIZES)
+        seen = list(dict.fromkeys(shard_of[epoch].tolist()))
+        for start in range(0, len(SIZES), width):
+            chosen = seen[start : start + width]
+            count = sum(SIZES[shard] for shard in chosen)
+            assert set(shard_of[epoch[:count]].tolist()) == set(chosen)
+            epoch = epoch[count:]
+    assert len({tuple(epoch.tolist()) for epoch in samples}) == 4, "every epoch has its own order"
+
+
+def test_the_order_is_frozen() -> None:
+    """The worked example of order.py; the order defines every run, so it may never change."""
+    example = order.SampleOrder(0, (3, 2, 3, 2), 2)
+    assert example.at(np.arange(20)).tolist() == [1, 8, 0, 9, 2, 7, 4, 5, 3, 6, 6, 3, 4, 5, 7, 2, 9, 1, 0, 8]
+
+
+def test_any_position_is_found_alone_and_in_any_company() -> None:
+    whole = order.SampleOrder(5, SIZES, 3).at(np.arange(200))
+    generator = np.random.default_rng(0)
+    for _ in range(50):
+        chosen = generator.integers(0, 200, generator.integers(1, 30))
+        assert order.SampleOrder(5, SIZES, 3).at(chosen).tolist() == whole[chosen].tolist()
+
+
+def test_one_window_does_not_depend_on_how_the_shards_are_cut() -> None:
+    """Perfect shuffle: the order of shards inside the one window is immaterial to its quality."""
+    positions = np.arange(20_000)
+    sharded = order.SampleOrder(1, [1000] * 20, 0).at(positions)
+    assert np.abs(np.diff(sharded)).mean() == pytest.approx(20_000 / 3, rel=0.03)
+
+
+def test_a_far_position_costs_what_a_near_one_does() -> None:
+    """1.3 million samples in 1,300 shards, epoch 300: found at once, and the same as by walking there."""
+    sizes = [1000] * 1300
+    far = np.array([300 * 1_300_000 + 1_234_567])
+    assert 0 <= order.SampleOrder(0, sizes, 64).at(far)[0] < 1_300_000
+    nearby = np.arange(far[0] - 5, far[0] + 5)
+    assert order.SampleOrder(0, sizes, 64).at(nearby)[5] == order.SampleOrder(0, sizes, 64).at(far)[0]
 
 
 def collect(shards: Path, workers: int, layout: BatchLayout, position: int, steps: int) -> dict[int, tuple[bytes, int]]:
@@ -111,7 +155,7 @@ def test_the_loader_agrees_with_stock_webdataset(shards: Path) -> None:
     ]
     assert len(stock) == index.samples
     ours = collect(shards, 0, BatchLayout(index.samples, 1, 1), 0, 1)
-    samples = order.samples_at(3, index.samples, np.arange(index.samples))
+    samples = order.SampleOrder(3, [shard.samples for shard in index.shards], 0).at(np.arange(index.samples))
     flipped = 0
     for place, sample in enumerate(samples.tolist()):
         image, label = stock[sample]

@@ -3,7 +3,7 @@
 Stage by stage, in worker processes (or, with workers = 0, in the training process):
 
     order.micro_batches   positions of this rank's next micro batches, from the run's position on
-    order.samples_at      position -> sample number, by the epoch's permutation
+    order.SampleOrder     position -> sample number, by the epoch's permutation
     read.ShardReader      sample number -> encoded image and label, one pread
     decode.Decoder        -> uint8 image [3, H, W]
     flip                  mirrored where (seed, position) says so
@@ -57,8 +57,9 @@ class Batch:
 class MicroBatches(Dataset[Batch]):
     """Maps an array of positions to its `Batch`; the reader is opened in the process that uses it."""
 
-    def __init__(self, folder: str | Path, index: Index, seed: int, flip: bool) -> None:
+    def __init__(self, folder: str | Path, index: Index, seed: int, flip: bool, window: int = 0) -> None:
         self.folder, self.index, self.seed, self.flip = folder, index, seed, flip
+        self._order = order.SampleOrder(seed, [shard.samples for shard in index.shards], window)
         self._reader: ShardReader | None = None
         self._decoder = Decoder(index.image_size)
 
@@ -66,7 +67,7 @@ class MicroBatches(Dataset[Batch]):
         """The micro batch, or the InputError: an exception would reach the trainer wrapped in a traceback."""
         if self._reader is None:
             self._reader = ShardReader(self.folder, self.index)
-        samples = order.samples_at(self.seed, self.index.samples, positions)
+        samples = self._order.at(positions)
         images = np.empty((len(positions), 3, self.index.image_size, self.index.image_size), np.uint8)
         labels = np.empty(len(positions), np.int64)
         mirrored = draws.uniform(self.seed, Purpose.FLIP, positions) < 0.5
@@ -88,7 +89,7 @@ def batches(
         InputError: a sample cannot be read or decoded; names shard and key.
     """
     loader = DataLoader(
-        MicroBatches(config.path, index, seed, config.flip),
+        MicroBatches(config.path, index, seed, config.flip, config.shuffle_window),
         batch_size=None,
         sampler=order.micro_batches(position, layout, rank, skipped),
         num_workers=config.workers,
