@@ -97,6 +97,8 @@ class DataConfig:
     """Mirror an image with probability 1/2, decided by seed and position."""
     shuffle_window: int = _identity(0)
     """Shards whose samples are shuffled together; 0 is all of them, a perfect shuffle."""
+    max_replaced: int = _machine(100)
+    """Damaged samples that one rank may replace by others before the run stops; 0 stops at the first."""
     workers: int = _machine(4)
     """Processes of each rank that read and decode; 0 decodes in the training process."""
 
@@ -384,6 +386,7 @@ def validate(config: Config) -> None:
             f"({d.image_size} = {d.image_size // m.patch_size} x {m.patch_size} + {d.image_size % m.patch_size})"
         )
     need(d.shuffle_window >= 0, "data.shuffle_window", "0 (all shards) or more")
+    need(d.max_replaced >= 0, "data.max_replaced", "0 (stop at the first) or more")
     need(d.workers >= 0, "data.workers", "0 or more")
     need(config.flow.t_std > 0, "flow.t_std", "above 0")
     need(config.flow.time_shift > 0, "flow.time_shift", "above 0")

@@ -7,7 +7,7 @@ import socket
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import Any, TextIO, TypeVar, cast
 
 from megapix.errors import InputError
 
@@ -30,10 +30,19 @@ class World:
     def say(self, message: str) -> None:
         """Print a line on rank 0, above a progress bar if there is one."""
         if self.main:
-            from tqdm import tqdm
+            _print(f"megapix: {message}", sys.stdout)
 
-            tqdm.write(f"megapix: {message}", file=sys.stdout)
-            sys.stdout.flush()
+
+def warn(message: str) -> None:
+    """Print a warning on this rank, whichever it is."""
+    _print(f"megapix: warning: {message}", sys.stderr)
+
+
+def _print(line: str, file: TextIO) -> None:
+    from tqdm import tqdm
+
+    tqdm.write(line, file=file)
+    file.flush()
 
 
 class Agreed(InputError):

@@ -27,6 +27,7 @@ class Purpose(IntEnum):
     LABEL_DROPOUT = 4
     NOISE = 5
     SAMPLE_NOISE = 6
+    REPLACEMENT = 7
 
 
 def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import logging
 import os
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.utils.checkpoint
+import torch.utils.cpp_extension
 
 from megapix.config import BatchLayout, Config, ModelConfig
 from megapix.dist import World
@@ -51,8 +53,26 @@ def start(world: World) -> torch.device:
     # Called by DeepSpeed; nothing that a user of megapix could change.
     warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)
     get_accelerator().set_device(world.local_rank)
+    if get_accelerator().device_name() == "cpu":
+        _load_comm_op()
     deepspeed.init_distributed(get_accelerator().communication_backend_name(), auto_mpi_discovery=False, verbose=False)
     return torch.device(get_accelerator().current_device_name())
+
+
+def _load_comm_op() -> None:
+    """Compile (once on a machine) and load DeepSpeed's CPU communication op before anything waits for it.
+
+    torch guards its build folder with a file that a killed process leaves behind, and every later run would wait for it
+    for ever. Our own lock ends with its process, and whoever holds it knows that such a file is a leftover.
+    """
+    builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
+    if builder is None:
+        return
+    folder = Path(torch.utils.cpp_extension._get_build_directory(builder.name, verbose=False))
+    with open(folder.parent / f".{builder.name}.flock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        (folder / "lock").unlink(missing_ok=True)
+        builder.load(verbose=False)
 
 
 def stop() -> None:

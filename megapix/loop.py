@@ -33,7 +33,7 @@ def train(asked: Config, world: World) -> None:
         InputError: bad input, found before the first step and raised on every rank; or a sample that cannot be read.
         FloatingPointError: every recent step was skipped.
     """
-    if world.size > 1 and not torch.cuda.is_available():
+    if not torch.cuda.is_available():
         world.say(
             "joining CPU ranks (the first time on a machine, DeepSpeed compiles a communication op: about a minute)"
         )
@@ -64,7 +64,7 @@ def _steps(e: Any, p: Plan, counters: Counters, world: World, device: torch.devi
     c, run, total, skipped = p.config, Path(p.config.out), p.layout.total, counters.skipped
     schedule, position, in_a_row, logged = e.lr_scheduler, counters.position, 0, counters.position
     batches = loader.batches(c.data, p.index, c.seed, p.layout, world.rank, position, skipped)
-    meter, clock = metrics.LossMeter(device), metrics.Clock()
+    meter, clock, replaced = metrics.LossMeter(device), metrics.Clock(), 0
     bar = tqdm(total=p.end, initial=schedule.images_seen, unit="img", disable=not world.main, **_bar_style())
     board = metrics.Writer(run / "tensorboard", position // total, enabled=world.main)
     board.configuration(position // total, config.to_dict(c))
@@ -75,6 +75,9 @@ def _steps(e: Any, p: Plan, counters: Counters, world: World, device: torch.devi
             for _ in range(p.layout.accumulation):
                 with clock.waiting():
                     batch = next(batches)
+                replaced += len(batch.replaced)
+                for fault in batch.replaced:
+                    dist.warn(f"rank {world.rank} replaced a damaged sample: {fault}")
                 images, labels = (x.to(device, non_blocking=True) for x in (batch.images, batch.labels))
                 loss, t = flow.training_loss(e, images, labels, batch.positions, c.seed, c.flow)
                 e.backward(loss.mean())
@@ -92,6 +95,7 @@ def _steps(e: Any, p: Plan, counters: Counters, world: World, device: torch.devi
                 row |= {"schedule/lr": lr, "schedule/images_seen": now}
                 row |= {"health/grad_norm": float(e.get_global_grad_norm())}
                 row |= {"health/skipped_steps": (counters.drawn - now) // total}
+                row |= {"health/replaced_samples": sum(dist.gather(world, replaced))}
                 logged = position
                 bar.set_postfix(loss=f"{row['loss/train']:.4f}", lr=f"{lr:.1e}", refresh=False)
                 board.scalars(step, row)

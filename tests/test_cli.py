@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils import cpp_extension
 
 import megapix
 from megapix import checkpoint, cli, config, ds_config, weights
@@ -306,11 +307,15 @@ def test_launch_sh_trains_and_samples(own_shards: Path, tmp_path: Path) -> None:
     """The whole way as a user goes it: launcher, two ranks, a worker each, then `megapix sample` and `export`."""
     run = tmp_path / "run"
     before = set(Path("/dev/shm").iterdir())
+    # A process that was killed while it loaded DeepSpeed's op leaves this file, and torch would wait for it for ever.
+    leftover = Path(cpp_extension._get_build_directory("deepspeed_shm_comm", verbose=False)) / "lock"
+    leftover.touch()
     options = [*arguments(own_shards, run)[1:], "--optim.end-at", "24", "--data.workers", "1"]
     done = launch(tmp_path, *options)
     assert done.returncode == 0, done.stderr
     assert "x ranks 2" in done.stdout
     assert "finished: 24 images seen" in done.stdout
+    assert not leftover.exists()
     assert set(Path("/dev/shm").iterdir()) <= before, "the run's shared-memory segments are gone"
     picture = tmp_path / "grid.png"
     singles = tmp_path / "singles"

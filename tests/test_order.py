@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 from itertools import chain
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from megapix.data.decode import Decoder
 from megapix.data.loader import Batch, batches
 from megapix.data.read import ShardReader
 from megapix.errors import InputError
-from megapix.shards import read_index
+from megapix.shards import RECORD, TABLE_NAME, read_index
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 64, 65, 1000, 4097])
@@ -209,8 +210,6 @@ def test_decoding_never_unpickles(tmp_path: Path) -> None:
 
 
 def test_the_reader_checks_each_header(shards: Path, tmp_path: Path) -> None:
-    import shutil
-
     folder = tmp_path / "shards"
     shutil.copytree(shards, folder)
     index = read_index(folder)
@@ -221,12 +220,58 @@ def test_the_reader_checks_each_header(shards: Path, tmp_path: Path) -> None:
         InputError, match=r"shard-000000.tar: sample 0: expected an image of .* does not match its shards"
     ):
         reader.read(0)
-    config = DataConfig(path=str(folder), image_size=16, workers=1)
+    config = DataConfig(path=str(folder), image_size=16, workers=1, max_replaced=0)
     whole_epoch = batches(config, index, 0, BatchLayout(index.samples, 1, 1), 0, 0, ())
     with pytest.raises(
         InputError, match=r"shard-00000\d.tar: sample \d+: expected an image .* does not match its shards"
     ):
         next(whole_epoch)
+
+
+def spoil(shards: Path, samples: list[int]) -> None:
+    """Overwrite the first bytes of some samples' images."""
+    index = read_index(shards)
+    for sample in samples:
+        shard, _, offset, _, _ = RECORD.unpack_from((shards / TABLE_NAME).read_bytes(), sample * RECORD.size)
+        with open(shards / index.shards[shard].name, "r+b") as file:
+            file.seek(offset)
+            file.write(bytes(8))
+
+
+def test_damaged_samples_are_replaced_alike_everywhere(shards: Path, tmp_path: Path) -> None:
+    damaged = tmp_path / "shards"
+    shutil.copytree(shards, damaged)
+    spoil(damaged, [3, 17, 30])
+    clean = collect(shards, 0, BatchLayout(10, 1, 1), 0, 8)
+    found = collect(damaged, 0, BatchLayout(10, 1, 1), 0, 8)
+    assert sorted(found) == sorted(clean), "the position never moves"
+    different = {place for place in clean if clean[place] != found[place]}
+    sizes = [shard.samples for shard in read_index(shards).shards]
+    expected = np.flatnonzero(np.isin(order.SampleOrder(3, sizes, 0).at(np.arange(80)), [3, 17, 30]))
+    assert different == set(expected.tolist())
+    mirrored = {
+        (np.frombuffer(i, np.uint8).reshape(3, 16, 16)[..., ::-1].tobytes(), label) for i, label in clean.values()
+    }
+    assert {found[place] for place in different} <= set(clean.values()) | mirrored, "by images of the set"
+    assert collect(damaged, 2, BatchLayout(1, 5, 2), 0, 8) == found, "on any topology"
+    later = collect(damaged, 1, BatchLayout(5, 1, 2), 40, 4)
+    assert later == {place: value for place, value in found.items() if place >= 40}, "and on resume"
+
+
+def test_damaged_samples_are_named_and_bounded(shards: Path, tmp_path: Path) -> None:
+    damaged = tmp_path / "shards"
+    shutil.copytree(shards, damaged)
+    spoil(damaged, [3, 17, 30])
+    index = read_index(damaged)
+    config = DataConfig(path=str(damaged), image_size=16, workers=0, max_replaced=3)
+    whole = batches(config, index, 3, BatchLayout(40, 1, 1), 0, 0, ())
+    replaced = sorted(next(whole).replaced)
+    assert [text.split(":")[1] for text in replaced] == [" sample 000000003", " sample 000000017", " sample 000000030"]
+    with pytest.raises(InputError, match=r"not a PNG.* \(damaged sample number 6, data.max_replaced allows 3"):
+        next(whole)
+    strict = DataConfig(path=str(damaged), image_size=16, workers=0, max_replaced=0)
+    with pytest.raises(InputError, match=r"data.max_replaced allows 0"):
+        next(batches(strict, index, 3, BatchLayout(40, 1, 1), 0, 0, ()))
 
 
 def test_batches_are_what_they_say(shards: Path) -> None:

@@ -5,7 +5,7 @@ Stage by stage, in worker processes (or, with workers = 0, in the training proce
     order.micro_batches   positions of this rank's next micro batches, from the run's position on
     order.SampleOrder     position -> sample number, by the epoch's permutation
     read.ShardReader      sample number -> encoded image and label, one pread
-    decode.Decoder        -> uint8 image [3, H, W]
+    decode.Decoder        -> uint8 image [3, H, W]; another sample's, by (seed, position), if this one is damaged
     flip                  mirrored where (seed, position) says so
 
 Resume contract: `batches(..., position=p)` yields exactly what a loader started at 0 yields after p positions, for any
@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -36,6 +37,8 @@ from megapix.shards import Index
 
 PREFETCH = 4
 """Micro batches that each worker keeps ready."""
+REPLACEMENTS = 8
+"""Samples that are tried in place of a damaged one; if all are damaged too, the shards are."""
 
 
 @dataclass
@@ -48,10 +51,12 @@ class Batch:
     """int64 [B]."""
     positions: Positions
     """int64 [B]: the samples' positions in the run."""
+    replaced: tuple[str, ...] = ()
+    """What was wrong with each sample that another one stands in for."""
 
     def pin_memory(self) -> Batch:
         """Page-locked copies, so that the transfer to a GPU does not wait (called by DataLoader)."""
-        return Batch(self.images.pin_memory(), self.labels.pin_memory(), self.positions)
+        return Batch(self.images.pin_memory(), self.labels.pin_memory(), self.positions, self.replaced)
 
 
 class MicroBatches(Dataset[Batch]):
@@ -67,17 +72,32 @@ class MicroBatches(Dataset[Batch]):
         """The micro batch, or the InputError: an exception would reach the trainer wrapped in a traceback."""
         if self._reader is None:
             self._reader = ShardReader(self.folder, self.index)
-        samples = self._order.at(positions)
-        images = np.empty((len(positions), 3, self.index.image_size, self.index.image_size), np.uint8)
-        labels = np.empty(len(positions), np.int64)
+        size = self.index.image_size
+        images, labels = np.empty((len(positions), 3, size, size), np.uint8), np.empty(len(positions), np.int64)
         mirrored = draws.uniform(self.seed, Purpose.FLIP, positions) < 0.5
+        replaced: list[str] = []
         try:
-            for i, sample in enumerate(samples.tolist()):
-                image, labels[i] = self._decoder(self._reader.read(sample), self.index.image_extension)
+            for i, sample in enumerate(self._order.at(positions).tolist()):
+                image, labels[i] = self._decoded(sample, int(positions[i]), replaced)
                 images[i] = image[..., ::-1] if self.flip and mirrored[i] else image
         except InputError as error:
             return error
-        return Batch(torch.from_numpy(images), torch.from_numpy(labels), positions)
+        return Batch(torch.from_numpy(images), torch.from_numpy(labels), positions, tuple(replaced))
+
+    def _decoded(self, sample: int, position: int, replaced: list[str]) -> tuple[NDArray[np.uint8], int]:
+        """The sample, or if it is damaged another one: which, depends on seed and position alone."""
+        assert self._reader is not None
+        try:
+            return self._decoder(self._reader.read(sample), self.index.image_extension)
+        except InputError as error:
+            replaced.append(str(error))
+            tries = np.arange(REPLACEMENTS) + REPLACEMENTS * position
+            for other in (draws.bits(self.seed, Purpose.REPLACEMENT, tries) % np.uint64(self.index.samples)).tolist():
+                try:
+                    return self._decoder(self._reader.read(other), self.index.image_extension)
+                except InputError:
+                    continue
+            raise
 
 
 def batches(
@@ -86,7 +106,7 @@ def batches(
     """Endless micro batches of `rank` from `position` on.
 
     Raises:
-        InputError: a sample cannot be read or decoded; names shard and key.
+        InputError: more damaged samples than `max_replaced`, or one without a replacement; names shard and key.
     """
     loader = DataLoader(
         MicroBatches(config.path, index, seed, config.flip, config.shuffle_window),
@@ -98,7 +118,14 @@ def batches(
         # Workers start from a clean server process: a fork of the trainer would copy its threads' locks.
         multiprocessing_context="forkserver" if config.workers else None,
     )
+    replaced = 0
     for batch in loader:
         if isinstance(batch, InputError):
             raise batch
+        replaced += len(batch.replaced)
+        if replaced > config.max_replaced:
+            raise InputError(
+                f"{batch.replaced[-1]} (damaged sample number {replaced}, data.max_replaced allows "
+                f"{config.max_replaced} on each rank)"
+            )
         yield batch
