@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,8 @@ class State:
     data_digest: str
     classes: tuple[str, ...]
     ranks: int
+    files: dict[str, int] = field(default_factory=dict)
+    """Size in bytes of each file of the checkpoint, noted when it is saved."""
 
 
 def checkpoints_of(run: Path) -> Path:
@@ -93,7 +95,10 @@ def save(run: Path, state: State, world: World, write: Callable[[Path, str], Non
     write(parent, temporary.name)
     barrier(world)
     if world.main:
-        write_atomic(temporary / STATE_NAME, (json.dumps(_to_json(state), indent=1) + "\n").encode())
+        sizes = {path.name: path.stat().st_size for path in sorted(temporary.iterdir())}
+        write_atomic(
+            temporary / STATE_NAME, (json.dumps(_to_json(replace(state, files=sizes)), indent=1) + "\n").encode()
+        )
         _sync(temporary)
         replaced = parent / f"{name}.old"
         if final.exists():
@@ -124,9 +129,27 @@ def read_state(folder: Path) -> State:
             data["data_digest"],
             tuple(data["classes"]),
             data["ranks"],
+            data["files"],
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: cannot be read: {error!r}") from error
+
+
+def check_files(folder: Path, state: State) -> None:
+    """Check that every file of a checkpoint is there with its size.
+
+    Raises:
+        InputError: naming the first file that is missing or cut, with both sizes.
+    """
+    for name, size in state.files.items():
+        path = folder / name
+        if not path.is_file():
+            raise InputError(f"{path} is missing; name an older checkpoint in {folder.parent / LATEST_NAME}")
+        if path.stat().st_size != size:
+            raise InputError(
+                f"{path} has {path.stat().st_size} bytes, but {size} were saved; "
+                f"name an older checkpoint in {folder.parent / LATEST_NAME}"
+            )
 
 
 def _to_json(state: State) -> dict[str, Any]:

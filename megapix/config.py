@@ -13,6 +13,7 @@ into images once, from the index; the result is the resolved configuration, and 
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import typing
 from collections.abc import Iterator
@@ -374,6 +375,8 @@ def validate(config: Config) -> None:
         if not holds:
             raise InputError(f"{key} = {get(config, key)!r}: expected {right}")
 
+    for key, value, _ in leaves(config):
+        need(not isinstance(value, float) or math.isfinite(value), key, "a finite number")
     for key in ("patch_size", "width", "depth", "heads", "pixel_width", "pixel_depth", "num_classes"):
         need(getattr(m, key) >= 1, f"model.{key}", "at least 1")
     need(m.width % m.heads == 0, "model.heads", f"a divisor of model.width = {m.width}")

@@ -6,6 +6,7 @@ import fcntl
 import functools
 import logging
 import os
+import pickle
 import socket
 import warnings
 from collections.abc import Iterator
@@ -144,8 +145,18 @@ def save(engine: Any, parent: Path, name: str) -> None:
 
 
 def load(engine: Any, folder: Path) -> None:
-    """Restore what `save` wrote, on the same number of ranks."""
-    engine.load_checkpoint(str(folder.parent), tag=folder.name)
+    """Restore what `save` wrote, on the same number of ranks.
+
+    Raises:
+        InputError: a file of the checkpoint is damaged.
+    """
+    try:
+        engine.load_checkpoint(str(folder.parent), tag=folder.name)
+    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(
+            f"{folder} cannot be loaded: {reason}; name an older checkpoint in {folder.parent / 'latest'}"
+        ) from error
     # The optimizer's own state brings back the old learning rate; the schedule of this run's configuration decides.
     engine.lr_scheduler.apply()
     # Links parameters to their loaded optimizer state at once; DeepSpeed would do it at the next step only.

@@ -76,6 +76,7 @@ def plan(asked: Config, ranks: int) -> Plan:
         raise InputError(
             f"{folder} was written by {state.ranks} ranks, but this run has {ranks}; start {state.ranks} ranks"
         )
+    checkpoint.check_files(folder, state)
     return Plan(resolved, index, layout, folder, state, changes)
 
 

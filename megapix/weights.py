@@ -91,6 +91,7 @@ def load_weights(path: str | Path, ema: bool = True) -> Weights:
             f"a checkpoint with {checkpoint.STATE_NAME}, or an export with {MODEL_NAME}"
         )
     state = checkpoint.read_state(folder)
+    checkpoint.check_files(folder, state)
     tensors = _read_zero(folder, state, ema)
     c: Config = state.config
     return Weights(tensors, c.model, c.sampling, c.data.image_size, state.classes, ema, str(folder))

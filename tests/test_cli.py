@@ -51,14 +51,34 @@ def other_ranks(command: list[str], shards: Path, out: Path) -> None:
     _checkpoint_of(config.freeze(SMALL, 40), shards, out, ranks=7)
 
 
-def _checkpoint_of(c: config.Config, shards: Path, out: Path, ranks: int) -> None:
+def _checkpoint_of(c: config.Config, shards: Path, out: Path, ranks: int, files: dict[str, int] | None = None) -> None:
     from megapix.shards import read_index
 
     folder = out / "checkpoints" / "images-000000000080"
     folder.mkdir(parents=True)
-    state = checkpoint.State(checkpoint.Counters(80, 80), c, read_index(shards).digest, ("a",) * 3, ranks)
+    state = checkpoint.State(checkpoint.Counters(80, 80), c, read_index(shards).digest, ("a",) * 3, ranks, files or {})
     (folder / "state.json").write_text(json.dumps(checkpoint._to_json(state)))
     (folder.parent / "latest").write_text(folder.name)
+
+
+def cut_state(command: list[str], shards: Path, out: Path) -> None:
+    _checkpoint_of(config.freeze(SMALL, 40), shards, out, ranks=2)
+    state = out / "checkpoints" / "images-000000000080" / "state.json"
+    state.write_text(state.read_text()[:100])
+
+
+def cut_checkpoint(command: list[str], shards: Path, out: Path) -> None:
+    lost_file(command, shards, out)
+    (out / "checkpoints" / "images-000000000080" / "mp_rank_00_model_states.pt").write_bytes(b"cut")
+
+
+def lost_file(command: list[str], shards: Path, out: Path) -> None:
+    _checkpoint_of(config.freeze(SMALL, 40), shards, out, ranks=2, files={"mp_rank_00_model_states.pt": 7})
+
+
+def stale_latest(command: list[str], shards: Path, out: Path) -> None:
+    _checkpoint_of(config.freeze(SMALL, 40), shards, out, ranks=2)
+    (out / "checkpoints" / "latest").write_text("images-999")
 
 
 def below_a_file(command: list[str], shards: Path, out: Path) -> None:
@@ -80,6 +100,12 @@ BAD = {
     "heads": Bad(option("model.heads", "3"), ("model.heads = 3", "a divisor of model.width = 32")),
     "span": Bad(option("optim.end-at", "12epochs"), ("optim.end_at = '12epochs'", "'160ep'")),
     "no end": Bad(option("optim.end-at", "never"), ("optim.end_at = 'never'",)),
+    "infinite": Bad(option("optim.lr", "inf"), ("optim.lr = inf", "a finite number")),
+    "not a number": Bad(option("flow.t-mean", "nan"), ("flow.t_mean = nan", "a finite number")),
+    "state cut": Bad(cut_state, ("state.json: cannot be read",)),
+    "checkpoint cut": Bad(cut_checkpoint, ("mp_rank_00_model_states.pt has 3 bytes, but 7 were saved",)),
+    "checkpoint file gone": Bad(lost_file, ("mp_rank_00_model_states.pt is missing", "an older checkpoint")),
+    "latest": Bad(stale_latest, ("latest names 'images-999'", "is missing")),
     "dropout": Bad(option("flow.label-dropout", "1.5"), ("flow.label_dropout = 1.5", "0 to 1")),
     "ds config": Bad(option("machine.ds-config", "zero3"), ("machine.ds_config = 'zero3'", "did you mean 'zero2'")),
     "run folder": Bad(below_a_file, ("the run folder cannot be made",)),

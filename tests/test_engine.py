@@ -13,7 +13,7 @@ from megapix import checkpoint, config, engine, flow, schedule, weights
 from megapix.config import BatchLayout
 from megapix.data.loader import MicroBatches
 from megapix.shards import read_index
-from tests.launch import succeed
+from tests.launch import start, succeed
 from tests.runs import SMALL, STEP_BATCH, arguments, scalars, shard_tensors
 
 STEPS = 20
@@ -105,6 +105,26 @@ def test_resume_is_exact(shards: Path, trained: dict[int, Path], tmp_path: Path)
     assert different == []
     for tag in ("loss/train", "health/grad_norm", "schedule/lr"):
         assert scalars(run, tag) == scalars(trained[2], tag)
+
+
+def test_a_damaged_checkpoint_is_named(shards: Path, trained: dict[int, Path], tmp_path: Path) -> None:
+    """Of the same size, so only loading finds it; the run ends with one line, and so does sampling."""
+    import shutil
+
+    from megapix.errors import InputError
+
+    run = tmp_path / "run"
+    shutil.copytree(trained[1], run)
+    folder = checkpoint.latest(run)
+    victim = folder / "zero_pp_rank_0_mp_rank_00_optim_states.pt"
+    victim.write_bytes(victim.read_bytes()[:-1000] + bytes(1000))
+    (rank,) = start(1, "megapix", arguments(shards, run, "--optim.end-at", "400"))
+    assert rank.code == 2
+    line = rank.err.splitlines()[-1]
+    assert line.startswith("megapix: error: ")
+    assert f"{folder} cannot be loaded" in line
+    with pytest.raises(InputError, match=f"{victim}: cannot be read"):
+        weights.load_weights(run)
 
 
 def test_a_finished_run_says_so(shards: Path, trained: dict[int, Path]) -> None:
