@@ -9,7 +9,7 @@ usage: ./launch.sh [--ranks N] PRESET --data.path SHARDS --out RUN [megapix trai
 Starts `megapix train` under the deepspeed launcher: one rank for each GPU of this machine, or, where there is none,
 CPU ranks with gloo (2 by default). Everything but --ranks goes to `megapix train`.
 
-  --ranks N    ranks to start (default: all GPUs, or 2 CPU ranks)
+  --ranks N    ranks to start (default: all GPUs, or those of CUDA_VISIBLE_DEVICES; without a GPU, 2 CPU ranks)
   --help       this text; `megapix train --help` lists presets, `megapix train PRESET --help` all options
 
 Environment: PYTHON (default: .venv/bin/python if it exists, else python3), OMP_NUM_THREADS (CPU threads of a rank;
@@ -28,6 +28,7 @@ arguments=()
 while (($#)); do
   case $1 in
     --help | -h) ((${#arguments[@]})) || { usage; exit 0; }; arguments+=("$1") ;;
+    --ranks=*) ranks=${1#--ranks=} ;;
     --ranks) (($# > 1)) || fail "--ranks needs a number"; ranks=$2; shift ;;
     *) arguments+=("$1") ;;
   esac
@@ -42,16 +43,26 @@ PATH=$(dirname "$python"):$PATH # deepspeed's op builder looks for ninja on the 
 export PATH
 
 gpus=0
+devices=
 if command -v nvidia-smi >/dev/null; then
-  gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l)
+  count=$(nvidia-smi --list-gpus 2>/dev/null | wc -l)
+  ((count == 0)) || devices=${CUDA_VISIBLE_DEVICES:-$(seq -s, 0 $((count - 1)))}
+fi
+if [[ -n $devices ]]; then
+  [[ $devices =~ ^[0-9]+(,[0-9]+)*$ ]] || fail "CUDA_VISIBLE_DEVICES = '$devices': expected numbers such as 0,1"
+  IFS=, read -r -a list <<<"$devices"
+  gpus=${#list[@]}
 fi
 cores=$(nproc)
 if ((gpus)); then
   ranks=${ranks:-$gpus}
-  ((ranks <= gpus)) || fail "--ranks = $ranks: this machine has $gpus GPUs"
+  ((ranks <= gpus)) || fail "--ranks = $ranks: there are $gpus GPUs ($devices)"
+  unset CUDA_VISIBLE_DEVICES # named to the launcher, which sets it for each rank
+  where=(--include "localhost:$(IFS=,; echo "${list[*]:0:ranks}")")
 else
   ranks=${ranks:-2}
   export DS_ACCELERATOR=cpu
+  where=(--num_gpus "$ranks")
 fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > ranks ? cores / ranks : 1))}
 
@@ -76,8 +87,8 @@ fi
 # The launcher gets a process group of its own, so that a signal to this script ends every rank: on one machine
 # deepspeed's runner does not pass SIGTERM on, and its ranks would go on alone.
 set -m
-"$python" -m deepspeed.launcher.runner --log_level error --num_gpus "$ranks" --master_port "$port" --no_local_rank \
-  --module megapix train "${arguments[@]}" &
+"$python" -m deepspeed.launcher.runner --log_level error --hostfile /dev/null "${where[@]}" --master_port "$port" \
+  --no_local_rank --module megapix train "${arguments[@]}" &
 group=$!
 set +m
 trap 'echo "launch.sh: stopping the ranks; the same command goes on from the last checkpoint" >&2

@@ -18,13 +18,14 @@ from typing import Any
 
 from megapix import config as configuration
 from megapix.config import Config
-from megapix.dist import World, barrier
+from megapix.dist import World, barrier, together
 from megapix.errors import InputError
 from megapix.shards import write_atomic
 
 VERSION = 1
 STATE_NAME = "state.json"
 LATEST_NAME = "latest"
+MODEL_NAME = "model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,9 @@ def save(run: Path, state: State, world: World, write: Callable[[Path, str], Non
     """Save on all ranks: `write(parent, name)` writes every rank's shards; rank 0 commits. Returns the folder.
 
     A checkpoint of that name is replaced only after the new one is complete.
+
+    Raises:
+        Agreed: rank 0 does not see every rank's shard: the run folder is not shared between the nodes.
     """
     parent = checkpoints_of(run)
     name = f"images-{state.counters.images_seen:012d}"
@@ -94,6 +98,7 @@ def save(run: Path, state: State, world: World, write: Callable[[Path, str], Non
     barrier(world)
     write(parent, temporary.name)
     barrier(world)
+    together(world, lambda: _check_shared(temporary, world) if world.main else None)
     if world.main:
         sizes = {path.name: path.stat().st_size for path in sorted(temporary.iterdir())}
         write_atomic(
@@ -111,6 +116,23 @@ def save(run: Path, state: State, world: World, write: Callable[[Path, str], Non
     return final
 
 
+def find_weights(path: Path) -> Path:
+    """The folder that holds weights for `path`: an exported folder, a checkpoint, or a run's latest checkpoint.
+
+    Raises:
+        InputError: none of the three is there.
+    """
+    if (path / MODEL_NAME).is_file() or (path / STATE_NAME).is_file():
+        return path
+    folder = latest(path)
+    if folder is None:
+        raise InputError(
+            f"{str(path)!r} holds no weights: expected a run with checkpoints/{LATEST_NAME}, "
+            f"a checkpoint with {STATE_NAME}, or an export with {MODEL_NAME}"
+        )
+    return folder
+
+
 def read_state(folder: Path) -> State:
     """Read a checkpoint's state.json.
 
@@ -122,9 +144,8 @@ def read_state(folder: Path) -> State:
         data = json.loads(path.read_text())
         if data["version"] != VERSION:
             raise InputError(f"{path}: version is {data['version']!r}, this release reads version {VERSION}")
-        counters = data["counters"]
         return State(
-            Counters(counters["position"], counters["images_seen"], tuple((a, b) for a, b in counters["skipped"])),
+            _counters(data["counters"]),
             configuration.from_dict(Config, data["config"], str(path)),
             data["data_digest"],
             tuple(data["classes"]),
@@ -154,6 +175,23 @@ def check_files(folder: Path, state: State) -> None:
 
 def _to_json(state: State) -> dict[str, Any]:
     return {"version": VERSION, **asdict(state)}
+
+
+def _counters(data: dict[str, Any]) -> Counters:
+    counters = Counters(data["position"], data["images_seen"], tuple((a, b) for a, b in data["skipped"]))
+    numbers = (counters.position, counters.images_seen, *(n for pair in counters.skipped for n in pair))
+    if not all(isinstance(n, int) and n >= 0 for n in numbers) or counters.drawn < counters.images_seen:
+        raise ValueError(f"counters {data}: expected whole numbers, and no more images seen than samples drawn")
+    return counters
+
+
+def _check_shared(temporary: Path, world: World) -> None:
+    found = len(list(temporary.glob("*optim_states.pt")))
+    if found != world.size:
+        raise InputError(
+            f"{temporary} holds the shards of {found} ranks, expected {world.size}: "
+            "the run folder (--out) must be on a file system that all nodes share"
+        )
 
 
 def _sync(folder: Path) -> None:

@@ -7,7 +7,6 @@ import os
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import tyro
 
@@ -57,7 +56,9 @@ def train(arguments: list[str], world: World) -> int:
     if dry_run:
         from megapix.prepare import plan
 
-        print(json.dumps(config.to_dict(plan(asked, world.size).config), indent=1))
+        resolved = plan(asked, world.size).config
+        if world.main:
+            print(json.dumps(config.to_dict(resolved), indent=1))
         return 0
 
     from megapix import engine, loop
@@ -135,7 +136,7 @@ class SampleOptions:
     """Images of each class."""
     seed: int = 0
     """Seed of the noise; an image depends on it and on its own number, not on the batch."""
-    sampler: Literal["euler", "ab2"] | None = None
+    sampler: config.Sampler | None = None
     """Euler, or two-step Adams-Bashforth; the run's."""
     steps: int | None = None
     """Sampler steps; the run's."""
@@ -162,6 +163,9 @@ def sample(arguments: list[str], world: World) -> int:
     for name in ("per_class", "batch", "zoom"):
         if getattr(options, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} = {getattr(options, name)}: expected at least 1")
+    _check_file("--out", options.out)
+    if options.singles and options.singles.exists() and not options.singles.is_dir():
+        raise InputError(f"--singles {str(options.singles)!r} is not a folder")
     weights = load_weights(options.path, not options.raw)
     low, high = options.interval or (weights.sampling.guidance_from, weights.sampling.guidance_to)
     asked = {
@@ -206,11 +210,23 @@ def export(arguments: list[str], world: World) -> int:
     options = tyro.cli(ExportOptions, args=arguments, prog="megapix export", console_outputs=world.main)
     from megapix import weights
 
+    if options.out.exists() and not options.out.is_dir():
+        raise InputError(f"--out {str(options.out)!r} is not a folder")
     loaded = weights.load_weights(options.path, not options.raw)
     weights.export(loaded, options.out)
     count = sum(t.numel() for t in loaded.tensors.values())
     print(f"megapix: {options.out}: {count:,} {'EMA' if loaded.ema else 'raw'} parameters from {loaded.source}")
     return 0
+
+
+def _check_file(option: str, path: Path) -> None:
+    """Find out before the work whether a file can be written there."""
+    if path.is_dir():
+        raise InputError(f"{option} {str(path)!r} is a folder; expected a file")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{option} {str(path)!r}: its folder cannot be made: {error.strerror}") from error
 
 
 COMMANDS = {"train": train, "sample": sample, "export": export}
@@ -219,19 +235,21 @@ COMMANDS = {"train": train, "sample": sample, "export": export}
 def main(argv: list[str] | None = None) -> int:
     """Entry point of the console script and of each rank; returns the exit code."""
     arguments = sys.argv[1:] if argv is None else argv
-    world = dist.from_environment()
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE, end="", file=sys.stdout if arguments else sys.stderr)
         return 0 if arguments else 2
+    world = World()
     try:
         if arguments[0] not in COMMANDS:
             raise InputError(f"command {arguments[0]!r} does not exist{one_of(arguments[0], list(COMMANDS))}")
+        world = dist.from_environment()
         return COMMANDS[arguments[0]](arguments[1:], world)
     except InputError as error:
         _complain(error, world.main)
         return 2
     except KeyboardInterrupt:
-        _complain("interrupted; the same command goes on from the last checkpoint", world.main)
+        goes_on = "; the same command goes on from the last checkpoint" if arguments[0] == "train" else ""
+        _complain(f"interrupted{goes_on}", world.main)
         return 130
 
 

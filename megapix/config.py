@@ -28,6 +28,8 @@ IMAGENET_IMAGES = 1_281_167
 Images = int | str
 """Images seen, epochs such as '160ep', or 'never'."""
 
+Sampler = Literal["euler", "ab2"]
+
 T = TypeVar("T")
 
 
@@ -172,7 +174,7 @@ class LogConfig:
 class SamplingConfig:
     """How samples are drawn in training, and the defaults of `megapix sample` for this run."""
 
-    sampler: Literal["euler", "ab2"] = _machine("ab2")
+    sampler: Sampler = _machine("ab2")
     """Euler, or the two-step Adams-Bashforth method that the authors released as FlowDPMSolver."""
     steps: int = _machine(100)
     """Evaluations of the (guided) velocity for an image."""
@@ -407,7 +409,7 @@ def validate(config: Config) -> None:
     need(config.log.grid_classes >= 1, "log.grid_classes", "at least 1")
     need(config.log.grid_columns >= 1, "log.grid_columns", "at least 1")
     validate_sampling(config.sampling)
-    need(config.seed >= 0, "seed", "0 or more")
+    need(0 <= config.seed < 2**63, "seed", "0 to 2^63 - 1")
     need(config.out != "", "out", "a run folder (--out RUN)")
     need(d.path != "", "data.path", "a shard folder (--data.path SHARDS)")
 
@@ -420,6 +422,9 @@ def validate_sampling(s: SamplingConfig) -> None:
     """
     if s.steps < 1:
         raise InputError(f"sampling.steps = {s.steps}: expected at least 1")
+    for name in ("guidance", "guidance_from", "guidance_to", "shift"):
+        if not math.isfinite(getattr(s, name)):
+            raise InputError(f"sampling.{name} = {getattr(s, name)}: expected a finite number")
     if s.shift <= 0:
         raise InputError(f"sampling.shift = {s.shift}: expected above 0")
     if s.guidance_from > s.guidance_to:

@@ -12,6 +12,8 @@ from typing import Any, TextIO, TypeVar, cast
 from megapix.errors import InputError
 
 T = TypeVar("T")
+DEFAULTS = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+"""The environment of a launcher, and what holds without one."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +52,16 @@ class Agreed(InputError):
 
 
 def from_environment() -> World:
-    """Read RANK, WORLD_SIZE and LOCAL_RANK as `deepspeed` and `torchrun` set them."""
-    return World(*(int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))))
+    """Read RANK, WORLD_SIZE and LOCAL_RANK as `deepspeed` and `torchrun` set them.
+
+    Raises:
+        InputError: one of them is not a number.
+    """
+    values = {name: os.environ.get(name, default) for name, default in DEFAULTS.items()}
+    for name, value in values.items():
+        if not value.isdigit():
+            raise InputError(f"environment variable {name} = {value!r}: expected a number")
+    return World(int(values["RANK"]), int(values["WORLD_SIZE"]), int(values["LOCAL_RANK"]))
 
 
 def agree(world: World, problem: str | None = None) -> None:

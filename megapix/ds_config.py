@@ -34,7 +34,6 @@ OWNED = {
 """Keys of DeepSpeed's JSON that are ours, and the option that sets each."""
 KNOBS = (
     "zero_optimization",
-    "zero_allow_untested_optimizer",
     "zero_force_ds_cpu_optimizer",
     "steps_per_print",
     "wall_clock_breakdown",
@@ -46,6 +45,16 @@ KNOBS = (
     "gradient_predivide_factor",
 )
 """Keys that are DeepSpeed's own business."""
+ZERO_KNOBS = (
+    "stage",
+    "contiguous_gradients",
+    "reduce_scatter",
+    "reduce_bucket_size",
+    "allgather_partitions",
+    "allgather_bucket_size",
+    "overlap_comm",
+)
+"""Keys of its `zero_optimization` that change speed and memory only; others could change what a resume restores."""
 
 
 def read_knobs(name: str) -> dict[str, Any]:
@@ -62,15 +71,26 @@ def read_knobs(name: str) -> dict[str, Any]:
         knobs = json.loads(path.read_text())
     except ValueError as error:
         raise InputError(f"{path}: not JSON: {error}") from error
+    zero = knobs.get("zero_optimization") if isinstance(knobs, dict) else None
+    if not isinstance(zero, dict):
+        raise InputError(f"{path}: expected a table with a table 'zero_optimization'")
     for key in knobs:
         if key in OWNED:
             raise InputError(f"{path}: {key!r} does not belong here; it is set by {OWNED[key]}")
         if key not in KNOBS:
             raise InputError(f"{path}: unknown key {key!r}{one_of(key, KNOBS)}")
-    stage = knobs.get("zero_optimization", {}).get("stage")
-    if stage != 2:
+    for key in zero:
+        if key not in ZERO_KNOBS:
+            raise InputError(f"{path}: zero_optimization: unknown or refused key {key!r}{one_of(key, ZERO_KNOBS)}")
+    if zero.get("overlap_comm", False) is not False:
         raise InputError(
-            f"{path}: zero_optimization.stage = {stage!r}: expected 2 (the EMA lives in ZeRO-2's fp32 partition)"
+            f"{path}: zero_optimization.overlap_comm = {zero['overlap_comm']!r}: expected false; "
+            "it has given wrong gradients in several DeepSpeed releases"
+        )
+    if zero.get("stage") != 2:
+        raise InputError(
+            f"{path}: zero_optimization.stage = {zero.get('stage')!r}: expected 2 "
+            "(the EMA lives in ZeRO-2's fp32 partition)"
         )
     return knobs
 
@@ -85,6 +105,7 @@ def deepspeed_config(config: Config, layout: BatchLayout) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": layout.micro,
         "gradient_accumulation_steps": layout.accumulation,
         "gradient_clipping": config.optim.grad_clip,
+        "zero_allow_untested_optimizer": True,  # AdamWWithEMA; tested by us
     }
     if config.precision == "bf16":
         ours |= {

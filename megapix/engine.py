@@ -144,14 +144,16 @@ def save(engine: Any, parent: Path, name: str) -> None:
     engine.save_checkpoint(str(parent), tag=name, save_latest=False)
 
 
-def load(engine: Any, folder: Path) -> None:
+def load(engine: Any, folder: Path, images_seen: int) -> None:
     """Restore what `save` wrote, on the same number of ranks.
 
     Raises:
-        InputError: a file of the checkpoint is damaged.
+        InputError: a file of the checkpoint is damaged, or holds another count than `images_seen`.
     """
     try:
-        engine.load_checkpoint(str(folder.parent), tag=folder.name)
+        path, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name)
+        if path is None or engine.lr_scheduler.images_seen != images_seen:
+            raise RuntimeError(f"it holds {engine.lr_scheduler.images_seen} images seen, expected {images_seen}")
     except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(

@@ -40,9 +40,10 @@ def timesteps(uniform: Tensor, config: FlowConfig) -> Tensor:
 
 
 def noise(keys: NDArray[np.uint64], shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """Standard normal noise, one independent image for each 64-bit key: float32 [len(keys), *shape].
+    """Standard normal noise, an image for each key: float32 [len(keys), *shape].
 
-    Image i depends on keys[i] alone, so batching cannot change it (CPU and GPU have different streams).
+    Image i depends on keys[i] alone, so batching cannot change it. CPU and GPU have different streams, and torch's CPU
+    generator takes the low 32 bits of the key as its seed.
     """
     out = torch.empty(len(keys), *shape, device=device)
     generator = torch.Generator(device)

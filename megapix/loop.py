@@ -19,7 +19,7 @@ from megapix.config import Config
 from megapix.data import loader, order
 from megapix.dist import World
 from megapix.model import PixelDiT
-from megapix.prepare import Plan, plan
+from megapix.prepare import Plan, plan, same_everywhere
 from megapix.shards import write_atomic
 
 MAX_SKIPPED_IN_A_ROW = 100
@@ -39,6 +39,7 @@ def train(asked: Config, world: World) -> None:
         )
     device = engine.start(world)
     p = dist.together(world, lambda: plan(asked, world.size))
+    same_everywhere(world, p)
     run, c = Path(p.config.out), p.config
     for change in p.changes:
         world.say(f"changed since the checkpoint: {change}")
@@ -52,9 +53,10 @@ def train(asked: Config, world: World) -> None:
     e = engine.build(c, p.layout, net)
     counters = p.state.counters if p.state else Counters()
     if p.resume:
-        engine.load(e, p.resume)
+        engine.load(e, p.resume, counters.images_seen)
     _announce(p, world, net, counters)
     if world.main:
+        run.mkdir(parents=True, exist_ok=True)
         write_atomic(run / "config.json", (json.dumps(config.to_dict(c), indent=1) + "\n").encode())
     _steps(e, p, counters, world, device)
     world.say(f"finished: {p.end:,} images seen; {checkpoint.latest(run)}")
@@ -66,8 +68,8 @@ def _steps(e: Any, p: Plan, counters: Counters, world: World, device: torch.devi
     batches = loader.batches(c.data, p.index, c.seed, p.layout, world.rank, position, skipped)
     meter, clock, replaced = metrics.LossMeter(device), metrics.Clock(), 0
     bar = tqdm(total=p.end, initial=schedule.images_seen, unit="img", disable=not world.main, **_bar_style())
-    board = metrics.Writer(run / "tensorboard", position // total, enabled=world.main)
-    board.configuration(position // total, config.to_dict(c))
+    board = metrics.Writer(run / "tensorboard", counters.drawn // total, enabled=world.main)
+    board.configuration(counters.drawn // total, config.to_dict(c))
 
     with bar, closing(board):
         while schedule.images_seen < p.end:
@@ -86,7 +88,7 @@ def _steps(e: Any, p: Plan, counters: Counters, world: World, device: torch.devi
 
             _, position = order.take(position, total, skipped)
             counters = Counters(position, schedule.images_seen, skipped)
-            now, step = counters.images_seen, position // total
+            now, step = counters.images_seen, counters.drawn // total
             in_a_row = _skips(e.was_step_applied(), in_a_row, step, world)
             bar.update(now - before)
 
@@ -99,11 +101,11 @@ def _steps(e: Any, p: Plan, counters: Counters, world: World, device: torch.devi
                 logged = position
                 bar.set_postfix(loss=f"{row['loss/train']:.4f}", lr=f"{lr:.1e}", refresh=False)
                 board.scalars(step, row)
-            if _due(c.log.samples_every, before, now, p.end):
-                board.image(step, "samples/ema", ema_grid(e, c, world, device))
             if _due(c.checkpoint.every, before, now, p.end):
                 state = State(counters, c, p.index.digest, p.index.class_names, world.size)
                 checkpoint.save(run, state, world, partial(engine.save, e), c.checkpoint.keep)
+            if _due(c.log.samples_every, before, now, p.end):
+                board.image(step, "samples/ema", ema_grid(e, c, world, device))
 
 
 def _skips(applied: bool, in_a_row: int, step: int, world: World) -> int:
@@ -122,9 +124,9 @@ def ema_grid(e: Any, c: Config, world: World, device: torch.device) -> np.ndarra
     numbers = list(range(rows * columns))
     mine = numbers[world.rank :: world.size]
     noise = sample.seeded_noise(c.seed, mine, (c.data.image_size, c.data.image_size), device)
-    labels = torch.tensor([n // columns for n in mine], device=device)
+    labels = torch.tensor([n // columns for n in mine], dtype=torch.int64, device=device)
     with engine.ema_weights(e) as net:
-        images = sample.draw(net, noise, labels, s)
+        images = sample.draw(net, noise, labels, s) if mine else noise  # more ranks than images: nothing to draw
     shares = dist.gather(world, sample.to_uint8(images))
     grid = np.empty((len(numbers), *shares[0].shape[1:]), np.uint8)
     for rank, share in enumerate(shares):

@@ -25,10 +25,14 @@ class LossMeter:
         self._sums = torch.zeros(2, QUARTERS, dtype=torch.float64, device=device)
 
     def add(self, loss: Tensor, t: Tensor) -> None:
-        """Add a micro batch: loss [B] and t [B] float32. Does not wait for the device."""
+        """Add a micro batch: loss [B] and t [B] float32. Does not wait for the device.
+
+        Losses that are not finite are left out: they belong to skipped steps, which are counted by themselves.
+        """
         quarter = (t * QUARTERS).long().clamp(max=QUARTERS - 1)
         loss = loss.detach().double()
-        self._sums.index_add_(1, quarter, torch.stack([loss, torch.ones_like(loss)]))
+        finite = loss.isfinite()
+        self._sums.index_add_(1, quarter, torch.stack([loss.where(finite, 0.0), finite.double()]))
 
     def read(self, ranks: int) -> dict[str, float]:
         """Means over all ranks since the last call, and start again. A quarter without samples is left out."""
@@ -37,7 +41,7 @@ class LossMeter:
         sums, counts = self._sums.tolist()
         self._sums.zero_()
         means = {f"loss/t_{i}_of_{QUARTERS}": s / n for i, (s, n) in enumerate(zip(sums, counts, strict=True), 1) if n}
-        return {"loss/train": sum(sums) / sum(counts)} | means
+        return {"loss/train": sum(sums) / sum(counts)} | means if means else {}
 
 
 class Clock:

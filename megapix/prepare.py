@@ -9,6 +9,7 @@ from pathlib import Path
 from megapix import checkpoint, config
 from megapix.checkpoint import State
 from megapix.config import BatchLayout, Config
+from megapix.dist import World, agree, gather
 from megapix.ds_config import read_knobs
 from megapix.errors import InputError
 from megapix.shards import Index, check_shards, read_index
@@ -59,6 +60,8 @@ def plan(asked: Config, ranks: int) -> Plan:
         raise InputError(
             f"model.num_classes = {asked.model.num_classes}, but {asked.data.path!r} holds {len(index.classes)} classes"
         )
+    if asked.init:
+        checkpoint.find_weights(Path(asked.init))
     resolved = config.freeze(asked, index.samples)
     run = Path(asked.out)
     _check_writable(run)
@@ -80,10 +83,27 @@ def plan(asked: Config, ranks: int) -> Plan:
     return Plan(resolved, index, layout, folder, state, changes)
 
 
+def same_everywhere(world: World, p: Plan) -> None:
+    """Check that every rank has planned the same run.
+
+    Raises:
+        Agreed: naming the first rank that differs from rank 0, and in what.
+    """
+    mine = {key: repr(value) for key, value, mark in config.leaves(p.config) if mark != "machine"}
+    mine |= {"data set": p.index.digest, "checkpoint": p.resume.name if p.resume else "none"}
+    mine |= {"counters": repr(p.state.counters) if p.state else "none", "batch": str(p.layout)}
+    everyone = gather(world, mine)
+    for rank, theirs in enumerate(everyone):
+        for key, value in theirs.items():
+            if value != everyone[0][key]:
+                agree(world, f"rank {rank} has {key} = {value}, but rank 0 has {everyone[0][key]}")
+
+
 def _check_writable(run: Path) -> None:
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"out = {str(run)!r}: the run folder cannot be made: {error.strerror}") from error
-    if not os.access(run, os.W_OK | os.X_OK):
-        raise InputError(f"out = {str(run)!r}: the run folder is not writable")
+    there = run
+    while not there.exists():
+        there = there.parent
+    if not there.is_dir():
+        raise InputError(f"out = {str(run)!r}: the run folder cannot be made: {str(there)!r} is not a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise InputError(f"out = {str(run)!r}: {str(there)!r} is not writable")

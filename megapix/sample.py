@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal
+from typing import get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from megapix import draws, flow
-from megapix.config import SamplingConfig
+from megapix.config import Sampler, SamplingConfig
 from megapix.draws import Purpose
 from megapix.errors import InputError
 from megapix.flow import Network
+from megapix.shards import write_atomic
 from megapix.weights import Weights, network
 
-Sampler = Literal["euler", "ab2"]
-SAMPLERS = ("euler", "ab2")
+SAMPLERS = get_args(Sampler)
 
 
 def time_grid(steps: int, shift: float) -> list[float]:
@@ -117,8 +117,9 @@ def write_samples(
     for c in classes:
         if not 0 <= c < weights.model.num_classes:
             raise InputError(f"class {c} does not exist: expected 0 to {weights.model.num_classes - 1}")
-    if size[0] % weights.model.patch_size or size[1] % weights.model.patch_size:
-        raise InputError(f"size {size[0]}x{size[1]} is not divisible by the patch size {weights.model.patch_size}")
+    patch = weights.model.patch_size
+    if min(size) < patch or size[0] % patch or size[1] % patch:
+        raise InputError(f"size {size[0]}x{size[1]}: expected multiples of the patch size {patch}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     net = network(weights, device)
     labels = torch.tensor(classes, device=device).repeat_interleave(per_class)
@@ -152,10 +153,19 @@ def grid(images: np.ndarray, columns: int, gap: int = 2) -> np.ndarray:
 
 
 def write_png(path: Path, image: np.ndarray, zoom: int = 1) -> None:
-    """Write a uint8 image [H, W, 3] as PNG, each pixel `zoom` × `zoom`; the file appears whole or not at all."""
+    """Write a uint8 image [H, W, 3] as PNG, each pixel `zoom` × `zoom`; the file appears whole or not at all.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    import io
+
     from PIL import Image
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    Image.fromarray(image.repeat(zoom, 0).repeat(zoom, 1)).save(temporary, format="PNG")
-    temporary.replace(path)
+    png = io.BytesIO()
+    Image.fromarray(image.repeat(zoom, 0).repeat(zoom, 1)).save(png, format="PNG")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, png.getvalue())
+    except OSError as error:
+        raise InputError(f"{str(path)!r} cannot be written: {error.strerror}") from error

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from megapix import checkpoint, config
+from megapix.checkpoint import MODEL_NAME
 from megapix.config import Config, ModelConfig, SamplingConfig
 from megapix.errors import InputError
 from megapix.model import PixelDiT
 from megapix.optim import EMA
 from megapix.shards import write_atomic
 
-MODEL_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
 
 
@@ -72,24 +72,23 @@ def load_model(path: str | Path, ema: bool = True, device: str | torch.device = 
 
 
 def network(weights: Weights, device: str | torch.device = "cpu") -> PixelDiT:
-    """The network that `weights` belong to, in eval mode; it takes the tensors over."""
+    """The network that `weights` belong to, in eval mode; it takes the tensors over.
+
+    Raises:
+        InputError: tensors and configuration do not belong together.
+    """
     with torch.device("meta"):
         net = PixelDiT(weights.model)
+    _check_shapes(net, weights)
     net.load_state_dict(weights.tensors, assign=True)
     return net.to(device).eval().requires_grad_(False)
 
 
 def load_weights(path: str | Path, ema: bool = True) -> Weights:
     """Read weights from a run, a checkpoint or an exported folder; errors as in `load_model`."""
-    path = Path(path)
-    if (path / MODEL_NAME).is_file():
-        return _read_export(path, ema)
-    folder = path if (path / checkpoint.STATE_NAME).is_file() else checkpoint.latest(path)
-    if folder is None:
-        raise InputError(
-            f"{str(path)!r} holds no weights: expected a run with checkpoints/{checkpoint.LATEST_NAME}, "
-            f"a checkpoint with {checkpoint.STATE_NAME}, or an export with {MODEL_NAME}"
-        )
+    folder = checkpoint.find_weights(Path(path))
+    if (folder / MODEL_NAME).is_file():
+        return _read_export(folder, ema)
     state = checkpoint.read_state(folder)
     checkpoint.check_files(folder, state)
     tensors = _read_zero(folder, state, ema)
@@ -103,15 +102,16 @@ def assign(net: PixelDiT, weights: Weights) -> None:
     Raises:
         InputError: names the first tensor that is missing, extra or of another shape.
     """
+    _check_shapes(net, weights)
+    net.load_state_dict(weights.tensors)
+
+
+def _check_shapes(net: PixelDiT, weights: Weights) -> None:
     own = net.state_dict()
     for name in sorted(own.keys() | weights.tensors.keys()):
-        here, there = (d[name].shape if name in d else None for d in (own, weights.tensors))
+        here, there = (tuple(d[name].shape) if name in d else None for d in (own, weights.tensors))
         if here != there:
-            raise InputError(
-                f"init = {weights.source!r}: {name} has shape {there and tuple(there)}, "
-                f"but this run's network needs {here and tuple(here)}"
-            )
-    net.load_state_dict(weights.tensors)
+            raise InputError(f"{weights.source}: {name} has shape {there}, but the network needs {here}")
 
 
 def export(weights: Weights, folder: Path) -> None:
@@ -134,11 +134,14 @@ def export(weights: Weights, folder: Path) -> None:
 
 
 def _read_export(folder: Path, ema: bool) -> Weights:
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     path = folder / CONFIG_NAME
     try:
         about = json.loads(path.read_text())
+        if not isinstance(about["image_size"], int):
+            raise ValueError(f"image_size is {about['image_size']!r}, not a number of pixels")
         if about["ema"] != ema:
             kinds = {True: "EMA", False: "raw"}
             raise InputError(f"{folder} holds {kinds[about['ema']]} weights, but the {kinds[ema]} ones were asked for")
@@ -151,6 +154,8 @@ def _read_export(folder: Path, ema: bool) -> Weights:
             ema,
             str(folder),
         )
+    except SafetensorError as error:
+        raise InputError(f"{folder / MODEL_NAME}: cannot be read: {error}") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: cannot be read: {error!r}") from error
 

@@ -76,6 +76,12 @@ def lost_file(command: list[str], shards: Path, out: Path) -> None:
     _checkpoint_of(config.freeze(SMALL, 40), shards, out, ranks=2, files={"mp_rank_00_model_states.pt": 7})
 
 
+def wrong_counters(command: list[str], shards: Path, out: Path) -> None:
+    _checkpoint_of(config.freeze(SMALL, 40), shards, out, ranks=2)
+    state = out / "checkpoints" / "images-000000000080" / "state.json"
+    state.write_text(state.read_text().replace('"position": 80', '"position": 40'))
+
+
 def stale_latest(command: list[str], shards: Path, out: Path) -> None:
     _checkpoint_of(config.freeze(SMALL, 40), shards, out, ranks=2)
     (out / "checkpoints" / "latest").write_text("images-999")
@@ -100,6 +106,9 @@ BAD = {
     "heads": Bad(option("model.heads", "3"), ("model.heads = 3", "a divisor of model.width = 32")),
     "span": Bad(option("optim.end-at", "12epochs"), ("optim.end_at = '12epochs'", "'160ep'")),
     "no end": Bad(option("optim.end-at", "never"), ("optim.end_at = 'never'",)),
+    "seed": Bad(option("seed", str(2**63)), ("seed = 9223372036854775808", "0 to 2^63 - 1")),
+    "counters": Bad(wrong_counters, ("state.json: cannot be read", "no more images seen than samples drawn")),
+    "guidance": Bad(option("sampling.guidance", "nan"), ("sampling.guidance = nan", "a finite number")),
     "infinite": Bad(option("optim.lr", "inf"), ("optim.lr = inf", "a finite number")),
     "not a number": Bad(option("flow.t-mean", "nan"), ("flow.t_mean = nan", "a finite number")),
     "state cut": Bad(cut_state, ("state.json: cannot be read",)),
@@ -120,7 +129,7 @@ def own_shards(shards: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(shards, tmp_path / "shards"))
 
 
-@pytest.mark.parametrize("name", [name for name in BAD if name != "init"])
+@pytest.mark.parametrize("name", BAD)
 def test_bad_input_is_one_line_and_code_2(
     name: str, own_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -154,10 +163,29 @@ def test_bad_input_ends_every_rank(name: str, own_shards: Path, tmp_path: Path) 
 
 def test_one_ranks_problem_reaches_every_rank(own_shards: Path, tmp_path: Path) -> None:
     """A shard folder that only rank 1 cannot see."""
-    ranks = start(2, "tests.worker_one_bad", arguments(own_shards, tmp_path / "run"))
+    command = ["--data.path", "gone", *arguments(own_shards, tmp_path / "run")]
+    ranks = start(2, "tests.worker_differs", command)
     assert [rank.code for rank in ranks] == [2, 2]
     assert "megapix: error: rank 1 on " in ranks[0].err
     assert "shard folder 'gone' does not exist" in ranks[0].err
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [
+        ("--seed", "7", "rank 1 has seed = 7, but rank 0 has 1"),
+        ("--optim.lr", "0.5", "rank 1 has optim.lr = 0.5, but rank 0 has 0.002"),
+        ("--out", "elsewhere", "holds the shards of 1 ranks, expected 2: the run folder (--out) must be on a file"),
+    ],
+)
+def test_ranks_must_agree_on_the_run(option: str, value: str, words: str, own_shards: Path, tmp_path: Path) -> None:
+    """Ranks started with different commands, or with run folders that are not the same folder."""
+    value = str(tmp_path / value) if option == "--out" else value
+    ranks = start(2, "tests.worker_differs", [option, value, *arguments(own_shards, tmp_path / "run")])
+    assert [rank.code for rank in ranks] == [2, 2]
+    assert words in ranks[0].err
+    assert "Traceback" not in ranks[0].err
+    assert not (tmp_path / "run" / "checkpoints" / "latest").exists()
 
 
 def test_a_sample_that_turns_bad_in_mid_run_ends_with_its_name(own_shards: Path, tmp_path: Path) -> None:
@@ -170,6 +198,19 @@ def test_a_sample_that_turns_bad_in_mid_run_ends_with_its_name(own_shards: Path,
     assert line.startswith("megapix: error: "), "on a line of its own, below the progress bar"
     assert "the index does not match its shards" in line
     assert "Traceback" not in rank.err
+
+
+def test_a_broken_environment_is_bad_input(
+    own_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    assert cli.main([*arguments(own_shards, tmp_path / "run"), "--dry-run"]) == 2
+    assert capsys.readouterr().err == "megapix: error: environment variable WORLD_SIZE = 'two': expected a number\n"
+
+
+def test_a_dry_run_writes_nothing(own_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([*arguments(own_shards, tmp_path / "deep" / "run"), "--dry-run"]) == 0
+    assert not (tmp_path / "deep").exists()
 
 
 def test_wrong_presets_options_and_commands(capsys: pytest.CaptureFixture[str]) -> None:
@@ -195,6 +236,11 @@ def test_wrong_presets_options_and_commands(capsys: pytest.CaptureFixture[str]) 
         ({"gradient_clipping": 1}, "it is set by optim.grad_clip"),
         ({"bf16": {}}, "it is set by precision"),
         ({"torch_autocast": {}}, "it is set by precision"),
+        ({"zero_optimization": {"stage": 2, "load_from_fp32_weights": False}}, "refused key 'load_from_fp32_weights'"),
+        ({"zero_optimization": {"stage": 2, "overlap_comm": True}}, "overlap_comm = True: expected false"),
+        ({"zero_optimization": {"stage": 2, "reduce_buket_size": 1}}, "did you mean 'reduce_bucket_size'"),
+        ({"zero_optimization": 2}, "expected a table with a table 'zero_optimization'"),
+        ([], "expected a table with a table 'zero_optimization'"),
         ({"scheduler": {}}, "it is set by optim.lr_step_at and optim.lr_after"),
         ({"zero_optimisation": {}}, "unknown key 'zero_optimisation' (did you mean 'zero_optimization'?)"),
         ({"zero_optimization": {"stage": 3}}, "zero_optimization.stage = 3: expected 2"),
@@ -202,6 +248,8 @@ def test_wrong_presets_options_and_commands(capsys: pytest.CaptureFixture[str]) 
 )
 def test_deepspeed_knobs_are_only_deepspeeds(knobs: dict[str, object], words: str, tmp_path: Path) -> None:
     path = tmp_path / "knobs.json"
+    if isinstance(knobs, dict):
+        knobs = {"zero_optimization": {"stage": 2}} | knobs
     path.write_text(json.dumps(knobs))
     with pytest.raises(InputError) as error:
         ds_config.read_knobs(str(path))
@@ -218,10 +266,10 @@ def test_shipped_knobs_hold_nothing_of_ours() -> None:
 
 def test_a_knob_that_deepspeed_refuses_is_bad_input(own_shards: Path, tmp_path: Path) -> None:
     path = tmp_path / "knobs.json"
-    path.write_text(json.dumps({"zero_optimization": {"stage": 2, "reduce_buket_size": 1}}))
+    path.write_text(json.dumps({"zero_optimization": {"stage": 2, "reduce_bucket_size": "many"}}))
     (rank,) = start(1, "megapix", arguments(own_shards, tmp_path / "run", "--machine.ds-config", str(path)))
     assert rank.code == 2
-    assert "reduce_buket_size" in rank.err.splitlines()[-1]
+    assert "reduce_bucket_size: input should be a valid integer" in rank.err.splitlines()[-1]
 
 
 def test_configuration_files(own_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -389,15 +437,25 @@ def test_sample_refuses_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[
     folder = tmp_path / "exported"
     weights.export(weights.Weights(tensors, SMALL.model, SMALL.sampling, 16, ("a", "b", "c"), True, "here"), folder)
     out = ["--out", str(tmp_path / "grid.png")]
+    cut, narrow = (Path(shutil.copytree(folder, tmp_path / name)) for name in ("cut", "narrow"))
+    (cut / "model.safetensors").write_bytes((cut / "model.safetensors").read_bytes()[:1000])
+    (narrow / "config.json").write_text((narrow / "config.json").read_text().replace('"width": 32', '"width": 64'))
     for options, words in (
         ([str(tmp_path / "none")], "holds no weights"),
         ([str(folder), "--classes", "0", "3"], "class 3 does not exist: expected 0 to 2"),
-        ([str(folder), "--size", "18", "16"], "size 18x16 is not divisible by the patch size 4"),
+        ([str(folder), "--size", "18", "16"], "size 18x16: expected multiples of the patch size 4"),
+        ([str(folder), "--size", "0", "0"], "size 0x0: expected multiples of the patch size 4"),
+        ([str(folder), "--guidance", "nan"], "sampling.guidance = nan: expected a finite number"),
+        ([str(folder), "--out", str(tmp_path)], "is a folder; expected a file"),
+        ([str(folder), "--out", str(folder / "config.json" / "x.png")], "its folder cannot be made"),
+        ([str(folder), "--singles", str(folder / "config.json")], "is not a folder"),
+        ([str(cut)], "model.safetensors: cannot be read"),
+        ([str(narrow)], "adaLN_modulation.0.bias has shape (192,), but the network needs (384,)"),
         ([str(folder), "--per-class", "0"], "--per-class = 0: expected at least 1"),
         ([str(folder), "--steps", "0"], "steps"),
         ([str(folder), "--raw"], "holds EMA weights"),
     ):
-        assert cli.main(["sample", *options, *out]) == 2, options
+        assert cli.main(["sample", *out, *options]) == 2, options
         error = capsys.readouterr().err
         assert words in error
         assert error.count("\n") == 1

@@ -159,8 +159,8 @@ def test_loss_by_quarter_of_t_by_hand() -> None:
     meter.add(torch.tensor([1.0, 2.0, 6.0]), torch.tensor([0.1, 0.3, 0.999]))
     meter.add(torch.tensor([3.0]), torch.tensor([0.0]))
     assert meter.read(1) == {"loss/train": 3.0, "loss/t_1_of_4": 2.0, "loss/t_2_of_4": 2.0, "loss/t_4_of_4": 6.0}
-    meter.add(torch.tensor([5.0]), torch.tensor([1.0]))
-    assert meter.read(1) == {"loss/train": 5.0, "loss/t_4_of_4": 5.0}
+    meter.add(torch.tensor([5.0, float("nan"), float("inf")]), torch.tensor([1.0, 0.1, 0.9]))
+    assert meter.read(1) == {"loss/train": 5.0, "loss/t_4_of_4": 5.0}, "a skipped step does not spoil its window"
 
 
 @pytest.fixture
@@ -229,6 +229,11 @@ def test_grid_does_not_depend_on_the_number_of_ranks(shards: Path, tmp_path: Pat
         pictures.append(_decoded(events.Images("samples/ema")[0].encoded_image_string))
     # Samples may differ by a rounding of the weights' last bit: at most one grey level of 255.
     assert np.abs(pictures[0].astype(int) - pictures[1].astype(int)).max() <= 1
+
+
+def test_more_ranks_than_images_in_the_grid(shards: Path, tmp_path: Path) -> None:
+    options = ["--optim.end-at", "8", "--log.samples-every", "8", "--log.grid-columns", "1", "--log.grid-classes", "1"]
+    succeed(2, "megapix", arguments(shards, tmp_path / "run", *options))
 
 
 def _decoded(png: bytes) -> np.ndarray:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from megapix.config import ModelConfig
 
@@ -70,6 +71,7 @@ class _NormModulate(torch.autograd.Function):
         return torch.addcmul(normed, normed, wide(scale)).add_(wide(shift)).to(x.dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         x, weight, scale, rstd = ctx.saved_tensors
         g, w, unit = wide(grads[0]), wide(weight), wide(x) * rstd  # unit: x before the weight
