@@ -1,4 +1,5 @@
 # Two commands for a newcomer: `make quickstart` and `make test`. Each makes .venv if it is missing.
+# PYTHON=… makes .venv with another interpreter; RANKS=N starts the quickstart on N ranks (a divisor of its batch, 32).
 
 PYTHON ?= python3
 VENV   := .venv
@@ -13,7 +14,7 @@ quickstart: $(VENV)/.installed
 	@echo "== 1/3  shards: OpenMoji, drawn at 32 pixels, as WebDataset tar files in $(SHARDS)"
 	$(BIN)/data_prep demo openmoji $(SHARDS) --size 32 --samples-per-shard 128
 	@echo "== 2/3  training: a tiny PixelDiT with ZeRO-2 in $(DEMO)"
-	./launch.sh tiny --data.path $(SHARDS) --out $(DEMO)
+	./launch.sh $(if $(RANKS),--ranks $(RANKS) )tiny --data.path $(SHARDS) --out $(DEMO)
 	@echo "== 3/3  samples: every class from the EMA"
 	$(BIN)/megapix sample $(DEMO) --out $(DEMO)/samples.png --per-class 12 --zoom 2
 	@echo

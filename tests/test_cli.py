@@ -377,6 +377,55 @@ def test_launcher_says_what_the_machine_lacks(
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("options", "visible", "expected"),
+    [
+        ([], "", "--include localhost:0,1,2,3"),
+        (["--ranks", "2"], "", "--include localhost:0,1"),
+        ([], "2,3", "--include localhost:2,3"),
+        (["--ranks=2"], "1,2,3", "--include localhost:1,2"),
+        (["--ranks", "5"], "", "launch.sh: error: --ranks = 5: there are 4 GPUs (0,1,2,3)"),
+        ([], "GPU-1f2e", "launch.sh: error: CUDA_VISIBLE_DEVICES = 'GPU-1f2e': expected numbers"),
+    ],
+)
+def test_launcher_on_a_machine_with_gpus(
+    options: list[str], visible: str, expected: str, own_shards: Path, tmp_path: Path
+) -> None:
+    """What launch.sh asks of DeepSpeed's launcher where nvidia-smi lists four GPUs (nothing is started on them)."""
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    (tools / "nvidia-smi").write_text('#!/bin/sh\nfor i in 0 1 2 3; do echo "GPU $i: a card"; done\n')
+    (tools / "python").write_text(
+        f'#!/bin/sh\ncase "$*" in *deepspeed.launcher*) echo "$@"; echo "visible=$CUDA_VISIBLE_DEVICES";; '
+        f'*) exec "{sys.executable}" "$@";; esac\n'
+    )
+    for tool in tools.iterdir():
+        tool.chmod(0o755)
+    environment = {"PATH": f"{tools}{os.pathsep}{os.environ['PATH']}", "PYTHON": str(tools / "python")}
+    if visible:
+        environment["CUDA_VISIBLE_DEVICES"] = visible
+    command = [*options, *arguments(own_shards, tmp_path / "run")[1:], "--optim.global-batch", "16"]
+    done = launch(tmp_path, *command, **environment)
+    assert expected in done.stdout + done.stderr
+    if "error" in expected:
+        assert done.returncode == 2
+    else:
+        assert done.returncode == 0, done.stderr
+        assert "--module megapix train tiny" in done.stdout
+        assert "visible=\n" in done.stdout, "the launcher sets it for each rank"
+
+
+def test_torchrun_starts_it_too(own_shards: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "megapix"]
+    command += [*arguments(own_shards, tmp_path / "run"), "--optim.end-at", "16"]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PATH": path}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "x ranks 2" in done.stdout
+    assert checkpoint.read_state(checkpoint.latest(tmp_path / "run")).counters.images_seen == 16
+
+
 def test_launch_sh_trains_and_samples(own_shards: Path, tmp_path: Path) -> None:
     """The whole way as a user goes it: launcher, two ranks, a worker each, then `megapix sample` and `export`."""
     run = tmp_path / "run"

@@ -146,7 +146,7 @@ def test_an_interrupted_folder_is_finished_to_the_same_bytes(image_folder: Path,
 
 def test_a_kill_at_any_moment_ends_in_the_same_bytes(tmp_path: Path) -> None:
     """SIGKILL to all of its processes when it has written so many shards, and again, until it finishes."""
-    command = [sys.executable, "-m", "data_prep", "demo", "openmoji", "--size", "24", "--split", "heldout"]
+    command = [sys.executable, "-m", "data_prep", "demo", "openmoji", "--size", "512", "--split", "heldout"]
     command += ["--samples-per-shard", "9", "--workers", "2"]
     reference, out = tmp_path / "reference", tmp_path / "out"
     subprocess.run([*command, str(reference)], check=True, capture_output=True)
