@@ -168,7 +168,14 @@ def test_an_interrupt_leaves_no_index_and_no_traceback(tmp_path: Path) -> None:
     command += ["--samples-per-shard", "8", "--workers", "1"]
     for number in (signal.SIGINT, signal.SIGTERM):
         before = len(list(tmp_path.glob("shard-*.tar")))
-        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+        process = subprocess.Popen(
+            command,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            # A test run in the background may have been told to ignore SIGINT, and would hand that on.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
         while process.poll() is None and len(list(tmp_path.glob("shard-*.tar"))) <= before:
             pass
         if number == signal.SIGINT:
