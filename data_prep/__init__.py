@@ -1,1 +1,1 @@
-"""Preparation of WebDataset shards: sources.py (what can be read) -> transform.py (image policy) -> write.py."""
+"""Preparation of WebDataset shards: sources/ (what can be read) -> plan.py -> shard.py -> write.py."""

@@ -1,8 +1,8 @@
 """One shard, written in a worker process: rendered samples, a tar file, and a receipt that says it is finished.
 
-The receipt (`.receipts/shard-000000.json`) holds the shard's size, hash, records and rejected samples. It is written
-before the tar file gets its name, so a shard under its name always has one, and a receipt without its shard means that
-the shard must be written again.
+The receipt (`.receipts/shard-000000.tar.json`) holds the shard's size, hash, records and rejected samples. It is
+written before the tar file gets its name, so a shard under its name always has one, and a receipt without its shard
+means that the shard must be written again.
 """
 
 from __future__ import annotations

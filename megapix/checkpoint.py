@@ -203,7 +203,7 @@ def _sync(folder: Path) -> None:
 
 def _retain(parent: Path, newest: Path, keep: int) -> None:
     if keep:
-        complete = sorted(path for path in parent.glob("images-*") if path.name.isascii() and not path.suffix)
-        for path in complete[: -keep or None]:
+        complete = sorted(path for path in parent.glob("images-*") if not path.suffix)  # not .tmp, not .old
+        for path in complete[:-keep]:
             if path != newest:
                 shutil.rmtree(path)

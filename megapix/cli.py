@@ -209,9 +209,9 @@ def export(arguments: list[str], world: World) -> int:
     """Export weights for use outside training."""
     options = tyro.cli(ExportOptions, args=arguments, prog="megapix export", console_outputs=world.main)
     from megapix import weights
+    from megapix.checkpoint import MODEL_NAME
 
-    if options.out.exists() and not options.out.is_dir():
-        raise InputError(f"--out {str(options.out)!r} is not a folder")
+    _check_file("--out", options.out / MODEL_NAME)
     loaded = weights.load_weights(options.path, not options.raw)
     weights.export(loaded, options.out)
     count = sum(t.numel() for t in loaded.tensors.values())

@@ -19,7 +19,7 @@ with one `pread`: place of the shard in the index's list (uint32), image bytes (
 the tar file (uint64), class number (int32), CRC-32 of the member's name (uint32). The 512 bytes before that offset are
 the member's tar header, whose name the reader checks.
 
-Standard library only: `data_prep` and the trainer share this file and nothing else.
+Standard library only: `data_prep` and the trainer share this file, `errors.py` and nothing else.
 """
 
 from __future__ import annotations

@@ -509,3 +509,9 @@ def test_sample_refuses_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[
         assert words in error
         assert error.count("\n") == 1
     assert not (tmp_path / "grid.png").exists()
+    for out_folder in (folder / "config.json", folder / "config.json" / "below"):
+        assert cli.main(["export", str(folder), "--out", str(out_folder)]) == 2
+        error = capsys.readouterr().err
+        assert f"--out '{out_folder}" in error
+        assert "its folder cannot be made" in error
+        assert error.count("\n") == 1

@@ -18,8 +18,8 @@ class LabelledImages:
     """Images in one folder or tar file; the label file has a line for each image.
 
     A line is LABEL, for the images in the order of their names, or NAME LABEL. A label is a class name, such as a
-    synset; the classes are all names in order. Numbers count as names only in the sense that they are ordered by
-    value: 0, 1, …, so a file of class numbers from 0 keeps them.
+    synset; the classes are all names in order. Names that are numbers are ordered by value, so a file that uses every
+    class number from 0 keeps them.
     """
 
     classes: tuple[str, ...]
@@ -48,7 +48,7 @@ class LabelledImages:
         given = _read_labels(labels, names)
         classes = sorted(
             set(given.values()),
-            key=lambda label: (not label.isdigit(), int(label or 0) if label.isdigit() else 0, label),
+            key=lambda label: (not label.isdecimal(), int(label) if label.isdecimal() else 0, label),
         )
         number = {label: place for place, label in enumerate(classes)}
         items = [Item(name, number[given[name]], given[name].replace("_", " "), places[name]) for name in names]
