@@ -67,18 +67,15 @@ def train(arguments: list[str], world: World) -> int:
         loop.train(asked, world)
     except dist.Agreed as error:
         _complain(error, world.main)
-        engine.stop()
-        return 2
+        return engine.leave(world, 2)
     except InputError as error:
         # This rank alone knows; the others wait in a collective, until the launcher sees the code and ends them.
         _complain(error, True)
         os._exit(2)
     except FloatingPointError as error:
         _complain(error, world.main)
-        engine.stop()
-        return 1
-    engine.stop()
-    return 0
+        return engine.leave(world, 1)
+    return engine.leave(world, 0)
 
 
 def parse_run(arguments: list[str], world: World) -> Config:

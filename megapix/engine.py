@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import fcntl
 import functools
 import logging
 import os
 import pickle
 import socket
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -81,6 +83,22 @@ def stop() -> None:
     if torch.distributed.is_initialized():
         deepspeed.comm.barrier()
         torch.distributed.destroy_process_group()
+
+
+def leave(world: World, code: int) -> int:
+    """`stop`, then end this rank with `code`; alone in the world, return it.
+
+    With several ranks the process ends here, after Python's own exit handlers: threads that gloo has left behind can
+    abort the interpreter's teardown ("terminate called without an active exception"), and a launcher would take a
+    finished run for a failed one.
+    """
+    stop()
+    if world.size > 1:
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -76,7 +76,7 @@ def main(precision: str, shards: str) -> None:
     assert net.training
     for name, p in parameters.items():
         assert torch.equal(p, training[name]), f"{name}: the training weights did not come back"
-    engine.stop()
+    engine.leave(world, 0)
 
 
 if __name__ == "__main__":
