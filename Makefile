@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 DEMO   := runs/quickstart
 SHARDS := runs/openmoji-32
 
-.PHONY: quickstart test checks clean
+.PHONY: quickstart test test-long checks clean
 .DELETE_ON_ERROR:
 
 quickstart: $(VENV)/.installed
@@ -26,10 +26,13 @@ quickstart: $(VENV)/.installed
 	@echo "cluster      ./launch.sh xl-256 --data.path SHARDS --out RUN"
 	@echo "             (README.md, section 'To a cluster')"
 
-test: $(VENV)/.installed
+test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest
 
-checks: $(VENV)/.installed
+test-long: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m long
+
+checks: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -40,7 +43,13 @@ checks: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@echo "== setting up $(VENV) (once)"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[demo,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[demo,fast]'
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	@echo "== adding what the tests need"
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+	  --editable '.[demo,dev,fast,http,parquet,s3]'
 	@touch $@
 
 clean:

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data_prep.demo import OpenMoji
-from data_prep.transform import decode
 from megapix import sample, weights
+from megapix.images import decode
 
 PER_CLASS = 40
 
@@ -26,7 +26,7 @@ PER_CLASS = 40
 def real_images(split: Literal["train", "heldout"], size: int) -> tuple[Tensor, Tensor]:
     """Images [N, 3, size, size] in [-1, 1] and labels [N] of one part of the set."""
     source = OpenMoji.open(split)
-    pixels = np.stack([np.asarray(decode(source.reader.read(item, size))) for item in source.items])
+    pixels = np.stack([decode(source.reader.read(item, size)) for item in source.items])
     labels = torch.tensor([item.label for item in source.items])
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1.0, labels
 

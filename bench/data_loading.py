@@ -26,11 +26,13 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from data_prep.demo import OpenMoji
+from data_prep.encode import encode
 from data_prep.plan import Options
-from data_prep.transform import decode, encode
 from data_prep.write import write
 from megapix.config import BatchLayout, DataConfig
 from megapix.data.loader import batches
+from megapix.data.locate import locate
+from megapix.images import Policy, decode
 from megapix.shards import read_index
 
 BATCH, REPEATS = 32, 5
@@ -60,7 +62,13 @@ class Folder(Dataset[Any]):
 def make(root: Path, size: int) -> tuple[Path, Path]:
     """Shards and an image folder of the same JPEG images."""
     source = OpenMoji.open("train")
-    write(source, root / "shards", Options(size, "jpg", samples_per_shard=100), workers=2, progress=False)
+    write(
+        source,
+        root / "shards",
+        Options(Policy.make("crop", size), "jpg", samples_per_shard=100),
+        workers=2,
+        progress=False,
+    )
     for item in source.items:
         folder = root / "folder" / source.classes[item.label]
         folder.mkdir(parents=True, exist_ok=True)
@@ -71,7 +79,7 @@ def make(root: Path, size: int) -> tuple[Path, Path]:
 def ours(shards: Path, size: int, workers: int) -> Iterator[Any]:
     """Endless batches of our loader."""
     config = DataConfig(path=str(shards), image_size=size, workers=workers)
-    return batches(config, read_index(shards), 0, BatchLayout(BATCH, 1, 1), 0, 0, ())
+    return batches(config, locate(config), 0, BatchLayout(BATCH, 1, 1), 0, 0, ())
 
 
 def stock(shards: Path, size: int, workers: int) -> Iterator[Any]:

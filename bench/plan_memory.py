@@ -11,6 +11,7 @@ import time
 from data_prep.plan import Options, describe, jobs
 from data_prep.source import Item
 from data_prep.sources.imagenet import SynsetTars
+from megapix.images import Policy
 
 SYNSETS, IMAGES = 1000, 1300
 
@@ -25,7 +26,7 @@ def main() -> None:
         for image in range(IMAGES)
     ]
     source = SynsetTars(tuple(names), items)
-    options = Options(256)
+    options = Options(Policy.make("crop", 256))
     describe(source, options)
     planned = list(jobs(items, options))
     assert sum(len(job.items) for job in planned) == len(items)

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 from megapix.errors import InputError
+
+if TYPE_CHECKING:
+    from megapix.images import Policy
+    from megapix.shards import Index
+    from megapix.storage import Access
 
 DESCRIPTION = "Make and check WebDataset tar shards, with an index, for `megapix train`."
 CPUS = os.cpu_count() or 1
@@ -22,25 +28,52 @@ Out = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ShardOptions:
+class ImageOptions:
+    """How images are made."""
+
+    size: int = 0
+    """Height and width of the images in pixels; of aspect buckets, the square root of their area. Needed unless the
+    policy is untouched."""
+    policy: Literal["crop", "buckets", "untouched"] = "crop"
+    """ADM's centre crop to a square; the nearest of several sizes of equal area; or the image as it is."""
+    resize: Literal["exact", "fast"] = "exact"
+    """exact is Pillow's, bit for bit that of ADM's reference statistics; fast is torch's, within 50 dB of it."""
+    bucket_step: int = 0
+    """Sides of aspect buckets are multiples of this; 0 takes an eighth of the size."""
+    bucket_ratio: float = 2.0
+    """Largest ratio of the sides of an aspect bucket."""
+    background: str = "#ffffff"
+    """Colour on which transparent images are composited."""
+    min_side: int = 1
+    """Images whose shorter side has fewer pixels are rejected."""
+    max_rejected: float = 0.001
+    """Largest share of samples that may be left out because they cannot be used; more stop the run."""
+    workers: int = CPUS
+    """Processes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RemoteOptions:
+    """How patient reads of remote shards are."""
+
+    timeout: float = 30.0
+    """Seconds without a byte after which a remote request is given up and tried again."""
+    retries: int = 5
+    """Further tries after a remote request that failed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardOptions(ImageOptions):
     """How shards are written."""
 
-    size: int
-    """Height and width of the images in pixels."""
-    format: Literal["png", "jpg", "webp"] = "png"
-    """Image format in the shards; png is lossless."""
+    format: Literal["png", "jpg", "webp", "original"] = "png"
+    """Image format in the shards: png is lossless; original keeps the bytes, with --policy untouched."""
     quality: int = 95
     """Quality of jpg and webp, 1 to 100."""
     samples_per_shard: int = 1000
     """Samples in one tar file."""
     seed: int = 0
     """Seed of the order in which samples are laid into shards."""
-    workers: int = CPUS
-    """Processes that read, resize and write."""
-    min_side: int = 1
-    """Images whose shorter side has fewer pixels are rejected."""
-    max_rejected: float = 0.001
-    """Largest share of samples that may be left out because they cannot be used; more stop the run."""
     retry_rejected: tyro.conf.FlagCreatePairsOff[bool] = False
     """Write the shards that miss rejected samples again."""
     dry_run: tyro.conf.FlagCreatePairsOff[bool] = False
@@ -50,9 +83,8 @@ class ShardOptions:
 @dataclass(frozen=True, kw_only=True)
 class Write(ShardOptions):
     """Shards from images: a folder of class folders, ImageNet's synset tars (in a folder or one tar), a zip in EDM2's
-    layout, existing WebDataset shards, or a flat set with a label file.
+    layout, parquet files, images with a text beside each, existing WebDataset shards, or a flat set with a label file.
 
-    Each image is cropped and resized as in ADM: halved with a box filter, scaled bicubically, cut from the centre.
     The same command goes on after an interruption; samples that cannot be used are listed in OUT/rejected.jsonl.
     """
 
@@ -61,7 +93,8 @@ class Write(ShardOptions):
     out: Out
     """Folder to write; what is finished in it is left as it is."""
     kind: Annotated[
-        Literal["shards", "imagenet", "edm2-zip", "image-folder", "labelled"] | None, tyro.conf.arg(name="source")
+        Literal["shards", "imagenet", "edm2-zip", "parquet", "image-text", "image-folder", "labelled"] | None,
+        tyro.conf.arg(name="source"),
     ] = None
     """Kind of source; by default it is recognised."""
     labels: Path | None = None
@@ -81,7 +114,21 @@ class Demo(ShardOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Verify:
+class MakeIndex(ImageOptions, RemoteOptions):
+    """An index over WebDataset shards that exist already, local or remote, without rewriting a byte.
+
+    Each tar file is read once: hashed, its images decoded, its classes (cls) or captions (txt, json) listed. The image
+    policy is recorded and applied on loading. The same command goes on after an interruption.
+    """
+
+    shards: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SHARDS")]
+    """Folder, URL (http, https, s3, gs) or braces such as 'https://host/train-{0000..1023}.tar'."""
+    out: Annotated[Path, tyro.conf.arg(metavar="INDEX")]
+    """Folder for the index; give it to `megapix train` as --data.path."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verify(RemoteOptions):
     """Read a whole shard folder and compare it with its index: sizes, hashes, members, records, classes, decoding."""
 
     folder: Folder
@@ -91,8 +138,8 @@ class Verify:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Inspect:
-    """Print counts, sizes and the class histogram of a shard folder, and draw a contact sheet."""
+class Inspect(RemoteOptions):
+    """Print counts, sizes, captions and the class histogram of a shard folder, and draw a contact sheet."""
 
     folder: Folder
     """Shard folder."""
@@ -106,6 +153,7 @@ class Inspect:
 
 Command = (
     Annotated[Write, tyro.conf.subcommand("write", prefix_name=False)]
+    | Annotated[MakeIndex, tyro.conf.subcommand("index", prefix_name=False)]
     | Annotated[Demo, tyro.conf.subcommand("demo", prefix_name=False)]
     | Annotated[Verify, tyro.conf.subcommand("verify", prefix_name=False)]
     | Annotated[Inspect, tyro.conf.subcommand("inspect", prefix_name=False)]
@@ -115,7 +163,7 @@ Command = (
 def main(argv: list[str] | None = None) -> int:
     """Entry point of the console script; returns the exit code."""
     command = tyro.cli(Command, args=argv, prog="data_prep", description=DESCRIPTION)
-    run: Any = {Write: _write, Demo: _write, Verify: _verify, Inspect: _inspect}[type(command)]
+    run: Any = {Write: _write, Demo: _write, MakeIndex: _index, Verify: _verify, Inspect: _inspect}[type(command)]
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         return int(run(command))
@@ -147,37 +195,84 @@ def _write(command: Write | Demo) -> int:
                 f"OUT {str(command.out)!r} lies inside SOURCE {str(command.source)!r}; give another folder"
             )
         source = open_source(command.source, command.kind, command.labels)
-    options = plan.Options(
-        command.size, command.format, command.quality, command.samples_per_shard, command.seed, command.min_side
-    )
+    options = plan.Options(_policy(command), command.format, command.quality, command.samples_per_shard, command.seed)
     if command.dry_run:
         options.check()
         shards = -(-len(source.items) // options.samples_per_shard)
+        about = "at least " if len(options.policy.buckets) > 1 else ""
         print(
-            f"data_prep: would write {len(source.items):,} images of {options.size} pixels ({source.about['kind']}, "
-            f"{len(source.classes)} classes) in {shards} shards to {command.out}"
+            f"data_prep: would write {len(source.items):,} images of {_size(command.size)} ({source.about['kind']}, "
+            f"{len(source.classes)} classes) in {about}{shards} shards to {command.out}"
         )
         return 0
     index, was_finished = write(
         source, command.out, options, command.workers, command.max_rejected, command.retry_rejected
     )
+    _summary(command.out, index, was_finished)
+    return 0
+
+
+def _index(command: MakeIndex) -> int:
+    from data_prep.index import index
+
+    if command.policy == "untouched":
+        raise InputError("--policy untouched: an index is for training; expected crop or buckets")
+    made, was_finished = index(
+        command.shards, command.out, _policy(command), command.workers, command.max_rejected, _access(command)
+    )
+    _summary(command.out, made, was_finished)
+    return 0
+
+
+def _policy(command: ImageOptions) -> Policy:
+    from megapix.images import Policy
+
+    match = re.fullmatch(r"#?([0-9a-fA-F]{2})([0-9a-fA-F]{2})([0-9a-fA-F]{2})", command.background)
+    if not match:
+        raise InputError(f"--background = {command.background!r}: expected a colour such as '#ffffff'")
+    if command.policy == "untouched" and command.size:
+        raise InputError(f"--size = {command.size} has no meaning with --policy untouched")
+    red, green, blue = (int(part, 16) for part in match.groups())
+    return Policy.make(
+        command.policy,
+        command.size,
+        command.bucket_step,
+        command.bucket_ratio,
+        fast=command.resize == "fast",
+        background=(red, green, blue),
+        min_side=command.min_side,
+    )
+
+
+def _access(command: RemoteOptions) -> Access:
+    from megapix.storage import Access
+
+    if command.timeout <= 0 or command.retries < 0:
+        raise InputError(f"--timeout = {command.timeout}, --retries = {command.retries}: expected above 0, 0 or more")
+    return Access(command.timeout, command.retries)
+
+
+def _size(size: int) -> str:
+    return f"{size} pixels" if size else "any size"
+
+
+def _summary(out: Path, index: Index, was_finished: bool) -> None:
     classes = ", ".join(f"{entry.name} {entry.samples}" for entry in index.classes[:8])
     more = f" and {len(index.classes) - 8} more" if len(index.classes) > 8 else ""
-    size = sum(shard.bytes for shard in index.shards) / 1e6
+    size = sum(shard.bytes for shard in index.files) / 1e6
     print(
-        f"data_prep: {command.out} {'was finished already' if was_finished else 'is finished'}: {index.samples:,} "
-        f"images of {index.image_size} pixels in {len(index.shards)} shards, {size:.1f} MB; {classes}{more}"
+        f"data_prep: {out} {'was finished already' if was_finished else 'is finished'}: {index.samples:,} "
+        f"images of {_size(index.image_policy['size'])} in {len(index.files)} shards, {size:.1f} MB; {classes}{more}"
     )
     if index.rejected:
-        print(f"data_prep: {index.rejected} samples were rejected; {command.out / 'rejected.jsonl'} says why")
-    return 0
+        print(f"data_prep: {index.rejected} samples were rejected; {out / 'rejected.jsonl'} says why")
 
 
 def _verify(command: Verify) -> int:
     from data_prep.verify import verify
 
     faults = 0
-    for fault in verify(command.folder, command.workers):
+    for fault in verify(command.folder, command.workers, _access(command)):
         print(f"data_prep: fault: {fault}", file=sys.stderr)
         faults += 1
     print(f"data_prep: {command.folder}: {f'{faults} faults' if faults else 'everything is as the index says'}")
@@ -190,6 +285,6 @@ def _inspect(command: Inspect) -> int:
     for line in report(command.folder):
         print(line)
     if command.sheet:
-        shown = contact_sheet(command.folder, command.sheet, command.columns, command.rows)
+        shown = contact_sheet(command.folder, command.sheet, command.columns, command.rows, _access(command))
         print(f"data_prep: {command.sheet}: {shown} images")
     return 0

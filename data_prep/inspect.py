@@ -1,15 +1,19 @@
-"""What is in a shard folder: counts, classes, sizes, and a contact sheet."""
+"""What is in a shard folder or index: counts, classes, sizes, captions, and a contact sheet."""
 
 from __future__ import annotations
 
-import os
+from array import array
 from collections.abc import Iterator
 from pathlib import Path
 
-from megapix.shards import RECORD, TABLE_NAME, Index, SampleRecord, read_index
+from megapix.errors import InputError
+from megapix.shards import CAPTIONS_NAME, RECORD, TABLE_NAME, Index, SampleRecord, check_table, read_index
+from megapix.storage import Access, open_storage
 
 BAR = 40
-"""Characters of the longest bar of the histogram."""
+"""Characters of the longest bar of a histogram."""
+CELL = 128
+"""Pixels of a cell of the contact sheet where images have no common size."""
 
 
 def report(folder: Path) -> Iterator[str]:
@@ -19,45 +23,89 @@ def report(folder: Path) -> Iterator[str]:
         InputError: no such folder, or its index cannot be read.
     """
     index = read_index(folder)
-    sizes = sorted(record.size for record in _records(folder, index))
-    total = sum(shard.bytes for shard in index.shards)
-    yield f"{folder}: {index.samples:,} images of {index.image_size} pixels in {len(index.shards)} shards"
-    yield f"  source       {index.source.get('kind')}"
-    yield f"  policy       {index.image_policy.get('policy')}"
+    check_table(folder, index)
+    policy, total = index.image_policy, sum(shard.bytes for shard in index.files)
+    sizes = _spread(array("L", (record.size for record in _records(folder, index))))
+    size = f"{policy['size']} pixels" if policy["size"] else "any size"
+    yield f"{folder}: {index.samples:,} images of {size} in {len(index.files)} shards"
+    yield f"  source       {index.source.get('kind')}" + (f", {index.base}" if index.base else "")
+    scaled = "" if policy["mode"] == "untouched" else ", fast" if policy["fast"] else ", exact"
+    yield f"  policy       {policy['mode']}{scaled}, applied at {policy['applied']}"
     yield f"  bytes        {total:,} in shards, {total // index.samples:,} a sample"
-    yield f"  image bytes  {sizes[0]:,} smallest, {sizes[len(sizes) // 2]:,} median, {sizes[-1]:,} largest"
+    yield f"  image bytes  {sizes}"
+    yield f"  captions     {_captions(folder, index)}"
     yield f"  rejected     {index.rejected:,}" + (" (rejected.jsonl)" if index.rejected else "")
     yield f"  identity     {index.digest}"
-    largest = max(entry.samples for entry in index.classes)
-    width = max(len(entry.name) for entry in index.classes)
-    for number, entry in enumerate(index.classes):
-        yield f"  {number:5d} {entry.name:{width}} {entry.samples:8,} {'#' * round(BAR * entry.samples / largest)}"
+    buckets = [tuple(bucket) for bucket in policy["buckets"]]
+    if len(buckets) > 1:
+        yield "  buckets (width x height)"
+        counts = {b: sum(s.samples for s in index.shards if s.bucket == b) for b in range(len(buckets))}
+        yield from _histogram([(f"{w}x{h}", counts[b]) for b, (h, w) in enumerate(buckets)])
+    yield "  classes"
+    yield from _histogram([(entry.name, entry.samples) for entry in index.classes])
 
 
-def contact_sheet(folder: Path, out: Path, columns: int, rows: int) -> int:
-    """Write a PNG of the first images of each class, a row for each class (`rows` at most); return the images shown."""
+def _histogram(rows: list[tuple[str, int]]) -> Iterator[str]:
+    largest, width = max(count for _, count in rows), max(len(name) for name, _ in rows)
+    for number, (name, count) in enumerate(rows):
+        yield f"  {number:5d} {name:{width}} {count:8,} {'#' * round(BAR * count / largest)}"
+
+
+def _spread(values: array[int]) -> str:
+    ordered = sorted(values)
+    return f"{ordered[0]:,} smallest, {ordered[len(ordered) // 2]:,} median, {ordered[-1]:,} largest"
+
+
+def _captions(folder: Path, index: Index) -> str:
+    lengths, seen = array("L"), set()
+    with open(folder / CAPTIONS_NAME, "rb") as file:
+        for record in _records(folder, index):
+            lengths.append(record.caption_size)
+            seen.add(hash(file.read(record.caption_size)))  # they lie in the records' order
+    empty = sum(length == 0 for length in lengths)
+    return f"{len(seen):,} different, {empty:,} empty; bytes: {_spread(lengths)}"
+
+
+def contact_sheet(folder: Path, out: Path, columns: int, rows: int, access: Access) -> int:
+    """Write a PNG of the first images of each class, a row for each class (`rows` at most); return the images shown.
+
+    Raises:
+        InputError: an image cannot be read or decoded, or the PNG cannot be written.
+    """
     from PIL import Image
 
-    from data_prep.transform import decode
+    from megapix.images import Policy, decode
 
     index = read_index(folder)
-    size, gap = index.image_size, 2
+    policy, storage = Policy.from_dict(index.image_policy), open_storage(index.base or str(folder), access)
+    cell, gap = policy.size or CELL, 2
     rows = min(rows, len(index.classes))
-    sheet = Image.new("RGB", (columns * (size + gap) + gap, rows * (size + gap) + gap), (255, 255, 255))
+    sheet = Image.new("RGB", (columns * (cell + gap) + gap, rows * (cell + gap) + gap), (255, 255, 255))
     shown = [0] * rows
     for record in _records(folder, index):
         if record.label >= rows or shown[record.label] >= columns:
             continue
-        with open(folder / index.shards[record.shard].name, "rb") as file:
-            image = decode(os.pread(file.fileno(), record.size, record.offset))
-        sheet.paste(image, (gap + shown[record.label] * (size + gap), gap + record.label * (size + gap)))
+        entry = index.shards[record.shard]
+        try:
+            pixels = decode(storage.read(entry.name, record.offset, record.size), policy.background)
+            image = Image.fromarray(policy.apply(pixels, entry.bucket))
+        except (OSError, ValueError) as error:
+            raise InputError(f"{storage.where(entry.name)}: the image at byte {record.offset}: {error}") from error
+        image.thumbnail((cell, cell))
+        left, top = (gap + place * (cell + gap) for place in (shown[record.label], record.label))
+        sheet.paste(image, (left + (cell - image.width) // 2, top + (cell - image.height) // 2))
         shown[record.label] += 1
         if min(shown) == columns:
             break
-    sheet.save(out, "PNG")
+    try:
+        sheet.save(out, "PNG")
+    except OSError as error:
+        raise InputError(f"--sheet {str(out)!r} cannot be written: {error.strerror or error}") from error
     return sum(shown)
 
 
 def _records(folder: Path, index: Index) -> Iterator[SampleRecord]:
-    table = (folder / TABLE_NAME).read_bytes()
-    return (SampleRecord(*fields) for fields in RECORD.iter_unpack(table[: index.samples * RECORD.size]))
+    """All records, read a part at a time."""
+    with open(folder / TABLE_NAME, "rb") as file:
+        while data := file.read(RECORD.size << 14):
+            yield from (SampleRecord(*fields) for fields in RECORD.iter_unpack(data))

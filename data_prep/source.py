@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp")
+UNCLASSED = "images"
+"""Name of the one class of a source without classes."""
 
 
 class Item(NamedTuple):
@@ -22,6 +24,9 @@ class Item(NamedTuple):
     caption: str
     place: tuple[Any, ...] = ()
     """Where the reader finds it, if the name is not enough."""
+    chunk: str = ""
+    """What must be read as a whole to read this sample, such as a parquet row group; the plan keeps a chunk's samples
+    together."""
 
 
 class Reader(Protocol):

@@ -1,85 +1,126 @@
-"""Is a shard folder what its index says? Reads everything; changes nothing."""
+"""Is a shard folder, or an index over tar files elsewhere, what its index says? Reads everything; changes nothing."""
 
 from __future__ import annotations
 
-import tarfile
+import os
+import tempfile
+import zlib
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 
-from data_prep.shard import sha256_of
+from data_prep.index import local_copy
+from data_prep.pool import check_workers, in_processes
+from data_prep.samples import TarSample, labels_of, samples_of
+from data_prep.sources.tars import members
 from megapix.errors import InputError
-from megapix.shards import RECORD, TABLE_NAME, Index, SampleRecord, ShardEntry, check_shards, read_index
+from megapix.shards import RECORD, TABLE_NAME, Index, SampleRecord, ShardEntry, check_table, read_index, sha256_of
+from megapix.storage import Access, Local, open_storage
+
+Rows = tuple[ShardEntry, int, int]
+"""An entry, its place in the index's list, and the number of its first sample."""
 
 
-def verify(folder: Path, workers: int, progress: bool = True) -> Iterator[str]:
-    """Yield every fault found: sizes and hashes of shards and table, order of members, records, classes, decoding.
+def verify(folder: Path, workers: int, access: Access, progress: bool = True) -> Iterator[str]:
+    """Yield every fault found: sizes, hashes and members of shards, records, classes, captions, decoding.
 
     Raises:
-        InputError: the index itself cannot be read.
+        InputError: the index itself cannot be read, or a remote shard cannot be reached.
     """
     from tqdm import tqdm
 
+    check_workers(workers)
     index = read_index(folder)
     try:
-        check_shards(folder, index)
+        check_table(folder, index)
     except InputError as error:
         yield str(error)
-    table = (folder / TABLE_NAME).read_bytes() if (folder / TABLE_NAME).is_file() else b""
-    jobs, first = [], 0
+        return
+    files: dict[str, list[Rows]] = {}
+    first = 0
     for place, entry in enumerate(index.shards):
-        size = RECORD.size
-        records = [
-            SampleRecord(*RECORD.unpack_from(table, n * size))
-            for n in range(first, min(first + entry.samples, len(table) // size))
-        ]
-        jobs.append((place, entry, records))
+        files.setdefault(entry.name, []).append((entry, place, first))
         first += entry.samples
-    with (
-        tqdm(total=index.samples, unit="img", disable=not progress, mininterval=0.5) as bar,
-        ProcessPoolExecutor(min(workers, len(jobs)), get_context("forkserver")) as pool,
-    ):
-        for (_, entry, _), faults in zip(jobs, pool.map(partial(_verify_shard, folder, index), jobs), strict=True):
-            bar.update(entry.samples)
+    with tqdm(total=index.samples, unit="img", disable=not progress, mininterval=0.5) as bar:
+        jobs = list(files.values())
+        for rows, faults in in_processes(partial(_verify_file, folder, index, access), jobs, workers):
+            bar.update(sum(entry.samples for entry, _, _ in rows))
             yield from faults
 
 
-def _verify_shard(folder: Path, index: Index, job: tuple[int, ShardEntry, list[SampleRecord]]) -> list[str]:
-    from data_prep.transform import decode
+def _verify_file(folder: Path, index: Index, access: Access, rows: list[Rows]) -> list[str]:
+    storage, name = open_storage(index.base or str(folder), access), rows[0][0].name
+    if isinstance(storage, Local) and not (storage.base / name).is_file():
+        return [f"{storage.where(name)} is missing, but the index lists it"]
+    with tempfile.TemporaryDirectory() as temporary, local_copy(storage, name, Path(temporary)) as path:
+        return list(_faults(folder, index, storage.where(name), path, rows))
 
-    place, entry, records = job
-    path = folder / entry.name
-    if not path.is_file():
-        return []  # said by check_shards
+
+def _faults(folder: Path, index: Index, shown: str, path: Path, rows: list[Rows]) -> Iterator[str]:
+    entry = rows[0][0]
+    if (size := path.stat().st_size) != entry.bytes:
+        yield f"{shown} has {size} bytes, but the index lists {entry.bytes}"
+        return
     if sha256_of(path) != entry.sha256:
-        return [f"{path}: sha256 differs from the index: the file was changed or damaged"]
-    faults: list[str] = []
+        yield f"{shown}: sha256 differs from the index: the file was changed or damaged"
+        return
     try:
-        with tarfile.open(path, "r:") as tar:
-            members = tar.getmembers()
-            keys = list(dict.fromkeys(member.name.partition(".")[0] for member in members))
-            expected = [f"{key}.{e}" for key in keys for e in sorted(("cls", "json", index.image_extension))]
-            if [member.name for member in members] != expected:
-                return [f"{path}: the members are not KEY.cls, KEY.json and KEY.{index.image_extension} in order"]
-            if len(keys) != entry.samples or len(records) != entry.samples:
-                return [f"{path}: holds {len(keys)} samples, the index lists {entry.samples}"]
-            for key, record in zip(keys, records, strict=True):
-                image = tar.getmember(f"{key}.{index.image_extension}")
-                if (record.shard, record.offset, record.size) != (place, image.offset_data, image.size):
-                    faults.append(f"{path}: sample {key}: {TABLE_NAME} does not point at its image")
-                label = tar.extractfile(f"{key}.cls")
-                if label is None or label.read() != str(record.label).encode():
-                    faults.append(f"{path}: sample {key}: the class differs from {TABLE_NAME}")
-                data = tar.extractfile(image)
-                try:
-                    size = decode(data.read() if data else b"").size
-                except ValueError as error:
-                    faults.append(f"{path}: sample {key}: cannot be decoded: {error}")
-                    continue
-                if size != (index.image_size, index.image_size):
-                    faults.append(f"{path}: sample {key}: {size[0]}x{size[1]} pixels, expected {index.image_size}")
-    except tarfile.TarError as error:
-        faults.append(f"{path}: cannot be read as a tar file: {error}")
-    return faults
+        samples = samples_of(path, shown)
+        labels = dict(zip((sample.offset for sample in samples), labels_of(samples, shown), strict=True))
+    except InputError as error:
+        yield str(error)
+        return
+    if not index.base:
+        listed = sum(entry.samples for entry, _, _ in rows)
+        if len(samples) != listed:
+            yield f"{shown}: holds {len(samples)} samples, the index lists {listed}"
+        if not _in_order(path, samples):
+            yield f"{shown}: the members are not KEY.cls, KEY.json and the image of each sample, in order"
+    by_offset = {sample.offset: sample for sample in samples}
+    with open(path, "rb") as file:
+        for row in rows:
+            for record in _records(folder, row):
+                data = os.pread(file.fileno(), record.size, record.offset)
+                yield from _sample_faults(index, shown, record, row, by_offset, labels, data)
+
+
+def _sample_faults(
+    index: Index,
+    shown: str,
+    record: SampleRecord,
+    row: Rows,
+    by_offset: dict[int, TarSample],
+    labels: dict[int, int],
+    data: bytes,
+) -> Iterator[str]:
+    from megapix.images import Policy, decode, decode_exactly
+
+    sample, (entry, place, _) = by_offset.get(record.offset), row
+    if sample is None or (record.shard, record.size) != (place, sample.size):
+        yield f"{shown}: a record of {TABLE_NAME} points at byte {record.offset}, where no image begins"
+        return
+    if zlib.crc32(data) != record.crc:
+        yield f"{shown}: sample {sample.key}: its bytes are not those that were indexed"
+    if labels[record.offset] != record.label:
+        yield f"{shown}: sample {sample.key}: the class differs from {TABLE_NAME}"
+    policy = Policy.from_dict(index.image_policy)
+    try:
+        if policy.mode == "untouched" or index.image_policy["applied"] == "loading":
+            policy.apply(decode(data, policy.background), entry.bucket)
+        else:
+            decode_exactly(data, *policy.buckets[entry.bucket])
+    except ValueError as error:
+        yield f"{shown}: sample {sample.key}: cannot be decoded: {error}"
+
+
+def _in_order(path: Path, samples: list[TarSample]) -> bool:
+    expected = [n for s in samples for n in sorted((f"{s.key}.cls", f"{s.key}.json", s.name))]
+    keys = [sample.key for sample in samples]
+    return [name for name, _, _ in members(path)] == expected and keys == sorted(keys)
+
+
+def _records(folder: Path, row: Rows) -> Iterator[SampleRecord]:
+    entry, _, first = row
+    with open(folder / TABLE_NAME, "rb") as file:
+        data = os.pread(file.fileno(), entry.samples * RECORD.size, first * RECORD.size)
+    return (SampleRecord(*fields) for fields in RECORD.iter_unpack(data))

@@ -93,15 +93,29 @@ class DataConfig:
     """The shards and how they are read."""
 
     path: str = _machine("")
-    """Shard folder made by data_prep (it holds index.json)."""
+    """Shard folder or index made by data_prep (it holds index.json); a local folder, or an http(s), s3 or gs URL."""
     image_size: int = _identity(256)
-    """Height and width of the training images in pixels; must be the shards' own."""
+    """Height and width of the training images in pixels, of aspect buckets the square root of their area; must be
+    the index's own."""
     flip: bool = _identity(True)
     """Mirror an image with probability 1/2, decided by seed and position."""
     shuffle_window: int = _identity(0)
     """Shards whose samples are shuffled together; 0 is all of them, a perfect shuffle."""
+    reading_groups: int = _identity(1)
+    """Parts into which each epoch's shards are cut, for runs that cache remote shards: a node reads the shards of its
+    own groups, on any number of nodes that divides this."""
     max_replaced: int = _machine(100)
     """Damaged samples that one rank may replace by others before the run stops; 0 stops at the first."""
+    corrupt_shard: Literal["stop", "replace"] = _machine("stop")
+    """What a shard does that is missing, cut short or of another hash: end the run, or have its samples replaced."""
+    cache: str = _machine("")
+    """Local folder for remote data: its index, and whole shards if cache_gib is above 0. Shared by a node's ranks."""
+    cache_gib: float = _machine(0.0)
+    """GiB of shards that the cache may hold; 0 reads each sample by its byte range instead."""
+    timeout: float = _machine(30.0)
+    """Seconds without a byte after which a remote request is given up and tried again."""
+    retries: int = _machine(5)
+    """Further tries after a remote request that failed; then the run stops."""
     workers: int = _machine(4)
     """Processes of each rank that read and decode; 0 decodes in the training process."""
 
@@ -391,6 +405,11 @@ def validate(config: Config) -> None:
             f"({d.image_size} = {d.image_size // m.patch_size} x {m.patch_size} + {d.image_size % m.patch_size})"
         )
     need(d.shuffle_window >= 0, "data.shuffle_window", "0 (all shards) or more")
+    need(d.reading_groups >= 1, "data.reading_groups", "at least 1")
+    need(d.cache_gib >= 0, "data.cache_gib", "0 (no whole shards) or more")
+    need(d.cache_gib == 0 or d.cache != "", "data.cache_gib", "0, or a folder in data.cache")
+    need(d.timeout > 0, "data.timeout", "above 0 seconds")
+    need(d.retries >= 0, "data.retries", "0 or more")
     need(d.max_replaced >= 0, "data.max_replaced", "0 (stop at the first) or more")
     need(d.workers >= 0, "data.workers", "0 or more")
     need(config.flow.t_std > 0, "flow.t_std", "above 0")

@@ -28,6 +28,7 @@ class Purpose(IntEnum):
     NOISE = 5
     SAMPLE_NOISE = 6
     REPLACEMENT = 7
+    BUCKET = 8
 
 
 def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:

@@ -17,6 +17,7 @@ from megapix import checkpoint, config, dist, engine, flow, metrics, sample, wei
 from megapix.checkpoint import Counters, State
 from megapix.config import Config
 from megapix.data import loader, order
+from megapix.data.loader import Spent
 from megapix.dist import World
 from megapix.model import PixelDiT
 from megapix.prepare import Plan, plan, same_everywhere
@@ -65,8 +66,8 @@ def train(asked: Config, world: World) -> None:
 def _steps(e: Any, p: Plan, counters: Counters, world: World, device: torch.device) -> None:
     c, run, total, skipped = p.config, Path(p.config.out), p.layout.total, counters.skipped
     schedule, position, in_a_row, logged = e.lr_scheduler, counters.position, 0, counters.position
-    batches = loader.batches(c.data, p.index, c.seed, p.layout, world.rank, position, skipped)
-    meter, clock, replaced = metrics.LossMeter(device), metrics.Clock(), 0
+    batches = loader.batches(c.data, p.located, c.seed, p.layout, world.rank, position, skipped)
+    meter, clock, spent, replaced = metrics.LossMeter(device), metrics.Clock(), Spent(), 0
     bar = tqdm(total=p.end, initial=schedule.images_seen, unit="img", disable=not world.main, **_bar_style())
     board = metrics.Writer(run / "tensorboard", counters.drawn // total, enabled=world.main)
     board.configuration(counters.drawn // total, config.to_dict(c))
@@ -77,6 +78,7 @@ def _steps(e: Any, p: Plan, counters: Counters, world: World, device: torch.devi
             for _ in range(p.layout.accumulation):
                 with clock.waiting():
                     batch = next(batches)
+                spent.add(batch.spent)
                 replaced += len(batch.replaced)
                 for fault in batch.replaced:
                     dist.warn(f"rank {world.rank} replaced a damaged sample: {fault}")
@@ -98,11 +100,12 @@ def _steps(e: Any, p: Plan, counters: Counters, world: World, device: torch.devi
                 row |= {"health/grad_norm": float(e.get_global_grad_norm())}
                 row |= {"health/skipped_steps": (counters.drawn - now) // total}
                 row |= {"health/replaced_samples": sum(dist.gather(world, replaced))}
-                logged = position
+                row |= metrics.loading(spent, (position - logged) // p.layout.ranks)
+                logged, spent = position, Spent()
                 bar.set_postfix(loss=f"{row['loss/train']:.4f}", lr=f"{lr:.1e}", refresh=False)
                 board.scalars(step, row)
             if _due(c.checkpoint.every, before, now, p.end):
-                state = State(counters, c, p.index.digest, p.index.class_names, world.size)
+                state = State(counters, c, p.located.index.digest, p.located.index.class_names, world.size)
                 checkpoint.save(run, state, world, partial(engine.save, e), c.checkpoint.keep)
             if _due(c.log.samples_every, before, now, p.end):
                 board.image(step, "samples/ema", ema_grid(e, c, world, device))
@@ -142,9 +145,11 @@ def _due(every: Any, before: int, now: int, end: int) -> bool:
 def _announce(p: Plan, world: World, net: PixelDiT, counters: Counters) -> None:
     c, layout = p.config, p.layout
     millions = sum(parameter.numel() for parameter in net.parameters()) / 1e6
-    classes = f"{p.index.samples:,} images in {len(p.index.classes)} classes"
+    classes = f"{p.located.index.samples:,} images in {len(p.located.index.classes)} classes"
     world.say(f"run {c.out}: {millions:.1f} M parameters, {c.precision}, {classes}")
     world.say(f"global batch {layout}")
+    for fault in p.located.faults:
+        world.say(f"its samples will be replaced: {fault}")
     if p.resume:
         world.say(f"going on from {p.resume} at {counters.images_seen:,} images seen")
 

@@ -9,10 +9,11 @@ from pathlib import Path
 from megapix import checkpoint, config
 from megapix.checkpoint import State
 from megapix.config import BatchLayout, Config
+from megapix.data.locate import Located, locate
 from megapix.dist import World, agree, gather
 from megapix.ds_config import read_knobs
 from megapix.errors import InputError
-from megapix.shards import Index, check_shards, read_index
+from megapix.images import Policy
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class Plan:
     """A run that can start: resolved configuration, data, batch layout, and where it goes on."""
 
     config: Config
-    index: Index
+    located: Located
     layout: BatchLayout
     resume: Path | None
     """The checkpoint to go on from."""
@@ -49,12 +50,13 @@ def plan(asked: Config, ranks: int) -> Plan:
     config.validate(asked)
     layout = config.batch_layout(asked, ranks)
     read_knobs(asked.machine.ds_config)
-    index = read_index(asked.data.path)
-    check_shards(asked.data.path, index)
-    if index.image_size != asked.data.image_size:
+    located = locate(asked.data)
+    index = located.index
+    _check_sizes(asked, Policy.from_dict(index.image_policy))
+    if len({shard.bucket for shard in index.shards}) > 1 and layout.total % asked.data.reading_groups:
         raise InputError(
-            f"data.image_size = {asked.data.image_size}, "
-            f"but the images in {asked.data.path!r} are {index.image_size} pixels"
+            f"data.reading_groups = {asked.data.reading_groups}: with aspect buckets expected a divisor of "
+            f"optim.global_batch = {layout.total}"
         )
     if len(index.classes) != asked.model.num_classes:
         raise InputError(
@@ -67,7 +69,7 @@ def plan(asked: Config, ranks: int) -> Plan:
     _check_writable(run)
     folder = checkpoint.latest(run)
     if folder is None:
-        return Plan(resolved, index, layout, None, None, [])
+        return Plan(resolved, located, layout, None, None, [])
     state = checkpoint.read_state(folder)
     changes = config.compare(state.config, resolved, str(folder))
     if state.data_digest != index.digest:
@@ -80,7 +82,7 @@ def plan(asked: Config, ranks: int) -> Plan:
             f"{folder} was written by {state.ranks} ranks, but this run has {ranks}; start {state.ranks} ranks"
         )
     checkpoint.check_files(folder, state)
-    return Plan(resolved, index, layout, folder, state, changes)
+    return Plan(resolved, located, layout, folder, state, changes)
 
 
 def same_everywhere(world: World, p: Plan) -> None:
@@ -90,13 +92,29 @@ def same_everywhere(world: World, p: Plan) -> None:
         Agreed: naming the first rank that differs from rank 0, and in what.
     """
     mine = {key: repr(value) for key, value, mark in config.leaves(p.config) if mark != "machine"}
-    mine |= {"data set": p.index.digest, "checkpoint": p.resume.name if p.resume else "none"}
+    mine |= {"data set": p.located.index.digest, "checkpoint": p.resume.name if p.resume else "none"}
     mine |= {"counters": repr(p.state.counters) if p.state else "none", "batch": str(p.layout)}
     everyone = gather(world, mine)
     for rank, theirs in enumerate(everyone):
         for key, value in theirs.items():
             if value != everyone[0][key]:
                 agree(world, f"rank {rank} has {key} = {value}, but rank 0 has {everyone[0][key]}")
+
+
+def _check_sizes(asked: Config, policy: Policy) -> None:
+    path, size, patch = asked.data.path, asked.data.image_size, asked.model.patch_size
+    if policy.mode == "untouched":
+        raise InputError(
+            f"the images in {path!r} are untouched, of any size; give an index with a policy: "
+            f"data_prep index {path} --out INDEX --size {size}"
+        )
+    if policy.size != size:
+        raise InputError(f"data.image_size = {size}, but the images in {path!r} are {policy.size} pixels")
+    for height, width in policy.buckets:
+        if height % patch or width % patch:
+            raise InputError(
+                f"{path!r} has images of {width}x{height} pixels, not divisible by model.patch_size = {patch}"
+            )
 
 
 def _check_writable(run: Path) -> None:

@@ -4,22 +4,27 @@ A shard folder holds
 
     shard-000000.tar, shard-000001.tar, …   ordinary WebDataset tar files (USTAR)
     samples.bin                             one fixed-size record a sample, in the shards' order
+    captions.bin                            the captions in the same order, UTF-8, end to end
     index.json                              what is in the folder; written last, so its presence means "complete"
 
-and what only `data_prep` reads: plan.json, .receipts/ and rejected.jsonl.
+and what only `data_prep` reads: plan.json, .receipts/ and rejected.jsonl. In an index over tar files that exist
+already (`data_prep index`), the tar files lie elsewhere: `base` names the folder or URL, and they keep their names.
 
-A sample is three tar members, KEY being nine digits (its number in the plan):
+A sample that `data_prep write` wrote is three tar members, KEY being nine digits (its number in the plan):
 
     KEY.cls     the class number, ASCII
     KEY.jpg     the image (or KEY.png, KEY.webp: members are sorted by extension)
     KEY.json    {"source": name in the source, "caption": …}
 
-The record of a sample (`RECORD`, little endian, 24 bytes) says where its image lies, so that a reader gets any sample
-with one `pread`: place of the shard in the index's list (uint32), image bytes (uint32), offset of the image's data in
-the tar file (uint64), class number (int32), CRC-32 of the member's name (uint32). The 512 bytes before that offset are
-the member's tar header, whose name the reader checks.
+The record of a sample (`RECORD`, little endian, 36 bytes) says where its image lies, so that a reader gets any sample
+with one read: place of the entry in the index's list (uint32), image bytes (uint32), offset of the image's data in the
+tar file (uint64), class number (int32), CRC-32 of the image's bytes (uint32), offset of its caption in captions.bin
+(uint64) and the caption's bytes (uint32).
 
-Standard library only: `data_prep` and the trainer share this file, `errors.py` and nothing else.
+An entry of the index is the samples of one tar file that belong to one bucket; a tar file with several buckets has
+several entries. Entries are in the order of their buckets.
+
+Standard library only: `data_prep` and the trainer share this file, `errors`, `images` and `storage`, nothing else.
 """
 
 from __future__ import annotations
@@ -35,11 +40,11 @@ from typing import Any, NamedTuple
 from megapix.errors import InputError
 
 FORMAT = "megapix-shards"
-VERSION = 1
+VERSION = 2
 INDEX_NAME = "index.json"
 TABLE_NAME = "samples.bin"
-IMAGE_EXTENSIONS = ("png", "jpg", "webp")
-RECORD = struct.Struct("<IIQiI")
+CAPTIONS_NAME = "captions.bin"
+RECORD = struct.Struct("<IIQiIQI")
 TAR_BLOCK = 512
 
 
@@ -54,23 +59,30 @@ def sample_key(number: int) -> str:
 
 
 class SampleRecord(NamedTuple):
-    """Where one sample's image lies; the fields of `RECORD` in order."""
+    """Where one sample's image and caption lie; the fields of `RECORD` in order."""
 
     shard: int
     size: int
     offset: int
     label: int
-    name_crc: int
+    crc: int
+    caption_offset: int
+    caption_size: int
 
 
 @dataclass(frozen=True)
 class ShardEntry:
-    """One tar file of the index."""
+    """The samples of one tar file that belong to one bucket."""
 
     name: str
+    """File name, relative to the folder or URL where the shards lie."""
     samples: int
     bytes: int
+    """Size of the tar file."""
     sha256: str
+    """Hash of the tar file."""
+    bucket: int = 0
+    """Place in the list of sizes of the image policy."""
 
 
 @dataclass(frozen=True)
@@ -83,20 +95,21 @@ class ClassEntry:
 
 @dataclass(frozen=True)
 class Index:
-    """What a shard folder holds.
-
-    `image_policy` records how the images were made (size in pixels, crop, output format), `source` where they came
-    from (name, licence, attribution). `table_sha256` is the hash of `samples.bin`.
-    """
+    """What a shard folder holds."""
 
     samples: int
-    image_size: int
-    image_extension: str
+    base: str
+    """Folder or URL of the tar files; empty if they lie beside the index."""
     classes: tuple[ClassEntry, ...]
     shards: tuple[ShardEntry, ...]
     table_sha256: str
+    """Hash of `samples.bin`."""
+    captions_sha256: str
+    """Hash of `captions.bin`."""
     image_policy: dict[str, Any]
+    """How images are made (`megapix.images.Policy`), and "applied": at "preparation" or on "loading"."""
     source: dict[str, Any]
+    """Where the images came from: kind, licence, attribution, options of the preparation."""
     rejected: int
     """Samples of the source that could not be used; `rejected.jsonl` lists them."""
 
@@ -106,13 +119,19 @@ class Index:
         return tuple(entry.name for entry in self.classes)
 
     @property
+    def files(self) -> tuple[ShardEntry, ...]:
+        """One entry for each tar file."""
+        return tuple({entry.name: entry for entry in self.shards}.values())
+
+    @property
     def digest(self) -> str:
-        """SHA-256 of the index's canonical JSON: the identity of a data set, whatever folder it lies in."""
-        return hashlib.sha256(_dump(self).encode()).hexdigest()
+        """SHA-256 of the index's canonical JSON without `base`: the identity of a data set, wherever it lies."""
+        return hashlib.sha256(_dump(self, without=("base",)).encode()).hexdigest()
 
 
-def _dump(index: Index) -> str:
-    return json.dumps({"format": FORMAT, "version": VERSION, **asdict(index)}, indent=1, sort_keys=True) + "\n"
+def _dump(index: Index, without: tuple[str, ...] = ()) -> str:
+    data = {"format": FORMAT, "version": VERSION, **asdict(index)}
+    return json.dumps({k: v for k, v in data.items() if k not in without}, indent=1, sort_keys=True) + "\n"
 
 
 def write_index(folder: Path, index: Index) -> None:
@@ -157,11 +176,11 @@ def read_index(folder: str | Path) -> Index:
     try:
         index = Index(
             samples=int(data["samples"]),
-            image_size=int(data["image_size"]),
-            image_extension=str(data["image_extension"]),
+            base=str(data["base"]),
             classes=tuple(ClassEntry(**entry) for entry in data["classes"]),
             shards=tuple(ShardEntry(**entry) for entry in data["shards"]),
             table_sha256=str(data["table_sha256"]),
+            captions_sha256=str(data["captions_sha256"]),
             image_policy=dict(data["image_policy"]),
             source=dict(data["source"]),
             rejected=int(data["rejected"]),
@@ -171,38 +190,51 @@ def read_index(folder: str | Path) -> Index:
     if index.samples < 1 or index.samples != sum(shard.samples for shard in index.shards):
         total = sum(shard.samples for shard in index.shards)
         raise InputError(f"{path}: samples is {index.samples}, but its shards hold {total}; expected the same, above 0")
+    buckets = [shard.bucket for shard in index.shards]
+    if buckets != sorted(buckets):
+        raise InputError(f"{path}: the shards are not in the order of their buckets")
     return index
 
 
-def check_shards(folder: str | Path, index: Index) -> None:
-    """Check that every file the index names is there with its size, and that the sample table has its hash.
-
-    Reads no image data: a stat for each shard and the table (24 bytes a sample).
+def check_table(folder: str | Path, index: Index) -> None:
+    """Check that `samples.bin` and `captions.bin` have the size and hash that the index lists.
 
     Raises:
-        InputError: naming the first file that is missing or differs, with both values.
+        InputError: naming the file, with both values.
     """
-    folder = Path(folder)
-    for shard in index.shards:
-        path = folder / shard.name
+    for name, sha256 in ((TABLE_NAME, index.table_sha256), (CAPTIONS_NAME, index.captions_sha256)):
+        path = Path(folder) / name
         if not path.is_file():
-            raise InputError(f"{path} is missing, but {folder / INDEX_NAME} lists it")
-        size = path.stat().st_size
-        if size != shard.bytes:
+            raise InputError(f"{path} is missing, but {Path(folder) / INDEX_NAME} needs it")
+        if (found := sha256_of(path)) != sha256:
             raise InputError(
-                f"{path} has {size} bytes, but {folder / INDEX_NAME} lists {shard.bytes}: "
+                f"{path} has sha256 {found[:16]}…, but {Path(folder) / INDEX_NAME} lists {sha256[:16]}…: "
                 "the index does not match its shards; prepare the folder again"
             )
-    table = folder / TABLE_NAME
-    if not table.is_file():
-        raise InputError(f"{table} is missing, but {folder / INDEX_NAME} needs it")
-    sha256 = hashlib.sha256(table.read_bytes()).hexdigest()
-    if sha256 != index.table_sha256:
-        raise InputError(
-            f"{table} has sha256 {sha256[:16]}…, but {folder / INDEX_NAME} lists {index.table_sha256[:16]}…: "
-            "the index does not match its shards; prepare the folder again"
-        )
-    expected = index.samples * RECORD.size
-    if table.stat().st_size != expected:
-        size = table.stat().st_size
+    table, expected = Path(folder) / TABLE_NAME, index.samples * RECORD.size
+    if (size := table.stat().st_size) != expected:
         raise InputError(f"{table} has {size} bytes, expected {expected} ({index.samples} samples of {RECORD.size})")
+
+
+def missing_shards(base: Path, index: Index) -> list[str]:
+    """What is wrong with each local tar file that is not there with the size that the index lists; reads no data."""
+    faults = []
+    for shard in index.files:
+        path = base / shard.name
+        if not path.is_file():
+            faults.append(f"{path} is missing, but {INDEX_NAME} lists it")
+        elif (size := path.stat().st_size) != shard.bytes:
+            faults.append(
+                f"{path} has {size} bytes, but {INDEX_NAME} lists {shard.bytes}: "
+                "the index does not match its shards; prepare the folder again"
+            )
+    return faults
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, read in blocks."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,12 @@ from PIL import Image
 from data_prep.plan import Options
 from data_prep.sources.image_folder import ImageFolder
 from data_prep.write import write
+from megapix.images import Policy
 
+OPTIONS = Options(Policy.make("crop", 16), samples_per_shard=16)
+"""Those of the `shards` fixture."""
+# Preparation's and the loader's workers share one server process in a test run: what the loader needs is loaded there.
+multiprocessing.get_context("forkserver").set_forkserver_preload(["megapix.data.loader"])
 CLASSES = ("blue", "green", "red")
 
 
@@ -34,5 +40,5 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def shards(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Those images as three shards."""
     out = tmp_path_factory.mktemp("shards") / "small"
-    write(ImageFolder.open(image_folder), out, Options(16, samples_per_shard=16), workers=1, progress=False)
+    write(ImageFolder.open(image_folder), out, OPTIONS, workers=1, progress=False)
     return out

@@ -189,14 +189,14 @@ def test_ranks_must_agree_on_the_run(option: str, value: str, words: str, own_sh
 
 
 def test_a_sample_that_turns_bad_in_mid_run_ends_with_its_name(own_shards: Path, tmp_path: Path) -> None:
-    """Same size, so the check at the start passes; the header tells when the sample is read."""
+    """Same size, so the check at the start passes; the CRC tells when the sample is read."""
     for shard in own_shards.glob("shard-*.tar"):
         shard.write_bytes(bytes(shard.stat().st_size))
     (rank,) = start(1, "megapix", arguments(own_shards, tmp_path / "run"))
     assert rank.code == 2
     line = rank.err.splitlines()[-1]
     assert line.startswith("megapix: error: "), "on a line of its own, below the progress bar"
-    assert "the index does not match its shards" in line
+    assert "are not those that were indexed" in line
     assert "Traceback" not in rank.err
 
 
@@ -302,6 +302,7 @@ def test_marks_are_complete_and_frozen() -> None:
     assert schedule == {f"optim.{k}" for k in ("lr", "lr_after", "lr_step_at", "end_at", "warmup", "grad_clip")}
     assert {key for key, mark in marks.items() if mark == "identity"} == {
         "seed", "init", "precision", "data.image_size", "data.flip", "data.shuffle_window",
+        "data.reading_groups",
         *(f"model.{k}" for k in config.ModelConfig.__dataclass_fields__),
         *(f"flow.{k}" for k in config.FlowConfig.__dataclass_fields__),
         *(f"optim.{k}" for k in ("global_batch", "beta1", "beta2", "weight_decay", "ema_decay")),

@@ -19,16 +19,16 @@ import pytest
 import webdataset
 from PIL import Image
 
-from data_prep import cli, demo, transform
+from data_prep import cli, demo
 from data_prep.demo import OpenMoji
 from data_prep.plan import Options
 from data_prep.sources.image_folder import ImageFolder
 from data_prep.write import write
 from megapix.errors import InputError
-from megapix.shards import RECORD, TABLE_NAME, Index, check_shards, read_index
-
-OPTIONS = Options(16, samples_per_shard=16)
-"""Those of the `shards` fixture."""
+from megapix.images import Policy
+from megapix.shards import CAPTIONS_NAME, RECORD, TABLE_NAME, Index, check_table, missing_shards, read_index
+from tests.conftest import OPTIONS
+from tests.test_images import encoded
 
 
 def test_stock_webdataset_reads_the_same_samples(shards: Path, image_folder: Path) -> None:
@@ -52,7 +52,7 @@ def test_stock_webdataset_reads_the_same_samples(shards: Path, image_folder: Pat
 def test_records_point_at_the_images(shards: Path) -> None:
     index = read_index(shards)
     records = [RECORD.unpack_from((shards / TABLE_NAME).read_bytes(), n * RECORD.size) for n in range(index.samples)]
-    number = 0
+    captions, number = (shards / CAPTIONS_NAME).read_bytes(), 0
     for place, entry in enumerate(index.shards):
         data = (shards / entry.name).read_bytes()
         assert (len(data), hashlib.sha256(data).hexdigest()) == (entry.bytes, entry.sha256)
@@ -60,11 +60,12 @@ def test_records_point_at_the_images(shards: Path) -> None:
             for member in tar.getmembers():
                 assert (member.mtime, member.uname, member.mode) == (0, "megapix", 0o444)
                 if member.name.endswith(".png"):
-                    shard, size, offset, label, crc = records[number]
-                    assert crc == zlib.crc32(member.name.encode())
+                    shard, size, offset, label, crc, at, length = records[number]
                     file = tar.extractfile(member)
                     assert file is not None
                     assert data[offset : offset + size] == file.read()
+                    assert crc == zlib.crc32(data[offset : offset + size])
+                    assert captions[at : at + length].decode() == ("blue", "green", "red")[label]
                     cls = tar.extractfile(f"{number:09d}.cls")
                     assert cls is not None
                     assert (shard, label) == (place, int(cls.read()))
@@ -83,7 +84,7 @@ def test_bytes_do_not_depend_on_the_workers(image_folder: Path, shards: Path, tm
     write(
         ImageFolder.open(image_folder),
         tmp_path / "seed",
-        Options(16, samples_per_shard=16, seed=1),
+        Options(Policy.make("crop", 16), samples_per_shard=16, seed=1),
         workers=1,
         progress=False,
     )
@@ -107,7 +108,9 @@ def test_a_finished_folder_is_left_alone_and_other_options_are_refused(
     for changed, both in (
         (["--size", 16], ("size = 8", "has 16")),
         (["--seed", 5], ("seed = 0", "has 5")),
-        (["--format", "webp"], ("extension = 'png'", "has 'webp'")),
+        (["--format", "webp"], ("format = 'png'", "has 'webp'")),
+        (["--resize", "fast"], ("resize = 'exact'", "has 'fast'")),
+        (["--background", "#000000"], ("background = '#ffffff'", "has '#000000'")),
         (["--samples-per-shard", 5], ("samples_per_shard = 30", "has 5")),
         (["--min-side", 2], ("min_side = 1", "has 2")),
     ):
@@ -131,12 +134,12 @@ def test_an_interrupted_folder_is_finished_to_the_same_bytes(image_folder: Path,
     shutil.copytree(shards, out)
     (out / "index.json").rename(out / ".index.json.123.tmp")  # at the very last step
     assert resume() == (0, 1, 2)
-    for path in (out / "index.json", out / "samples.bin", out / "shard-000001.tar"):
+    for path in (out / "index.json", out / "samples.bin", out / "captions.bin", out / "shard-000001.tar"):
         path.unlink()  # a receipt without its shard
     assert resume() == (0, 2)
     (out / "index.json").unlink()
     (out / "shard-000002.tar").rename(out / ".shard-000002.tar.tmp")
-    (out / ".receipts" / "shard-000002.tar.json").rename(out / ".receipts" / ".shard-000002.tar.json.9.tmp")
+    (out / ".receipts" / "000002.json").rename(out / ".receipts" / ".000002.json.9.tmp")
     assert resume() == (0, 1)
     shutil.rmtree(out)
     out.mkdir()
@@ -266,7 +269,7 @@ def test_rejected_samples_are_listed_bounded_and_retried(
 def test_small_images_are_rejected_when_asked(image_folder: Path, tmp_path: Path) -> None:
     source = ImageFolder.open(image_folder)
     with pytest.raises(InputError, match="16x16 pixels, --min-side is 17"):
-        write(source, tmp_path / "out", Options(16, min_side=17), workers=1, progress=False)
+        write(source, tmp_path / "out", Options(Policy.make("crop", 16, min_side=17)), workers=1, progress=False)
 
 
 def test_dry_run_writes_nothing(image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -283,94 +286,6 @@ def test_formats(image_folder: Path, tmp_path: Path) -> None:
         sample = next(iter(webdataset.WebDataset(str(out / "shard-000000.tar"), shardshuffle=False)))
         with Image.open(io.BytesIO(sample[extension])) as image:
             assert (image.format, image.size, image.mode) == (kind, (8, 8), "RGB")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The image policy
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def test_the_crop_is_central() -> None:
-    wide = np.zeros((8, 16, 3), np.uint8)
-    wide[:, 4:12] = 200
-    assert (np.asarray(transform.centre_crop(Image.fromarray(wide), 8)) == 200).all()
-    tall = wide.transpose(1, 0, 2).copy()
-    assert (np.asarray(transform.centre_crop(Image.fromarray(tall), 8)) == 200).all()
-
-
-def test_large_images_are_halved_with_a_box_filter_first() -> None:
-    # Four 2x2 blocks of four values each: halving twice averages 4x4 pixels exactly, with no bicubic step left.
-    values = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4
-    image = Image.fromarray(np.repeat(values[..., None], 3, 2))
-    halved = values.reshape(4, 2, 4, 2).mean((1, 3))
-    expected = np.floor(np.floor(halved + 0.5).reshape(2, 2, 2, 2).mean((1, 3)) + 0.5)
-    assert np.asarray(transform.centre_crop(image, 2))[..., 0].tolist() == expected.tolist()
-
-
-def test_the_policy_against_pillow_step_by_step() -> None:
-    generator = np.random.default_rng(0)
-    image = Image.fromarray(generator.integers(0, 256, (75, 131, 3), dtype=np.uint8))
-    expected = image.resize((65, 37), Image.Resampling.BOX)  # 37 < 2·20 ends the halving
-    expected = expected.resize((round(65 * 20 / 37), 20), Image.Resampling.BICUBIC).crop((7, 0, 27, 20))
-    assert np.array_equal(np.asarray(transform.centre_crop(image, 20)), np.asarray(expected))
-
-
-def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
-    out = io.BytesIO()
-    image.save(out, kind, **options)
-    return out.getvalue()
-
-
-def colour(data: bytes) -> tuple[int, ...]:
-    image = transform.decode(data)
-    assert image.mode == "RGB"
-    pixel = image.getpixel((0, 0))
-    assert isinstance(pixel, tuple)
-    return pixel
-
-
-def test_every_mode_comes_out_as_rgb() -> None:
-    size = (4, 4)
-    assert colour(encoded(Image.new("RGB", size, (10, 20, 30)))) == (10, 20, 30)
-    assert colour(encoded(Image.new("L", size, 77))) == (77, 77, 77)
-    assert colour(encoded(Image.new("1", size, 1))) == (255, 255, 255)
-    assert colour(encoded(Image.new("RGBA", size, (255, 0, 0, 0)))) == (255, 255, 255), "transparent is white"
-    assert colour(encoded(Image.new("RGBA", size, (0, 0, 0, 51)))) == (204, 204, 204), "a fifth black on white"
-    assert colour(encoded(Image.new("LA", size, (0, 51)))) == (204, 204, 204)
-    palette = Image.new("P", size, 1)
-    palette.putpalette([0, 0, 0, 9, 8, 7])
-    assert colour(encoded(palette)) == (9, 8, 7)
-    assert colour(encoded(palette, transparency=1)) == (255, 255, 255), "a transparent palette entry"
-    grey16 = Image.fromarray(np.full(size, 128 * 257, np.uint16))
-    assert colour(encoded(grey16)) == (128, 128, 128), "16 bits are scaled, not clipped"
-    cmyk = colour(encoded(Image.new("CMYK", size, (0, 255, 255, 0)), "JPEG", quality=100))
-    assert np.abs(np.array(cmyk) - (255, 0, 0)).max() <= 2
-
-
-def test_exif_orientation_is_applied() -> None:
-    pixels = np.zeros((2, 4, 3), np.uint8)
-    pixels[:, 0] = 250  # a bright left column
-    exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was turned: show it rotated clockwise by 90 degrees
-    image = np.asarray(transform.decode(encoded(Image.fromarray(pixels), exif=exif)))
-    assert image.shape == (4, 2, 3)
-    assert (image[0] == 250).all()
-    assert not image[1:].any()
-
-
-def test_unusable_images_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    good = encoded(Image.effect_noise((64, 64), 50), "JPEG")
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    broken_exif = encoded(Image.new("RGB", (4, 4)), "WEBP", exif=exif).replace(b"MM\x00*", b"XX\x00*")
-    for bad in (b"", b"not an image", good[:200], encoded(Image.new("L", (4, 4)), "GIF"), broken_exif):
-        with pytest.raises(ValueError, match=r"."):
-            transform.decode(bad)
-    with pytest.raises(ValueError, match=r"256000000x256 pixels it exceeds the limit"):
-        transform.centre_crop(Image.new("RGB", (1_000_000, 1)), 256)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    with pytest.raises(ValueError, match="exceeds limit"):
-        transform.decode(good)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -418,7 +333,8 @@ def test_openmoji_does_not_need_its_package_imported() -> None:
 def test_openmoji_shards(tmp_path: Path) -> None:
     assert run("demo", "openmoji", tmp_path / "out", "--size", 16, "--split", "heldout", "--workers", 1) == 0
     index: Index = read_index(tmp_path / "out")
-    check_shards(tmp_path / "out", index)
+    check_table(tmp_path / "out", index)
+    assert missing_shards(tmp_path / "out", index) == []
     assert index.source["licence"] == "CC BY-SA 4.0"
     assert "OpenMoji" in index.source["attribution"]
     images = []
@@ -455,7 +371,13 @@ def test_bad_input_is_one_line_and_code_2(tmp_path: Path, capsys: pytest.Capture
         (["write", tmp_path / "flat", out, *size], "flat' is of no known kind"),
         (["write", tmp_path / "hollow", out, *size], "class' holds no image"),
         (["write", tmp_path / "broken", out, *size], "1 of 1 samples cannot be used"),
-        (["write", tmp_path / "good", out, "--size", 0], "--size = 0: expected at least 1"),
+        (["write", tmp_path / "good", out], "--size = 0: expected at least 1"),
+        (["write", tmp_path / "good", out, *size, "--policy", "untouched"], "no meaning with --policy untouched"),
+        (["write", tmp_path / "good", out, *size, "--format", "original"], "but --policy crop changes the image"),
+        (["write", tmp_path / "good", out, *size, "--background", "red"], "--background = 'red': expected a colour"),
+        (["write", tmp_path / "good", out, *size, "--min-side", 0], "--min-side = 0: expected at least 1"),
+        (["write", tmp_path / "good", out, *size, "--policy", "buckets", "--bucket-step", 3], "--bucket-step = 3: exp"),
+        (["write", tmp_path / "good", out, *size, "--policy", "buckets", "--bucket-ratio", 0.5], "--bucket-ratio = 0"),
         (["write", tmp_path / "good", out, *size, "--quality", 0], "--quality = 0: expected 1 to 100"),
         (["write", tmp_path / "good", out, *size, "--workers", 0], "--workers = 0: expected at least 1"),
         (["write", tmp_path / "good", out, *size, "--max-rejected", 2], "--max-rejected = 2.0: expected a share"),
@@ -491,7 +413,7 @@ def test_as_a_module(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda d: d.update(version=99), "version is 99, this release reads version 1"),
+        (lambda d: d.update(version=99), "version is 99, this release reads version 2"),
         (lambda d: d.update(format="zip"), "format is 'zip', expected 'megapix-shards'"),
         (lambda d: d.pop("classes"), "a key is missing or of the wrong type: 'classes'"),
         (lambda d: d.update(samples=7), "samples is 7, but its shards hold 40"),

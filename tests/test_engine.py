@@ -12,7 +12,7 @@ import torch
 from megapix import checkpoint, config, engine, flow, schedule, weights
 from megapix.config import BatchLayout
 from megapix.data.loader import MicroBatches
-from megapix.shards import read_index
+from megapix.data.locate import locate
 from tests.launch import start, succeed
 from tests.runs import SMALL, STEP_BATCH, arguments, scalars, shard_tensors
 
@@ -31,7 +31,8 @@ class Plain:
 @pytest.fixture(scope="module")
 def plain(shards: Path) -> Plain:
     """The run in one process without DeepSpeed: torch's AdamW, clipping, a dense EMA, the rate set by hand."""
-    data = MicroBatches(shards, read_index(shards), SMALL.seed, SMALL.data.flip)
+    reading = config.replace(SMALL.data, "path", str(shards))
+    data = MicroBatches(locate(reading), reading, SMALL.seed, STEP_BATCH)
     net = engine.build_network(SMALL.model, SMALL.seed)
     o = SMALL.optim
     optimizer = torch.optim.AdamW(net.parameters(), o.lr, (o.beta1, o.beta2), weight_decay=o.weight_decay)

@@ -13,16 +13,22 @@ from pathlib import Path
 import pytest
 import webdataset
 
+from data_prep import plan as planning
 from data_prep.plan import Options
 from data_prep.source import Source
 from data_prep.sources import open_source
 from data_prep.sources.edm2_zip import Edm2Zip
 from data_prep.sources.image_folder import ImageFolder
+from data_prep.sources.image_text import ImageText
 from data_prep.sources.imagenet import SynsetTars
 from data_prep.sources.labelled import LabelledImages
+from data_prep.sources.parquet import Parquet
 from data_prep.sources.shards import Shards
 from data_prep.write import write
 from megapix.errors import InputError
+from megapix.images import Policy
+from megapix.storage import Access
+from tests.conftest import OPTIONS
 
 SYNSETS = ("n01440764", "n01443537", "n02085620")
 
@@ -100,12 +106,49 @@ def flat_tar(image_folder: Path, out: Path) -> Path:
     return out.with_suffix(".tar")
 
 
+def image_text(image_folder: Path, out: Path) -> Path:
+    for place, (label, path) in enumerate(files(image_folder)):
+        folder = out / f"{place % 2:05d}"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / path.name).write_bytes(path.read_bytes())
+        if place % 3:
+            (folder / f"{path.stem}.txt").write_text(f"no {label}\n", "utf-8")
+        else:
+            (folder / f"{path.stem}.json").write_text(json.dumps({"caption": f"no {label}", "sha256": "…"}), "utf-8")
+    return out
+
+
+def parquet(image_folder: Path, out: Path) -> Path:
+    """Two files as `datasets` writes them: a struct of bytes and path, a ClassLabel, small row groups."""
+    pyarrow = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    out.mkdir()
+    features = {"image": {"_type": "Image"}, "label": {"names": list(SYNSETS), "_type": "ClassLabel"}}
+    about = {b"huggingface": json.dumps({"info": {"features": features}}).encode()}
+    chosen = files(image_folder)
+    for number in range(2):
+        rows = chosen[number::2]
+        table = pyarrow.table(
+            {
+                "image": [{"bytes": path.read_bytes(), "path": path.name} for _, path in rows],
+                "label": pyarrow.array([label for label, _ in rows], pyarrow.int64()),
+                "text": [f"no {label}" for label, _ in rows],
+            }
+        )
+        name = out / f"train-{number:05d}-of-00002.parquet"
+        pq.write_table(table.replace_schema_metadata(about), name, row_group_size=6)
+    return out
+
+
 KINDS: dict[str, tuple[Callable[[Path, Path], Path], type, tuple[str, ...]]] = {
     "synset tars": (synset_tars, SynsetTars, SYNSETS),
     "tar of tars": (tar_of_tars, SynsetTars, SYNSETS),
     "edm2 zip": (edm2_zip, Edm2Zip, ("0", "1", "2")),
     "shards": (existing_shards, Shards, ("0", "1", "2")),
     "flat folder": (flat_folder, LabelledImages, SYNSETS),
+    "parquet": (parquet, Parquet, SYNSETS),
+    "image-text": (image_text, ImageText, ("images",)),
     "flat tar": (flat_tar, LabelledImages, ("0", "1", "2")),
 }
 
@@ -120,20 +163,22 @@ def test_sources(kind: str, image_folder: Path, tmp_path: Path) -> None:
     assert tuple(source.classes) == classes
     assert len(pickle.dumps(source.reader)) < 1000, "the list does not travel with every shard"
     out = tmp_path / "out"
-    write(source, out, Options(16, samples_per_shard=16), workers=1, progress=False)
+    write(source, out, OPTIONS, workers=1, progress=False)
     urls = [str(shard) for shard in sorted(out.glob("shard-*.tar"))]
     found = sorted(
         (s["cls"], s["png"].tobytes()) for s in webdataset.WebDataset(urls, shardshuffle=False).decode("pil")
     )
     folder = ImageFolder.open(image_folder)
     direct = tmp_path / "direct"
-    write(folder, direct, Options(16, samples_per_shard=16), workers=1, progress=False)
+    write(folder, direct, OPTIONS, workers=1, progress=False)
     urls = [str(shard) for shard in sorted(direct.glob("shard-*.tar"))]
     expected = sorted(
         (s["cls"], s["png"].tobytes()) for s in webdataset.WebDataset(urls, shardshuffle=False).decode("pil")
     )
+    if kind == "image-text":
+        expected = [(0, data) for data in sorted(data for _, data in expected)]
     assert found == expected
-    if kind == "shards":
+    if kind in ("shards", "parquet", "image-text"):
         assert {item.caption for item in source.items} == {"no 0", "no 1", "no 2"}
 
 
@@ -168,8 +213,8 @@ def test_bad_sources(image_folder: Path, tmp_path: Path) -> None:
         (lambda: open_source(flat, name="shards", labels=labels), "not with --source shards"),
         (lambda: open_source(tmp_path / "bare.zip"), "dataset.json is missing"),
         (lambda: open_source(tmp_path / "fewer.zip"), "dataset.json has no label for '00000/img"),
-        (lambda: open_source(tmp_path / "odd.tar"), "sample 'a': expected one image and one cls"),
-        (lambda: open_source(tmp_path / "words.tar"), "cls is 'cat', not a number"),
+        (lambda: open_source(tmp_path / "odd.tar"), "sample 'a': expected one image"),
+        (lambda: open_source(tmp_path / "words.tar"), "its class is 'cat', not a number"),
         (lambda: open_source(flat, labels=tmp_path / "none.txt"), "none.txt: cannot be read"),
     ]
     for call, message in cases:
@@ -185,11 +230,60 @@ def test_bad_sources(image_folder: Path, tmp_path: Path) -> None:
             open_source(flat, labels=labels)
 
 
+def test_a_shard_reads_few_row_groups(image_folder: Path, tmp_path: Path) -> None:
+    """Shuffled sample by sample, each shard would read from nearly all of the groups."""
+    source = open_source(parquet(image_folder, tmp_path / "source"))
+    jobs = list(planning.jobs(source.items, Options(Policy.make("crop", 16), samples_per_shard=10)))
+    assert sorted(item.name for job in jobs for item in job.items) == sorted(item.name for item in source.items)
+    groups = [{item.chunk for item in job.items} for job in jobs]
+    assert len({item.chunk for item in source.items}) == 8
+    assert max(len(some) for some in groups) <= 4
+    labels = [item.label for item in jobs[0].items]
+    assert labels != sorted(labels), "shuffled inside"
+
+
+def test_bad_parquet_files(image_folder: Path, tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    png = next(image_folder.rglob("*.png")).read_bytes()
+
+    def table(name: str, **columns: object) -> Path:
+        pq.write_table(pyarrow.table(columns), tmp_path / f"{name}.parquet")
+        return tmp_path / f"{name}.parquet"
+
+    (tmp_path / "damaged.parquet").write_bytes(b"PAR1 and nothing")
+    for path, message in (
+        (table("bare", label=[1]), "no column of images"),
+        (table("negative", image=[png], label=[-1]), "row group 0, row 0: label is -1, not a class number"),
+        (table("null", image=[png], label=pyarrow.array([None], pyarrow.int64())), "label is None, not a class number"),
+        (tmp_path / "damaged.parquet", "cannot be read as a parquet file"),
+    ):
+        with pytest.raises(InputError, match=message):
+            open_source(path)
+    source = open_source(table("holes", image=[png, None, png], label=[0, 1, 0]))
+    index, _ = write(source, tmp_path / "out", OPTIONS, workers=1, max_rejected=0.5, progress=False)
+    assert (index.samples, index.rejected) == (2, 1)
+    assert "the row holds no image bytes" in (tmp_path / "out" / "rejected.jsonl").read_text()
+
+
+def test_bad_image_text_pairs(image_folder: Path, tmp_path: Path) -> None:
+    pairs = image_text(image_folder, tmp_path / "pairs")
+    text, about = next(pairs.rglob("*.txt")), next(pairs.rglob("*.json"))
+    about.write_text('{"title": "no caption"}')
+    with pytest.raises(InputError, match=rf"{about}: expected UTF-8 text, or JSON with the key 'caption'"):
+        open_source(pairs)
+    about.write_text('{"caption": null}')
+    text.unlink()
+    with pytest.raises(InputError, match=rf"expected {text.name} or {text.stem}.json beside it"):
+        open_source(pairs, "image-text")
+
+
 def test_names_must_be_unique(image_folder: Path, tmp_path: Path) -> None:
     folder = ImageFolder.open(image_folder)
     twice = ImageFolder(folder.classes, [*folder.items, folder.items[0]], folder.reader)
     with pytest.raises(InputError, match=r"the source holds 'blue/\S+' twice"):
-        write(twice, tmp_path / "out", Options(16), workers=1, progress=False)
+        write(twice, tmp_path / "out", Options(Policy.make("crop", 16)), workers=1, progress=False)
 
 
 @pytest.mark.parametrize(
@@ -226,8 +320,8 @@ def test_verify_looks_into_the_samples(shards: Path, tmp_path: Path) -> None:
     """A shard whose hash was brought up to date after its samples were spoilt."""
     import shutil
 
-    from data_prep.shard import sha256_of
     from data_prep.verify import verify
+    from megapix.shards import sha256_of
 
     out = tmp_path / "out"
     shutil.copytree(shards, out)
@@ -240,10 +334,12 @@ def test_verify_looks_into_the_samples(shards: Path, tmp_path: Path) -> None:
     index = json.loads((out / "index.json").read_text())
     index["shards"][0]["sha256"] = sha256_of(out / "shard-000000.tar")
     (out / "index.json").write_text(json.dumps(index))
-    faults = list(verify(out, workers=1, progress=False))
-    assert len(faults) == 2
-    assert "sample 000000003: cannot be decoded" in faults[0]
-    assert "sample 000000005: the class differs from samples.bin" in faults[1]
+    faults = list(verify(out, 1, Access(), progress=False))
+    assert [fault.rpartition("sample ")[2] for fault in faults] == [
+        "000000003: its bytes are not those that were indexed",
+        "000000003: cannot be decoded: not a PNG, JPEG or WebP image",
+        "000000005: the class differs from samples.bin",
+    ]
 
 
 def test_inspect(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,7 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_st
 
 from megapix import config, dist, engine, flow
 from megapix.data.loader import MicroBatches
-from megapix.shards import read_index
+from megapix.data.locate import locate
 from tests.runs import SMALL, STEP_BATCH
 
 STEPS, SKIPPED, LR_STEP = 8, (0, 4), 3
@@ -27,7 +27,8 @@ def main(precision: str, shards: str) -> None:
     net = engine.build_network(c.model, seed=1)
     initial = {name: p.detach().clone() for name, p in net.named_parameters()}
     e = engine.build(c, layout, net)
-    data = MicroBatches(shards, read_index(shards), seed=0, flip=True)
+    reading = config.replace(c.data, "path", shards)
+    data = MicroBatches(locate(reading), reading, 0, STEP_BATCH)
     parameters = dict(net.named_parameters())
 
     def masters() -> dict[str, torch.Tensor]:

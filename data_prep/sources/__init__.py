@@ -20,14 +20,18 @@ def open_source(path: Path, name: str | None = None, labels: Path | None = None)
     """
     from data_prep.sources.edm2_zip import Edm2Zip
     from data_prep.sources.image_folder import ImageFolder
+    from data_prep.sources.image_text import ImageText
     from data_prep.sources.imagenet import SynsetTars
     from data_prep.sources.labelled import LabelledImages
+    from data_prep.sources.parquet import Parquet
     from data_prep.sources.shards import Shards
 
     kinds: dict[str, Any] = {
         "shards": Shards,
         "imagenet": SynsetTars,
         "edm2-zip": Edm2Zip,
+        "parquet": Parquet,
+        "image-text": ImageText,
         "image-folder": ImageFolder,
     }
     if not path.exists():

@@ -51,7 +51,7 @@ class ImageFolder:
             raise InputError(f"source {str(root)!r} has no class folders; expected one folder of images for each class")
         items: list[Item] = []
         for label, name in enumerate(classes):
-            images = sorted(_images(root / name, f"{name}/"))
+            images = sorted(images_below(root / name, f"{name}/"))
             if not images:
                 raise InputError(f"class folder {str(root / name)!r} holds no image (png, jpg, jpeg, webp)")
             items += [Item(image, label, name.replace("_", " ")) for image in images]
@@ -62,12 +62,12 @@ def _class_folders(root: Path) -> list[str]:
     return sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
 
 
-def _images(folder: Path, prefix: str) -> Iterator[str]:
+def images_below(folder: Path, prefix: str = "") -> Iterator[str]:
     """Names of the images below `folder`, with `prefix`; hidden files and folders are passed over."""
     for entry in os.scandir(folder):
         if entry.name.startswith("."):
             continue
         if entry.is_dir():
-            yield from _images(folder / entry.name, f"{prefix}{entry.name}/")
+            yield from images_below(Path(entry.path), f"{prefix}{entry.name}/")
         elif is_image(entry.name):
             yield prefix + entry.name

@@ -1,61 +1,32 @@
-"""Decoding through webdataset's decoder interface, with handlers that never unpickle and bound the image's size.
+"""Encoded bytes -> pixels, as the image policy of the index says.
 
-The stock decoders would unpickle `.pyd` and `.pth` members and decode an image of any size; shards may come from
-strangers, so only the two handlers below are used.
+Shards may come from strangers. The stock webdataset decoders would unpickle `.pyd` and `.pth` members and decode an
+image of any size; here nothing but the indexed image is read, and its size is known before its pixels are decoded.
 """
 
 from __future__ import annotations
 
-import io
-from typing import Any
-
 import numpy as np
-import webdataset.autodecode
-from PIL import Image, UnidentifiedImageError
 
-from megapix.errors import InputError
-from megapix.shards import IMAGE_EXTENSIONS
-
-FORMATS = ("PNG", "JPEG", "WEBP")
-
-
-class BoundedImage:
-    """webdataset handler: encoded PNG, JPEG or WebP of exactly size × size pixels -> uint8 [3, size, size]."""
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-
-    def __call__(self, key: str, data: bytes) -> Any:
-        if key.rpartition(".")[2].lower() not in IMAGE_EXTENSIONS:
-            return None
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:  # reads the header only
-            if image.size != (self.size, self.size):
-                raise ValueError(f"image is {image.size[0]}x{image.size[1]} pixels, expected {self.size}x{self.size}")
-            pixels = np.asarray(image.convert("RGB"))
-        return np.ascontiguousarray(pixels.transpose(2, 0, 1))
-
-
-def class_number(key: str, data: bytes) -> int | None:
-    """webdataset handler: the ASCII number of a `cls` member."""
-    return int(data) if key.endswith(".cls") else None
+from megapix.images import Pixels, Policy, decode, decode_exactly
+from megapix.shards import Index
 
 
 class Decoder:
-    """Decodes the samples of `ShardReader.read`."""
+    """Decodes the images of one index."""
 
-    def __init__(self, image_size: int) -> None:
-        self._decode = webdataset.autodecode.Decoder([BoundedImage(image_size), class_number], pre=[], post=[])
+    def __init__(self, index: Index) -> None:
+        self.policy = Policy.from_dict(index.image_policy)
+        self._prepared = index.image_policy["applied"] == "preparation"
 
-    def __call__(self, sample: dict[str, bytes | str], extension: str) -> tuple[np.ndarray[Any, Any], int]:
-        """Return (uint8 image [3, H, W], label).
+    def __call__(self, data: bytes, bucket: int) -> Pixels:
+        """The image: uint8 [3, H, W], of its bucket's size.
 
         Raises:
-            InputError: not an image, of another size, or damaged; names shard and key.
+            ValueError: not an image, damaged, of another size than prepared ones have, or refused by the policy.
         """
-        try:
-            decoded = self._decode(sample)
-        except webdataset.autodecode.DecodingError as error:
-            cause = error.__cause__
-            reason = "not a PNG, JPEG or WebP image" if isinstance(cause, UnidentifiedImageError) else cause
-            raise InputError(f"{error.url}: sample {error.key}: member {error.k}: {reason}") from error
-        return decoded[extension], decoded["cls"]
+        if self._prepared:
+            pixels = decode_exactly(data, *self.policy.buckets[bucket])
+        else:
+            pixels = self.policy.apply(decode(data, self.policy.background), bucket)
+        return np.ascontiguousarray(pixels.transpose(2, 0, 1))

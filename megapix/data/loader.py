@@ -3,8 +3,8 @@
 Stage by stage, in worker processes (or, with workers = 0, in the training process):
 
     order.micro_batches   positions of this rank's next micro batches, from the run's position on
-    order.SampleOrder     position -> sample number, by the epoch's permutation
-    read.ShardReader      sample number -> encoded image and label, one pread
+    order.Order           position -> sample number, by the epoch's permutation
+    read.ShardReader      sample number -> encoded image and label, one read, its CRC checked
     decode.Decoder        -> uint8 image [3, H, W]; another sample's, by (seed, position), if this one is damaged
     flip                  mirrored where (seed, position) says so
 
@@ -15,30 +15,54 @@ results over in order.
 
 from __future__ import annotations
 
+import multiprocessing
+import time
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from megapix import draws
 from megapix.config import BatchLayout, DataConfig
 from megapix.data import order
+from megapix.data.cache import DamagedShard
 from megapix.data.decode import Decoder
+from megapix.data.locate import Located
 from megapix.data.order import Positions, Skipped
-from megapix.data.read import ShardReader
+from megapix.data.read import DamagedSample, ShardReader
 from megapix.draws import Purpose
 from megapix.errors import InputError
-from megapix.shards import Index
+from megapix.images import Pixels
 
 PREFETCH = 4
 """Micro batches that each worker keeps ready."""
 REPLACEMENTS = 8
 """Samples that are tried in place of a damaged one; if all are damaged too, the shards are."""
+
+
+@dataclass
+class Spent:
+    """What a micro batch cost its worker."""
+
+    read: float = 0.0
+    """Seconds spent reading."""
+    decode: float = 0.0
+    """Seconds spent decoding."""
+    hits: int = 0
+    """Reads that found their shard in the cache."""
+    misses: int = 0
+    """Reads that had to fetch it."""
+
+    def add(self, other: Spent) -> None:
+        """Add another's."""
+        self.read += other.read
+        self.decode += other.decode
+        self.hits += other.hits
+        self.misses += other.misses
 
 
 @dataclass
@@ -53,55 +77,89 @@ class Batch:
     """int64 [B]: the samples' positions in the run."""
     replaced: tuple[str, ...] = ()
     """What was wrong with each sample that another one stands in for."""
+    spent: Spent = field(default_factory=Spent)
 
     def pin_memory(self) -> Batch:
         """Page-locked copies, so that the transfer to a GPU does not wait (called by DataLoader)."""
-        return Batch(self.images.pin_memory(), self.labels.pin_memory(), self.positions, self.replaced)
+        return Batch(self.images.pin_memory(), self.labels.pin_memory(), self.positions, self.replaced, self.spent)
 
 
 class MicroBatches(Dataset[Batch]):
-    """Maps an array of positions to its `Batch`; the reader is opened in the process that uses it."""
+    """Maps an array of positions to its `Batch`; the reader is opened in the process that uses it.
 
-    def __init__(self, folder: str | Path, index: Index, seed: int, flip: bool, window: int = 0) -> None:
-        self.folder, self.index, self.seed, self.flip = folder, index, seed, flip
-        self._order = order.SampleOrder(seed, [shard.samples for shard in index.shards], window)
-        self._reader: ShardReader | None = None
-        self._decoder = Decoder(index.image_size)
+    Args:
+        located: the data set.
+        config: how it is read.
+        seed: the run's seed.
+        batch: positions of one step.
+    """
+
+    def __init__(self, located: Located, config: DataConfig, seed: int, batch: int) -> None:
+        self.located, self.config, self.seed, self.batch = located, config, seed, batch
+        self._opened: tuple[ShardReader, Decoder, order.Order] | None = None
 
     def __getitem__(self, positions: Positions) -> Batch | InputError:  # type: ignore[override]
         """The micro batch, or the InputError: an exception would reach the trainer wrapped in a traceback."""
-        if self._reader is None:
-            self._reader = ShardReader(self.folder, self.index)
-        size = self.index.image_size
-        images, labels = np.empty((len(positions), 3, size, size), np.uint8), np.empty(len(positions), np.int64)
-        mirrored = draws.uniform(self.seed, Purpose.FLIP, positions) < 0.5
-        replaced: list[str] = []
         try:
-            for i, sample in enumerate(self._order.at(positions).tolist()):
-                image, labels[i] = self._decoded(sample, int(positions[i]), replaced)
-                images[i] = image[..., ::-1] if self.flip and mirrored[i] else image
+            return self._batch(positions)
         except InputError as error:
             return error
-        return Batch(torch.from_numpy(images), torch.from_numpy(labels), positions, tuple(replaced))
 
-    def _decoded(self, sample: int, position: int, replaced: list[str]) -> tuple[NDArray[np.uint8], int]:
-        """The sample, or if it is damaged another one: which, depends on seed and position alone."""
-        assert self._reader is not None
+    def _open(self) -> tuple[ShardReader, Decoder, order.Order]:
+        if self._opened is None:
+            c, index = self.config, self.located.index
+            places = order.Order(self.seed, index.shards, c.shuffle_window, c.reading_groups, self.batch)
+            self._opened = ShardReader(self.located, c), Decoder(index), places
+        return self._opened
+
+    def _batch(self, positions: Positions) -> Batch:
+        reader, _, places = self._open()
+        mirrored = draws.uniform(self.seed, Purpose.FLIP, positions) < 0.5
+        spent, replaced, images, labels = Spent(), list[str](), list[Pixels](), list[int]()
+        for i, sample in enumerate(places.at(positions).tolist()):
+            image, label = self._decoded(sample, int(positions[i]), replaced, spent)
+            images.append(image[..., ::-1] if self.config.flip and mirrored[i] else image)
+            labels.append(label)
+        if reader.cache:
+            spent.hits, spent.misses = reader.cache.hits, reader.cache.misses
+            reader.cache.hits = reader.cache.misses = 0
+        return Batch(torch.from_numpy(np.stack(images)), torch.tensor(labels), positions, tuple(replaced), spent)
+
+    def _decoded(self, sample: int, position: int, replaced: list[str], spent: Spent) -> tuple[Pixels, int]:
+        """The sample, or if it is damaged another one of its bucket: which, depends on seed and position alone."""
         try:
-            return self._decoder(self._reader.read(sample), self.index.image_extension)
-        except InputError as error:
-            replaced.append(str(error))
-            tries = np.arange(REPLACEMENTS) + REPLACEMENTS * position
-            for other in (draws.bits(self.seed, Purpose.REPLACEMENT, tries) % np.uint64(self.index.samples)).tolist():
-                try:
-                    return self._decoder(self._reader.read(other), self.index.image_extension)
-                except InputError:
-                    continue
-            raise
+            return self._image(sample, spent)
+        except DamagedSample as error:
+            damaged: InputError = error
+        except DamagedShard as error:
+            if self.config.corrupt_shard == "stop":
+                raise InputError(f"{error}; data.corrupt_shard = 'replace' replaces its samples") from error
+            damaged = error
+        replaced.append(str(damaged))
+        first, count = self._open()[2].among(sample)
+        tries = np.arange(REPLACEMENTS) + REPLACEMENTS * position
+        for other in (draws.bits(self.seed, Purpose.REPLACEMENT, tries) % np.uint64(count)).tolist():
+            try:
+                return self._image(first + other, spent)
+            except (DamagedSample, DamagedShard):
+                continue
+        raise damaged
+
+    def _image(self, sample: int, spent: Spent) -> tuple[Pixels, int]:
+        reader, decoder, _ = self._open()
+        start = time.perf_counter()
+        try:
+            encoded = reader.read(sample)
+            spent.read -= start - (start := time.perf_counter())
+            return decoder(encoded.data, encoded.bucket), encoded.label
+        except ValueError as error:
+            raise DamagedSample(f"{reader.where(sample)}: {error}") from error
+        finally:
+            spent.decode += time.perf_counter() - start
 
 
 def batches(
-    config: DataConfig, index: Index, seed: int, layout: BatchLayout, rank: int, position: int, skipped: Skipped
+    config: DataConfig, located: Located, seed: int, layout: BatchLayout, rank: int, position: int, skipped: Skipped
 ) -> Iterator[Batch]:
     """Endless micro batches of `rank` from `position` on.
 
@@ -109,14 +167,13 @@ def batches(
         InputError: more damaged samples than `max_replaced`, or one without a replacement; names shard and key.
     """
     loader = DataLoader(
-        MicroBatches(config.path, index, seed, config.flip, config.shuffle_window),
+        MicroBatches(located, config, seed, layout.total),
         batch_size=None,
-        sampler=order.micro_batches(position, layout, rank, skipped),
+        sampler=order.micro_batches(position, layout, rank, skipped, config.reading_groups),
         num_workers=config.workers,
         prefetch_factor=PREFETCH if config.workers else None,
         pin_memory=torch.cuda.is_available(),
-        # Workers start from a clean server process: a fork of the trainer would copy its threads' locks.
-        multiprocessing_context="forkserver" if config.workers else None,
+        multiprocessing_context=_context() if config.workers else None,
     )
     replaced = 0
     for batch in loader:
@@ -129,3 +186,11 @@ def batches(
                 f"{config.max_replaced} on each rank)"
             )
         yield batch
+
+
+def _context() -> Any:
+    """Workers start from a clean server process, which has loaded this module once: a fork of the trainer itself would
+    copy its threads' locks."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context

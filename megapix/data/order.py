@@ -10,17 +10,31 @@ and d (8 9), window = 2 and seed 0, the first epoch is
 
     shards  d a | b c        samples  1 8 0 9 2 | 7 4 5 3 6
 
-Step k of the run takes the next B = global batch positions; rank r's micro step a takes its share of them:
+Reading groups (`groups` = G > 1) cut each epoch's line of shards into G equal parts and let position p draw from part
+p mod G; the windows are then those of each part. Every batch still draws from all parts, but a node that takes the
+positions of some groups reads the shards of those alone. G belongs to the order; the number of nodes, any divisor of
+G, does not. With the shards above, G = 2 and window = 0 the line d a | b c is cut in the middle, and the epoch takes
+from both halves in turn:
 
-    positions of the step      p, p+1, …, p+B-1            jumping over the skipped ranges
-    micro step a of rank r     the slice [(a·ranks + r)·micro : (a·ranks + r + 1)·micro]
+    samples  1 7 8 4 0 5 9 3 2 6        positions 0 2 4 6 8 from d a, positions 1 3 5 7 9 from b c
 
-Example: B = 8 on 2 ranks with micro batch 2 takes, from position 40,
+Step k of the run takes the next B = global batch positions and sorts them by group; rank r takes the r-th share of
+that list, one micro batch after the other:
 
-    rank 0: [40 41] then [44 45]        rank 1: [42 43] then [46 47]
+    positions of the step       p, p+1, …, p+B-1           jumping over the skipped ranges
+    micro step a of rank r      the slice [(r·accumulation + a)·micro : (r·accumulation + a + 1)·micro]
+
+Example: B = 8 on 2 ranks with micro batch 2 takes, from position 40 and with one group,
+
+    rank 0: [40 41] then [42 43]        rank 1: [44 45] then [46 47]
 
 and on one rank with micro batch 8 the same eight. The state of the data plane is therefore one integer, the position
 of the next step, and the (normally empty) list of skipped ranges.
+
+Buckets (images of several sizes): a step holds one bucket. Each bucket is an endless order of its own, as above, and
+step k belongs to the bucket whose turn it is: the j-th step of a bucket with n samples is due at time (j + 1/2) / n,
+and steps go by time. So at any moment every bucket has had its share of the steps, to within one, and which bucket step
+k draws from, and how many steps of it came before, is a function of k alone. Positions must then be whole steps.
 
 Sampling is not balanced over classes: every image is seen once an epoch, so classes are seen as often as they occur.
 """
@@ -29,6 +43,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TypeAlias
 
 import numpy as np
@@ -36,6 +51,9 @@ from numpy.typing import NDArray
 
 from megapix import draws
 from megapix.config import BatchLayout
+from megapix.draws import Purpose
+from megapix.errors import InputError
+from megapix.shards import ShardEntry
 
 Positions: TypeAlias = NDArray[np.int64]
 Skipped: TypeAlias = Sequence[tuple[int, int]]
@@ -59,14 +77,16 @@ def take(position: int, count: int, skipped: Skipped) -> tuple[Positions, int]:
 
 @dataclass(frozen=True)
 class _Epoch:
-    """One epoch's shards in their order, and where its windows begin."""
+    """One epoch's line of shards, and where its groups and windows begin on it."""
 
     shards: Positions
     """int64 [S]: shard numbers."""
     starts: Positions
-    """int64 [S + 1]: the epoch's position at which each of them begins, and the end."""
+    """int64 [S + 1]: the place on the line at which each of them begins, and the end."""
+    groups: Positions
+    """int64 [G + 1]: the place at which each group's part begins, and the end."""
     windows: Positions
-    """int64 [W + 1]: the epoch's position at which each window begins, and the end."""
+    """int64 [W + 1]: the place at which each window begins, and the end."""
 
 
 class SampleOrder:
@@ -76,17 +96,18 @@ class SampleOrder:
         seed: the run's seed.
         sizes: samples of each shard, in the index's order.
         window: shards in one shuffle window; 0 for all.
+        groups: reading groups.
     """
 
     STREAMS = 1 << 24
     """Permutations that belong to one epoch: number 0 orders the shards, number 1 + w the samples of window w."""
 
-    def __init__(self, seed: int, sizes: Sequence[int], window: int) -> None:
+    def __init__(self, seed: int, sizes: Sequence[int], window: int, groups: int = 1) -> None:
         self.seed = seed
         self.sizes = np.asarray(sizes, np.int64)
         self.first = np.concatenate([[0], np.cumsum(self.sizes)])
         self.total = int(self.first[-1])
-        self.window = window or len(self.sizes)
+        self.window, self.groups = window or len(self.sizes), groups
         self._cached: dict[int, _Epoch] = {}
 
     def at(self, positions: Positions) -> Positions:
@@ -95,12 +116,15 @@ class SampleOrder:
         epochs = positions // self.total
         for number in np.unique(epochs).tolist():
             epoch, inside = self._epoch(number), epochs == number
-            places = positions[inside] % self.total
+            chosen = positions[inside]
+            group = chosen % self.groups
+            before = -((group - number * self.total) // self.groups)  # positions of the group in earlier epochs
+            places = epoch.groups[group] + chosen // self.groups - before
             window_of = np.searchsorted(epoch.windows, places, "right") - 1
             for w in np.unique(window_of).tolist():
-                chosen, start = window_of == w, epoch.windows[w]
+                some, start = window_of == w, epoch.windows[w]
                 stream, size = number * self.STREAMS + 1 + w, int(epoch.windows[w + 1] - start)
-                places[chosen] = start + draws.permuted(self.seed, stream, size, places[chosen] - start)
+                places[some] = start + draws.permuted(self.seed, stream, size, places[some] - start)
             rank = np.searchsorted(epoch.starts, places, "right") - 1
             out[inside] = self.first[epoch.shards[rank]] + places - epoch.starts[rank]
         return out
@@ -110,15 +134,99 @@ class SampleOrder:
             count = len(self.sizes)
             shards = draws.permuted(self.seed, number * self.STREAMS, count, np.arange(count))
             starts = np.concatenate([[0], np.cumsum(self.sizes[shards])])
-            edges = np.append(np.arange(0, count, self.window), count)
+            group = np.arange(self.groups)
+            # Positions in [first, first + n) that belong to each group: equal but for one.
+            first = number * self.total
+            before, after = -((group - first) // self.groups), -((group - first - self.total) // self.groups)
+            groups = np.concatenate([[0], np.cumsum(after - before)])
             if len(self._cached) > 1:  # a batch spans two epochs at most
                 self._cached.pop(min(self._cached))
-            self._cached[number] = _Epoch(shards, starts, starts[edges])
+            self._cached[number] = _Epoch(shards, starts, groups, self._windows(starts, groups))
         return self._cached[number]
 
+    def _windows(self, starts: Positions, groups: Positions) -> Positions:
+        """Every `window`-th beginning of a shard, counted from the shard in which each group's part begins."""
+        edges = [groups]
+        for start, stop in zip(groups[:-1].tolist(), groups[1:].tolist(), strict=True):
+            first = int(np.searchsorted(starts, start, "right")) - 1
+            inner = starts[first + self.window :: self.window]
+            edges.append(inner[(inner > start) & (inner < stop)])
+        return np.unique(np.concatenate(edges))
 
-def micro_batches(position: int, layout: BatchLayout, rank: int, skipped: Skipped) -> Iterator[Positions]:
+
+class Order:
+    """What stands at each position of a run over an index: one `SampleOrder` for each of its buckets.
+
+    Args:
+        seed: the run's seed.
+        shards: entries of the index.
+        window: shards in one shuffle window; 0 for all.
+        groups: reading groups.
+        batch: positions of one step, which hold one bucket.
+    """
+
+    def __init__(self, seed: int, shards: Sequence[ShardEntry], window: int, groups: int, batch: int) -> None:
+        self.batch = batch
+        self.buckets = sorted({shard.bucket for shard in shards})
+        sizes = {b: [shard.samples for shard in shards if shard.bucket == b] for b in self.buckets}
+        self._counts = [sum(sizes[b]) for b in self.buckets]
+        self.first = [sum(self._counts[:n]) for n in range(len(self.buckets))]
+        self.orders = [
+            SampleOrder(self._seed(seed, b), sizes[b], window, groups) for b in self.buckets
+        ]  # the seed alone where there is one bucket: the order of such data does not know of buckets
+        self._turn = lru_cache(maxsize=64)(self._find_turn)
+
+    def at(self, positions: Positions) -> Positions:
+        """Sample numbers at the positions of one micro batch, all of one bucket.
+
+        Raises:
+            InputError: the positions lie in steps of several buckets.
+        """
+        if len(self.buckets) == 1:
+            return self.orders[0].at(positions)
+        turns = {self._turn(step) for step in np.unique(positions // self.batch).tolist()}
+        if len(turns) > 1:
+            raise InputError(f"positions {positions[0]} to {positions[-1]} do not lie in one step of {self.batch}")
+        ((place, number),) = turns
+        return self.first[place] + self.orders[place].at(number * self.batch + positions % self.batch)
+
+    def among(self, sample: int) -> tuple[int, int]:
+        """(first, count) of the samples of the same bucket."""
+        place = int(np.searchsorted(self.first, sample, "right")) - 1
+        return self.first[place], self._counts[place]
+
+    def _seed(self, seed: int, bucket: int) -> int:
+        if len(self.buckets) == 1:
+            return seed
+        return int(draws.bits(seed, Purpose.BUCKET, np.array([bucket]))[0])
+
+    def _find_turn(self, step: int) -> tuple[int, int]:
+        """(place in `buckets`, number of the step among those of its bucket) of a step."""
+        slack = len(self._counts) + 1  # every bucket is within one step of its share
+        for place, count in enumerate(self._counts):
+            guess = step * count // sum(self._counts)
+            for number in range(max(0, guess - slack), guess + slack + 1):
+                if self._steps_before(place, number) == step:
+                    return place, number
+        raise AssertionError(f"step {step} belongs to no bucket")
+
+    def _steps_before(self, place: int, number: int) -> int:
+        """How many steps come before the `number`-th of a bucket. Times are compared as integers, ties by bucket."""
+        total, mine = number, self._counts[place]
+        for other, count in enumerate(self._counts):
+            if other != place:
+                # The j-th of the other comes before if (2j + 1)·mine < (2·number + 1)·count, or = for a lower bucket.
+                due = (2 * number + 1) * count - mine + (other < place)
+                total += max(0, -(-due // (2 * mine)))
+        return total
+
+
+def micro_batches(
+    position: int, layout: BatchLayout, rank: int, skipped: Skipped, groups: int = 1
+) -> Iterator[Positions]:
     """Endless micro batches of `rank`, starting with the step at `position`: int64 [micro] each."""
     while True:
         step, position = take(position, layout.total, skipped)
-        yield from step.reshape(layout.accumulation, layout.ranks, layout.micro)[:, rank]
+        if groups > 1:
+            step = step[np.argsort(step % groups, kind="stable")]
+        yield from step.reshape(layout.ranks, layout.accumulation, layout.micro)[rank]

@@ -1,0 +1,134 @@
+"""Parquet files with the images' bytes inside, as Hugging Face data sets have them. Needs the extra `parquet`."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from data_prep.source import UNCLASSED, Item
+from megapix.errors import InputError
+
+IMAGE_COLUMNS = ("image", "img", "jpg", "png", "webp")
+LABEL_COLUMNS = ("label", "cls", "fine_label")
+CAPTION_COLUMNS = ("caption", "text", "txt")
+GROUPS_HELD = 4
+"""Row groups whose images one process keeps in memory; the plan lays the samples of a row group near each other."""
+
+
+@dataclass(frozen=True)
+class ParquetReader:
+    """Images at `item.place` = (file, row group, row, column)."""
+
+    def read(self, item: Item, size: int) -> bytes:
+        """The bytes of the image; a null is an error."""
+        path, group, row, column = item.place
+        value = _images(path, group, column)[row].as_py()
+        data = value.get("bytes") if isinstance(value, dict) else value
+        if not data:
+            raise ValueError("the row holds no image bytes")
+        return bytes(data)
+
+
+@lru_cache(maxsize=GROUPS_HELD)
+def _images(path: str, group: int, column: str) -> Any:
+    import pyarrow.parquet
+
+    try:
+        return pyarrow.parquet.ParquetFile(path).read_row_group(group, [column]).column(0)
+    except pyarrow.ArrowException as error:
+        raise ValueError(f"row group {group} of {path} cannot be read: {error}") from error
+
+
+@dataclass(frozen=True)
+class Parquet:
+    """The rows of one file, or of every .parquet file below a folder, in order."""
+
+    classes: tuple[str, ...]
+    items: Sequence[Item]
+    reader: ParquetReader = field(default_factory=ParquetReader)
+    about: dict[str, Any] = field(default_factory=lambda: {"kind": "parquet"})
+
+    @staticmethod
+    def recognises(path: Path) -> bool:
+        """Whether there are parquet files."""
+        return bool(_files(path))
+
+    @classmethod
+    def open(cls, path: Path) -> Parquet:
+        """List the rows; only labels and captions are read.
+
+        Raises:
+            InputError: pyarrow is not installed, a damaged file, or no column of images.
+        """
+        if importlib.util.find_spec("pyarrow") is None:
+            raise InputError(f"source {str(path)!r} needs pyarrow: pip install 'megapix[parquet]'")
+        import pyarrow
+
+        if not _files(path):
+            raise InputError(f"source {str(path)!r} holds no parquet file")
+        items: list[Item] = []
+        names: tuple[str, ...] | None = None
+        labelled = False
+        for file in _files(path):
+            try:
+                rows, names_here, labelled = _rows(path, file)
+            except (pyarrow.ArrowException, OSError) as error:
+                raise InputError(f"{file}: cannot be read as a parquet file: {error}") from error
+            names = names or names_here
+            items += rows
+        if not items:
+            raise InputError(f"source {str(path)!r} holds no rows")
+        numbers = tuple(str(n) for n in range(1 + max(item.label for item in items)))
+        return cls((names or numbers) if labelled else (UNCLASSED,), items)
+
+
+def _rows(root: Path, file: Path) -> tuple[list[Item], tuple[str, ...] | None, bool]:
+    import pyarrow.parquet
+
+    with pyarrow.parquet.ParquetFile(file) as opened:
+        schema = opened.schema_arrow
+        image = _column(schema.names, IMAGE_COLUMNS)
+        if image is None:
+            raise InputError(f"{file}: no column of images ({', '.join(IMAGE_COLUMNS)}); it has {schema.names}")
+        label, caption = _column(schema.names, LABEL_COLUMNS), _column(schema.names, CAPTION_COLUMNS)
+        name = file.relative_to(root).as_posix() if root.is_dir() else file.name
+        classes = _class_names(schema, label)
+        items = []
+        for group in range(opened.num_row_groups):
+            table = opened.read_row_group(group, [column for column in (label, caption) if column])
+            count = opened.metadata.row_group(group).num_rows
+            labels = table.column(label).to_pylist() if label else [0] * count
+            captions = table.column(caption).to_pylist() if caption else [""] * count
+            chunk = f"{name}/{group}"
+            for row, (number, text) in enumerate(zip(labels, captions, strict=True)):
+                if not isinstance(number, int) or number < 0:
+                    raise InputError(f"{file}: row group {group}, row {row}: {label} is {number!r}, not a class number")
+                if classes and number >= len(classes):
+                    raise InputError(f"{file}: row group {group}, row {row}: {label} is {number} of {len(classes)}")
+                about = str(text or "") if caption else (classes[number].replace("_", " ") if classes else "")
+                items.append(Item(f"{chunk}/{row}", number, about, (str(file), group, row, image), chunk))
+    return items, classes, label is not None
+
+
+def _column(names: list[str], known: tuple[str, ...]) -> str | None:
+    return next((name for name in known if name in names), None)
+
+
+def _class_names(schema: Any, label: str | None) -> tuple[str, ...] | None:
+    """The names that Hugging Face's `datasets` stores with a ClassLabel column."""
+    try:
+        about = json.loads(schema.metadata[b"huggingface"])["info"]["features"][label]
+        return tuple(str(name) for name in about["names"])
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+def _files(path: Path) -> list[Path]:
+    if path.is_dir():
+        return sorted(path.rglob("*.parquet"))
+    return [path] if path.suffix == ".parquet" else []

@@ -1,0 +1,194 @@
+"""Whole remote shards on a local disk, shared by every process of a node, within a bound.
+
+    CACHE/SHA256.tar     a complete shard, named by its hash, so nothing in it can be stale
+    CACHE/SHA256.part    one that is being fetched; it has its full size from the start, which reserves the space
+    CACHE/SHA256.lock    held (flock) by the process that fetches it; the system lets go of it when the process dies
+    CACHE/.room.lock     held while space is counted and made
+
+A shard gets its name after its size and hash were checked, so a process that is killed leaves at most a `.part`, and
+the next one that wants the shard, or room, takes that over. Space is made by removing the shards that were used
+longest ago; a file that another process still reads stays readable until it is closed.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import re
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from megapix.errors import InputError
+from megapix.shards import ShardEntry
+from megapix.storage import Remote
+
+MAX_OPEN = 64
+"""Shards that one process holds open."""
+OURS = re.compile(r"[0-9a-f]{64}\.(tar|part)")
+"""What may be counted and removed: nothing else in the folder is touched."""
+
+
+class DamagedShard(InputError):
+    """A whole tar file that is not what the index says."""
+
+
+class CachedShards:
+    """Reads shards of a URL from the cache, fetching each when it is first needed.
+
+    Args:
+        remote: where the shards lie.
+        folder: the cache; made if it is missing.
+        limit: bytes that it may hold.
+    """
+
+    def __init__(self, remote: Remote, folder: Path, limit: int) -> None:
+        self.remote, self.folder, self.limit = remote, folder, limit
+        self.hits = self.misses = 0
+        self._files: OrderedDict[str, int] = OrderedDict()
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def read(self, shard: ShardEntry, offset: int, size: int) -> bytes:
+        """Those bytes of a shard, or fewer where it ends.
+
+        Raises:
+            Unreachable: the shard cannot be fetched. DamagedShard: it is not what the index says.
+            InputError: the cache cannot hold it, or the disk is full.
+        """
+        return os.pread(self._open(shard), size, offset)
+
+    def drop(self, shard: ShardEntry) -> None:
+        """Forget a shard whose bytes turned out wrong, so that it is fetched again."""
+        if shard.sha256 in self._files:
+            os.close(self._files.pop(shard.sha256))
+        self._path(shard, "tar").unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Close what is open."""
+        while self._files:
+            os.close(self._files.popitem()[1])
+
+    def _open(self, shard: ShardEntry) -> int:
+        key = shard.sha256
+        if key in self._files:
+            self._files.move_to_end(key)
+            self.hits += 1
+            return self._files[key]
+        if len(self._files) >= MAX_OPEN:
+            os.close(self._files.popitem(last=False)[1])
+        try:
+            descriptor = self._from_disk(shard)
+            if descriptor is None:
+                with _locked(self._path(shard, "lock")):
+                    descriptor = self._from_disk(shard)  # another process may have been first
+                    if descriptor is None:
+                        self.misses += 1
+                        descriptor = self._fetch(shard)
+                    else:
+                        self.hits += 1
+            else:
+                self.hits += 1
+        except OSError as error:
+            full = " (the disk is full)" if error.errno == errno.ENOSPC else ""
+            raise InputError(f"data.cache = {str(self.folder)!r}: {error.strerror or error}{full}") from error
+        self._files[key] = descriptor
+        return descriptor
+
+    def _from_disk(self, shard: ShardEntry) -> int | None:
+        path = self._path(shard, "tar")
+        try:
+            descriptor = os.open(path, os.O_RDONLY)
+        except FileNotFoundError:
+            return None
+        if os.fstat(descriptor).st_size != shard.bytes:  # cut short after it got its name
+            os.close(descriptor)
+            path.unlink(missing_ok=True)
+            return None
+        os.utime(descriptor)  # used now
+        return descriptor
+
+    def _fetch(self, shard: ShardEntry) -> int:
+        part = self._path(shard, "part")
+        self._reserve(part, shard)
+        try:
+            digest = self.remote.fetch(shard.name, part, shard.bytes)
+            if digest != shard.sha256:  # damaged on the way, or where it lies
+                digest = self.remote.fetch(shard.name, part, shard.bytes)
+            if digest != shard.sha256:
+                where = self.remote.where(shard.name)
+                raise DamagedShard(f"{where}: sha256 is {digest[:16]}…, the index lists {shard.sha256[:16]}…")
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
+        path = self._path(shard, "tar")
+        os.replace(part, path)
+        return os.open(path, os.O_RDONLY)
+
+    def _reserve(self, part: Path, shard: ShardEntry) -> None:
+        """Make room for a shard and take it, so that two processes never count the same room."""
+        if shard.bytes > self.limit:
+            raise InputError(
+                f"data.cache_gib = {self.limit / 2**30:g}: shard {shard.name} alone has {shard.bytes / 2**30:.3g} GiB"
+            )
+        with _locked(self.folder / ".room.lock"):
+            part.unlink(missing_ok=True)  # of a process that died
+            self._make_room(shard.bytes)
+            with open(part, "wb") as file:
+                os.posix_fallocate(file.fileno(), 0, shard.bytes)
+
+    def _make_room(self, needed: int) -> None:
+        found: list[tuple[float, Path, int]] = []
+        for path in self.folder.iterdir():
+            if not OURS.fullmatch(path.name):
+                continue
+            if path.suffix == ".part" and _abandoned(path.with_suffix(".lock")):
+                path.unlink(missing_ok=True)
+            else:
+                try:
+                    about = path.stat()
+                except FileNotFoundError:  # finished or dropped by another process just now
+                    continue
+                found.append((about.st_mtime, path, about.st_size))
+        excess = sum(size for _, _, size in found) + needed - self.limit
+        for _, path, size in sorted(found):
+            if excess <= 0:
+                return
+            if path.suffix == ".tar":
+                path.unlink(missing_ok=True)
+                excess -= size
+        if excess > 0:
+            raise InputError(
+                f"data.cache_gib = {self.limit / 2**30:g}: the shards being fetched at the same time need "
+                f"{excess / 2**30:.3g} GiB more"
+            )
+
+    def _path(self, shard: ShardEntry, ending: str) -> Path:
+        return self.folder / f"{shard.sha256}.{ending}"
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold an exclusive lock on the file `path`, waiting for it. Lock files stay: without one there would be two."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _abandoned(lock: Path) -> bool:
+    """Whether nobody holds a lock."""
+    try:
+        descriptor = os.open(lock, os.O_RDWR)
+    except FileNotFoundError:
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,89 @@
+"""Where a data set lies: its index in a local folder, its tar files in a folder or below a URL."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from megapix.config import DataConfig
+from megapix.errors import InputError
+from megapix.shards import (
+    CAPTIONS_NAME,
+    INDEX_NAME,
+    TABLE_NAME,
+    Index,
+    check_table,
+    missing_shards,
+    read_index,
+    sha256_of,
+    write_atomic,
+)
+from megapix.storage import Access, Remote, is_url
+
+
+@dataclass(frozen=True)
+class Located:
+    """An index and the places of its files."""
+
+    index: Index
+    folder: Path
+    """Local folder with index.json, samples.bin and captions.bin."""
+    base: str
+    """Folder or URL of the tar files."""
+    faults: tuple[str, ...] = ()
+    """Local tar files that are missing or of another size, which `data.corrupt_shard` lets pass."""
+
+    @property
+    def remote(self) -> bool:
+        """Whether the tar files lie below a URL."""
+        return is_url(self.base)
+
+
+def access_of(config: DataConfig) -> Access:
+    """How patient remote reads are."""
+    return Access(config.timeout, config.retries)
+
+
+def locate(config: DataConfig) -> Located:
+    """Find and check the index of `data.path`; an index below a URL is copied into the cache folder first.
+
+    The sizes of local tar files are compared with the index. Remote ones are checked when they are read: a whole shard
+    by its hash, a range by the sample's CRC.
+
+    Raises:
+        InputError: no index there, damaged, of another version, or not that of its tar files.
+    """
+    folder = Path(config.path)
+    if is_url(config.path):
+        if not config.cache:
+            raise InputError(f"data.path = {config.path!r} is remote: give a local folder for its index, --data.cache")
+        folder = _mirrored(config)
+    index = read_index(folder)
+    check_table(folder, index)
+    base = index.base or config.path
+    if is_url(base):
+        return Located(index, folder, base)
+    faults = missing_shards(Path(base), index)
+    if faults and config.corrupt_shard == "stop":
+        raise InputError(faults[0])
+    return Located(index, folder, base, tuple(faults))
+
+
+def _mirrored(config: DataConfig) -> Path:
+    """The local copy of a remote index, table and captions; several processes may make it at the same time."""
+    remote = Remote(config.path, access_of(config))
+    data = remote.read(INDEX_NAME, 0, remote.size(INDEX_NAME))
+    folder = Path(config.cache) / f"index-{hashlib.sha256(data).hexdigest()[:16]}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(folder / INDEX_NAME, data)
+        wanted = json.loads(data) if data.startswith(b"{") else {}
+        for name, key in ((TABLE_NAME, "table_sha256"), (CAPTIONS_NAME, "captions_sha256")):
+            path = folder / name
+            if not path.is_file() or sha256_of(path) != wanted.get(key):
+                write_atomic(path, remote.read(name, 0, remote.size(name)))
+    except OSError as error:
+        raise InputError(f"data.cache = {config.cache!r}: {error.strerror or error}") from error
+    return folder

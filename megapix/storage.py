@@ -1,0 +1,243 @@
+"""Where bytes lie: a local folder, or a URL read through fsspec with time-outs, retries and checked lengths.
+
+    Local     pread on open files; the least recently used is closed
+    Remote    http(s), s3 and gs: byte ranges of remote files, each request retried on its own
+
+Both answer `read(name, offset, size)`, `size(name)`, `names()` and `fetch(name, path)`. A URL's protocol comes from a
+short list: an index or a command never names a program to run, as webdataset's `pipe:` does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import importlib.util
+import os
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from megapix.errors import InputError
+
+PROTOCOLS = {"http": "aiohttp", "https": "aiohttp", "s3": "s3fs", "gs": "gcsfs"}
+"""Protocol -> the package that fsspec needs for it."""
+EXTRAS = {"aiohttp": "http", "s3fs": "s3", "gcsfs": "gs"}
+MAX_OPEN = 64
+"""Open files of one process."""
+PART = 8 << 20
+"""Bytes of one request while a whole file is fetched: what a broken connection costs."""
+
+T = TypeVar("T")
+
+
+class Unreachable(InputError):
+    """A remote file could not be read for want of a connection or a right: says nothing about its content."""
+
+
+@dataclass(frozen=True)
+class Access:
+    """How patient remote reads are."""
+
+    timeout: float = 30.0
+    """Seconds without a byte after which a request is given up."""
+    retries: int = 5
+    """Further tries after a request that failed or stalled."""
+
+
+def is_url(path: str) -> bool:
+    """Whether it is no local path. `pipe:command` is not one either, and is refused by `open_storage`."""
+    return "://" in path or path.startswith("pipe:")
+
+
+class Local:
+    """Files below a folder."""
+
+    def __init__(self, base: Path) -> None:
+        self.base = base
+        self._files: OrderedDict[str, int] = OrderedDict()
+
+    def where(self, name: str) -> str:
+        """What to call a file in messages."""
+        return str(self.base / name)
+
+    def names(self) -> list[str]:
+        """Files of the folder, in order."""
+        return sorted(entry.name for entry in os.scandir(self.base) if entry.is_file())
+
+    def size(self, name: str) -> int:
+        """Bytes of a file; OSError."""
+        return os.stat(self.base / name).st_size
+
+    def read(self, name: str, offset: int, size: int) -> bytes:
+        """Those bytes, or fewer where the file ends; OSError."""
+        if name in self._files:
+            self._files.move_to_end(name)
+        else:
+            if len(self._files) >= MAX_OPEN:
+                os.close(self._files.popitem(last=False)[1])
+            self._files[name] = os.open(self.base / name, os.O_RDONLY)
+        return os.pread(self._files[name], size, offset)
+
+    def close(self) -> None:
+        """Close what is open."""
+        while self._files:
+            os.close(self._files.popitem()[1])
+
+
+class Remote:
+    """Files below a URL."""
+
+    def __init__(self, base: str, access: Access) -> None:
+        self.base, self.access = base.rstrip("/"), access
+        self._fs = _filesystem(base, access.timeout)
+
+    def where(self, name: str) -> str:
+        """What to call a file in messages: its URL."""
+        return f"{self.base}/{name}"
+
+    def names(self) -> list[str]:
+        """Files directly below the URL, in order; over http, those that the server's listing links to."""
+        found = self._try("", lambda: self._fs.ls(self.base + "/", detail=False))
+        return sorted(str(path).rstrip("/").rpartition("/")[2] for path in found)
+
+    def size(self, name: str) -> int:
+        """Bytes of a file; Unreachable."""
+        return int(self._try(name, lambda: self._fs.info(self.where(name))["size"]))
+
+    def read(self, name: str, offset: int, size: int) -> bytes:
+        """Exactly those bytes; Unreachable."""
+
+        def once() -> bytes:
+            data: bytes = self._fs.cat_file(self.where(name), start=offset, end=offset + size)
+            if len(data) > size:
+                raise Unreachable(
+                    f"{self.where(name)}: asked for {size} bytes, got {len(data)}: the server ignores byte ranges"
+                )
+            if len(data) < size:
+                raise ConnectionError(f"got {len(data)} of {size} bytes from byte {offset} on")
+            return data
+
+        return self._try(name, once) if size else b""
+
+    def fetch(self, name: str, path: Path, size: int) -> str:
+        """Download a file of `size` bytes to `path` and sync it; return its SHA-256. Unreachable, OSError."""
+        digest = hashlib.sha256()
+        with open(path, "r+b" if path.exists() else "wb") as file:
+            for offset in range(0, size, PART):
+                data = self.read(name, offset, min(PART, size - offset))
+                digest.update(data)
+                file.write(data)
+            file.truncate()
+            file.flush()
+            os.fsync(file.fileno())
+        return digest.hexdigest()
+
+    def close(self) -> None:
+        """Nothing is held open."""
+
+    def _try(self, name: str, once: Callable[[], T]) -> T:
+        from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
+
+        retrying = Retrying(
+            stop=stop_after_attempt(1 + self.access.retries),
+            wait=wait_random_exponential(multiplier=0.1, max=10),
+            retry=retry_if_exception(_passes),
+            reraise=True,
+        )
+        try:
+            return retrying(once)
+        except Exception as error:
+            if not _of_transport(error):
+                raise
+            tries = f" ({1 + self.access.retries} tries)" if _passes(error) else ""
+            raise Unreachable(f"{self.where(name)}: {_reason(error)}{tries}") from error
+
+
+Storage = Local | Remote
+
+
+def open_storage(base: str, access: Access = Access()) -> Storage:
+    """The files below a local folder or a URL.
+
+    Raises:
+        InputError: a protocol that is not read, or whose package is not installed.
+    """
+    return Remote(base, access) if is_url(base) else Local(Path(base))
+
+
+def protocol_of(url: str) -> str:
+    """The protocol of a URL.
+
+    Raises:
+        InputError: not one that is read.
+    """
+    protocol = url.partition(":")[0]
+    if protocol not in PROTOCOLS or not url.startswith(f"{protocol}://"):
+        raise InputError(f"{url!r}: {protocol!r} is not read; expected a local path or {', '.join(PROTOCOLS)}")
+    return protocol
+
+
+def _filesystem(base: str, timeout: float) -> Any:
+    protocol = protocol_of(base)
+    package = PROTOCOLS[protocol]
+    if importlib.util.find_spec(package) is None:
+        raise InputError(f"{base!r} needs {package}: pip install 'megapix[{EXTRAS[package]}]'")
+    import fsspec
+
+    if package == "aiohttp":
+        import aiohttp
+
+        limits = aiohttp.ClientTimeout(total=None, sock_connect=timeout, sock_read=timeout)
+        return fsspec.filesystem(protocol, client_kwargs={"timeout": limits}, use_listings_cache=False)
+    if package == "s3fs":
+        config = {"connect_timeout": timeout, "read_timeout": timeout, "retries": {"max_attempts": 1}}
+        return fsspec.filesystem(protocol, config_kwargs=config, use_listings_cache=False)
+    return fsspec.filesystem(protocol, requests_timeout=timeout, use_listings_cache=False)
+
+
+def _status(error: BaseException) -> int | None:
+    """The HTTP status behind an error, where there is one."""
+    status = getattr(error, "status", None)
+    response = getattr(error, "response", None)
+    if status is None and isinstance(response, dict):  # botocore
+        status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    if status is None and error.__cause__ is not None:
+        return _status(error.__cause__)
+    return status if isinstance(status, int) else None
+
+
+def _cause(error: BaseException) -> BaseException:
+    """What is behind an error: fsspec's http calls whatever keeps it from a file's size FileNotFoundError."""
+    while isinstance(error, FileNotFoundError) and error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def _of_transport(error: BaseException) -> bool:
+    """Whether an error comes from the connection or the server; each protocol's library has types of its own."""
+    if isinstance(error, OSError | TimeoutError | asyncio.TimeoutError):
+        return True
+    return type(error).__module__.partition(".")[0] in ("aiohttp", "botocore", "aiobotocore", "gcsfs", "fsspec")
+
+
+def _passes(error: BaseException) -> bool:
+    """Whether trying again can help: not for what the server refuses or does not have."""
+    error = _cause(error)
+    if not _of_transport(error) or isinstance(error, FileNotFoundError | PermissionError):
+        return False
+    status = _status(error)
+    return status is None or status in (408, 429) or status >= 500
+
+
+def _reason(error: BaseException) -> str:
+    error = _cause(error)
+    status = _status(error)
+    if isinstance(error, FileNotFoundError) or status == 404:
+        return "not found (status 404)"
+    if isinstance(error, PermissionError) or status in (401, 403):
+        return f"access refused (status {status or 403})"
+    if status is not None:
+        return f"the server answered with status {status}"
+    return f"{type(error).__name__}: {error}".rstrip(": ")
