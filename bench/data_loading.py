@@ -1,144 +1,136 @@
-"""Decoded samples a second: our loader, stock webdataset, and torch's DataLoader over an image folder.
+"""Decoded samples a second, time to the first batch, and time to the first batch of a resume at 90 % of an epoch.
 
-    python -m bench.data_loading [--size 256] [--workers 1]
+    python -m bench.data_loading [--size 256] [--workers 1] [--images 2000]
 
-The same JPEG images (OpenMoji, drawn at SIZE), the same batch size and number of worker processes, uint8 tensors out.
-Each loader runs for one epoch after a warm-up epoch, five times in turn; the table gives medians and the ratio to ours.
-The stock pipeline shuffles in a buffer of 1,000 samples and reads every member of a sample; ours shuffles perfectly and
-reads the image alone.
+The same JPEG images, the same batch size and number of worker processes, uint8 tensors out: our loader, stock
+webdataset, torch's DataLoader over an image folder, and MosaicML Streaming where it is installed (bench/loaders.py).
+Every figure comes from a process of its own, five for each loader, in turn; times begin before the loader is made and
+after its libraries are imported. The table gives medians.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
+import json
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
-from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-import webdataset
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
 
-from data_prep.demo import OpenMoji
-from data_prep.encode import encode
-from data_prep.plan import Options
-from data_prep.write import write
-from megapix.config import BatchLayout, DataConfig
-from megapix.data.loader import batches
-from megapix.data.locate import locate
-from megapix.images import Policy, decode
-from megapix.shards import read_index
+from bench.loaders import BATCH, LOADERS, _without_torchvision
+from bench.photos import photo
 
-BATCH, REPEATS = 32, 5
+REPEATS = 5
+CLASSES = 10
 
 
-def to_tensor(image: Image.Image) -> torch.Tensor:
-    """uint8 [3, H, W], as ours."""
-    return torch.from_numpy(np.ascontiguousarray(np.asarray(image.convert("RGB")).transpose(2, 0, 1)))
+def make(root: Path, size: int, images: int) -> None:
+    """Shards, an image folder and, where Streaming is installed, MDS files of the same JPEG bytes."""
+    from data_prep.plan import Options
+    from data_prep.sources.image_folder import ImageFolder
+    from data_prep.write import write
+    from megapix.images import Policy
 
-
-class Folder(Dataset[Any]):
-    """Images of class folders, as torchvision's ImageFolder reads them."""
-
-    def __init__(self, root: Path) -> None:
-        classes = sorted(path.name for path in root.iterdir())
-        self.files = [(path, classes.index(path.parent.name)) for path in sorted(root.rglob("*.jpg"))]
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, number: int) -> Any:
-        path, label = self.files[number]
-        with Image.open(path) as image:
-            return to_tensor(image), label
-
-
-def make(root: Path, size: int) -> tuple[Path, Path]:
-    """Shards and an image folder of the same JPEG images."""
-    source = OpenMoji.open("train")
-    write(
-        source,
-        root / "shards",
-        Options(Policy.make("crop", size), "jpg", samples_per_shard=100),
-        workers=2,
-        progress=False,
-    )
-    for item in source.items:
-        folder = root / "folder" / source.classes[item.label]
+    pictures = []
+    for number in range(images):
+        out = io.BytesIO()
+        photo(size, size, number).save(out, "JPEG", quality=92)
+        pictures.append(out.getvalue())
+        folder = root / "folder" / str(number % CLASSES)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{item.name}.jpg").write_bytes(encode(decode(source.reader.read(item, size)), "jpg", 95))
-    return root / "shards", root / "folder"
+        (folder / f"{number:06d}.jpg").write_bytes(out.getvalue())
+    # The policy finds nothing to do; untouched bytes need no second JPEG generation, so the images are really the same.
+    source, options = ImageFolder.open(root / "folder"), Options(Policy.make("untouched", 0), "original", 95, 200)
+    write(source, root / "raw", options, workers=2, progress=False)
+    _as_prepared(root / "raw", root / "shards", size)
+    if "MosaicML Streaming" in LOADERS:
+        _without_torchvision()
+        from streaming import MDSWriter
+
+        with MDSWriter(out=str(root / "mds"), columns={"image": "jpeg", "label": "int"}) as writer:
+            for number, data in enumerate(pictures):
+                writer.write({"image": Image.open(io.BytesIO(data)), "label": number % CLASSES})
 
 
-def ours(shards: Path, size: int, workers: int) -> Iterator[Any]:
-    """Endless batches of our loader."""
-    config = DataConfig(path=str(shards), image_size=size, workers=workers)
-    return batches(config, locate(config), 0, BatchLayout(BATCH, 1, 1), 0, 0, ())
+def _as_prepared(raw: Path, out: Path, size: int) -> None:
+    """The same shards, with an index that says what is true of these: every image has the size already."""
+    raw.rename(out)
+    index = json.loads((out / "index.json").read_text())
+    index["image_policy"] |= {"mode": "crop", "size": size, "buckets": [[size, size]]}
+    (out / "index.json").write_text(json.dumps(index))
 
 
-def stock(shards: Path, size: int, workers: int) -> Iterator[Any]:
-    """Endless batches of a stock webdataset pipeline."""
-    urls = sorted(str(path) for path in shards.glob("*.tar"))
-    data = webdataset.WebDataset(urls, shardshuffle=False, resampled=True).shuffle(1000).decode("pil")
-    data = data.to_tuple("jpg", "cls").map_tuple(to_tensor, lambda x: x).batched(BATCH, partial=False)
-    return iter(DataLoader(data, batch_size=None, num_workers=workers, prefetch_factor=4 if workers else None))
-
-
-def folder(root: Path, size: int, workers: int) -> Iterator[Any]:
-    """Endless batches of torch's DataLoader over files."""
-    loader = DataLoader(
-        Folder(root), BATCH, shuffle=True, num_workers=workers, drop_last=True, persistent_workers=workers > 0
-    )
-
-    def forever() -> Iterable[Any]:
-        while True:
-            yield from loader
-
-    return iter(forever())
-
-
-def rate(loader: Iterator[Any], count: int) -> float:
-    """Samples a second over `count` batches."""
+def measure(name: str, root: Path, workers: int, count: int) -> dict[str, float]:
+    """In a process of its own: seconds to the first batch, samples/s of the next epoch, seconds to resume at 90 %."""
+    torch.set_num_threads(1)
+    if name == "MosaicML Streaming":
+        _without_torchvision()
+        import streaming  # noqa: F401
     start = time.perf_counter()
-    for _ in islice(loader, count):
-        pass
-    return count * BATCH / (time.perf_counter() - start)
+    loader = LOADERS[name](root, workers, 0)
+    first = next(loader)
+    to_first = time.perf_counter() - start
+    assert (first[0] if isinstance(first, (tuple, list)) else first.images).shape[0] == BATCH
+    for _ in range(count // 4):
+        next(loader)
+    start = time.perf_counter()
+    for _ in range(count):
+        next(loader)
+    rate = count * BATCH / (time.perf_counter() - start)
+    return {"first": to_first, "rate": rate}
+
+
+def resume(name: str, root: Path, workers: int, count: int) -> dict[str, float]:
+    """In a process of its own: seconds until the batch at 90 % of the epoch is there."""
+    torch.set_num_threads(1)
+    if name == "MosaicML Streaming":
+        _without_torchvision()
+        import streaming  # noqa: F401
+    start = time.perf_counter()
+    next(LOADERS[name](root, workers, int(0.9 * count)))
+    return {"resume": time.perf_counter() - start}
 
 
 def main() -> None:
-    """Print a table."""
+    """Print a table, or, as a child, one measurement."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=int, default=256)
     parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--images", type=int, default=2000)
+    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    torch.set_num_threads(1)
+    count = options.images // BATCH
+    if options.child:
+        what, name, root = options.child
+        print("\n" + json.dumps({"measure": measure, "resume": resume}[what](name, Path(root), options.workers, count)))
+        return
+    found: dict[str, dict[str, list[float]]] = {name: {"first": [], "rate": [], "resume": []} for name in LOADERS}
     with tempfile.TemporaryDirectory() as root:
-        shards, files = make(Path(root), options.size)
-        count = read_index(shards).samples // BATCH
-        makers: dict[str, Callable[[], Iterator[Any]]] = {
-            "ours": lambda: ours(shards, options.size, options.workers),
-            "stock webdataset": lambda: stock(shards, options.size, options.workers),
-            "DataLoader over files": lambda: folder(files, options.size, options.workers),
-        }
-        loaders = {name: maker() for name, maker in makers.items()}
-        for loader in loaders.values():
-            rate(loader, count)  # warm-up: workers start, files are in the page cache
-        rates: dict[str, list[float]] = {name: [] for name in loaders}
+        make(Path(root), options.size, options.images)
         for _ in range(REPEATS):
-            for name, loader in loaders.items():
-                rates[name].append(rate(loader, count))
-    reference = statistics.median(rates["ours"])
-    print(f"{options.size} pixels, {options.workers} workers, batches of {BATCH}, {count} batches")
-    for name, values in rates.items():
-        median = statistics.median(values)
-        spread = f"{min(values):.0f}-{max(values):.0f}"
-        print(f"{name:24} {median:8.0f} samples/s ({spread}), ours is {reference / median:.2f} x")
+            for name in LOADERS:
+                for what in ("measure", "resume"):
+                    command = [sys.executable, "-m", "bench.data_loading", "--child", what, name, root]
+                    command += ["--workers", str(options.workers), "--images", str(options.images)]
+                    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+                    for key, value in json.loads(done.stdout.splitlines()[-1]).items():
+                        found[name][key].append(value)
+    print(f"{options.size} pixels, {options.workers} workers, batches of {BATCH}, epochs of {count} batches")
+    reference = statistics.median(found["ours"]["rate"])
+    for name, values in found.items():
+        first, rate, later = (np.median(values[key]) for key in ("first", "rate", "resume"))
+        spread = f"{min(values['rate']):.0f}-{max(values['rate']):.0f}"
+        print(
+            f"{name:24} {rate:7.0f} samples/s ({spread}), ours is {reference / rate:.2f} x; "
+            f"first batch {first:.2f} s, resume at 90 % {later:.2f} s"
+        )
 
 
 if __name__ == "__main__":

@@ -1,19 +1,31 @@
-"""Memory of preparation's plan at ImageNet's size: 1.3 million synthetic entries of synset tars.
+"""Memory of preparation's main process at ImageNet's size: 1.3 million synthetic entries of synset tars.
 
-python -m bench.plan_memory
+    python -m bench.plan_memory
+
+Listed, planned, and put together again from the receipts of 1,300 shards: everything but the workers' images.
 """
 
 from __future__ import annotations
 
 import resource
+import tempfile
 import time
+from pathlib import Path
 
+from data_prep.finish import finish
 from data_prep.plan import Options, describe, jobs
+from data_prep.receipt import RECEIPTS, Receipt, Sample
 from data_prep.source import Item
 from data_prep.sources.imagenet import SynsetTars
 from megapix.images import Policy
+from megapix.shards import ShardEntry, shard_name
 
 SYNSETS, IMAGES = 1000, 1300
+
+
+def peak() -> str:
+    """Time and peak memory so far."""
+    return f"peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB"
 
 
 def main() -> None:
@@ -25,13 +37,23 @@ def main() -> None:
         for label, synset in enumerate(names)
         for image in range(IMAGES)
     ]
-    source = SynsetTars(tuple(names), items)
-    options = Options(Policy.make("crop", 256))
+    source, options = SynsetTars(tuple(names), items), Options(Policy.make("crop", 256))
     describe(source, options)
-    planned = list(jobs(items, options))
-    assert sum(len(job.items) for job in planned) == len(items)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(f"{len(items):,} samples, {len(planned):,} shards: peak {peak:.2f} GiB, {time.perf_counter() - start:.1f} s")
+    count = 0
+    with tempfile.TemporaryDirectory() as root:
+        (Path(root) / RECEIPTS).mkdir()
+        for job in jobs(items, options):
+            samples = tuple(
+                Sample(0, 109_000, n * 110_000, item.label, n, item.caption) for n, item in enumerate(job.items)
+            )
+            entry = ShardEntry(shard_name(job.number), len(samples), 110_000_000, "0" * 64)
+            Receipt((entry,), samples, ()).save(Path(root), job.number)
+            count += 1
+        print(f"{len(items):,} samples planned in {count:,} shards: {peak()}, {time.perf_counter() - start:.1f} s")
+        start = time.perf_counter()
+        index = finish(Path(root), count, lambda _: source.classes, "", options.policy.to_dict(), source.about)
+        assert index.samples == len(items)
+        print(f"put together from {count:,} receipts: {peak()}, {time.perf_counter() - start:.1f} s")
 
 
 if __name__ == "__main__":

@@ -242,20 +242,20 @@ def cover(pixels: Pixels, height: int, width: int, fast: bool = False) -> Pixels
     Raises:
         ValueError: so long and thin that scaling it would pass Pillow's limit on pixels.
     """
-    image = Image.fromarray(pixels)
-    while image.height >= 2 * height and image.width >= 2 * width:
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = max(height / image.height, width / image.width)
-    scaled = round(image.height * scale), round(image.width * scale)
+    while pixels.shape[0] >= 2 * height and pixels.shape[1] >= 2 * width:
+        half = pixels.shape[1] // 2, pixels.shape[0] // 2
+        pixels = np.asarray(Image.fromarray(pixels).resize(half, Image.Resampling.BOX))
+    scale = max(height / pixels.shape[0], width / pixels.shape[1])
+    scaled = round(pixels.shape[0] * scale), round(pixels.shape[1] * scale)
     if Image.MAX_IMAGE_PIXELS and math.prod(scaled) > Image.MAX_IMAGE_PIXELS:  # 1 × 50,000,000 pixels decode, but grow
         raise ValueError(f"scaled to {scaled[1]}x{scaled[0]} pixels it exceeds the limit of {Image.MAX_IMAGE_PIXELS}")
-    out = _torch_bicubic(np.asarray(image), *scaled) if fast else _bicubic(image, *scaled)
+    out = (_torch_bicubic if fast else _pillow_bicubic)(pixels, *scaled)
     top, left = (scaled[0] - height) // 2, (scaled[1] - width) // 2
     return out[top : top + height, left : left + width]
 
 
-def _bicubic(image: Image.Image, height: int, width: int) -> Pixels:
-    return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
+def _pillow_bicubic(pixels: Pixels, height: int, width: int) -> Pixels:
+    return np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC))
 
 
 def _torch_bicubic(pixels: Pixels, height: int, width: int) -> Pixels:

@@ -48,6 +48,8 @@ def train(asked: Config, world: World) -> None:
         world.say(f"{run} is finished: {p.state.counters.images_seen:,} images seen, last checkpoint {p.resume}")
         return
 
+    if c.data.workers:
+        loader.start_workers()
     net = engine.build_network(c.model, c.seed, engine.pixel_checkpoint(c.machine.pixel_checkpointing))
     if c.init and p.state is None:
         dist.together(world, lambda: weights.assign(net, weights.load_weights(c.init)))

@@ -19,6 +19,7 @@ import multiprocessing
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from multiprocessing import forkserver
 from typing import Any
 
 import numpy as np
@@ -188,9 +189,15 @@ def batches(
         yield batch
 
 
+def start_workers() -> None:
+    """Start the process that workers are forked from, so that it loads this module while the network is built."""
+    _context()
+    forkserver.ensure_running()
+
+
 def _context() -> Any:
-    """Workers start from a clean server process, which has loaded this module once: a fork of the trainer itself would
-    copy its threads' locks."""
+    """Workers are forked from a clean server process, which has loaded this module once: a fork of the trainer itself
+    would copy its threads' locks."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     return context
