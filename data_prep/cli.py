@@ -123,6 +123,8 @@ class MakeIndex(ImageOptions, RemoteOptions):
 
     shards: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SHARDS")]
     """Folder, URL (http, https, s3, gs) or braces such as 'https://host/train-{0000..1023}.tar'."""
+    policy: Literal["crop", "buckets"] = "crop"
+    """ADM's centre crop to a square, or the nearest of several sizes of equal area."""
     out: Annotated[Path, tyro.conf.arg(metavar="INDEX")]
     """Folder for the index; give it to `megapix train` as --data.path."""
 
@@ -215,8 +217,6 @@ def _write(command: Write | Demo) -> int:
 def _index(command: MakeIndex) -> int:
     from data_prep.index import index
 
-    if command.policy == "untouched":
-        raise InputError("--policy untouched: an index is for training; expected crop or buckets")
     made, was_finished = index(
         command.shards, command.out, _policy(command), command.workers, command.max_rejected, _access(command)
     )

@@ -102,8 +102,7 @@ class DataConfig:
     shuffle_window: int = _identity(0)
     """Shards whose samples are shuffled together; 0 is all of them, a perfect shuffle."""
     reading_groups: int = _identity(1)
-    """Parts into which each epoch's shards are cut, for runs that cache remote shards: a node reads the shards of its
-    own groups, on any number of nodes that divides this."""
+    """Parts of each epoch's shards that nodes read apart, for caches of whole shards: a multiple of the nodes."""
     max_replaced: int = _machine(100)
     """Damaged samples that one rank may replace by others before the run stops; 0 stops at the first."""
     corrupt_shard: Literal["stop", "replace"] = _machine("stop")

@@ -230,7 +230,7 @@ def test_bad_sources(image_folder: Path, tmp_path: Path) -> None:
             open_source(flat, labels=labels)
 
 
-def test_a_shard_reads_few_row_groups(image_folder: Path, tmp_path: Path) -> None:
+def test_a_shard_reads_few_row_groups(image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Shuffled sample by sample, each shard would read from nearly all of the groups."""
     source = open_source(parquet(image_folder, tmp_path / "source"))
     jobs = list(planning.jobs(source.items, Options(Policy.make("crop", 16), samples_per_shard=10)))
@@ -238,6 +238,19 @@ def test_a_shard_reads_few_row_groups(image_folder: Path, tmp_path: Path) -> Non
     groups = [{item.chunk for item in job.items} for job in jobs]
     assert len({item.chunk for item in source.items}) == 8
     assert max(len(some) for some in groups) <= 4
+    from data_prep.sources import parquet as source_file
+
+    loads: list[object] = []
+    load = source_file._load
+    monkeypatch.setattr(source_file, "_load", lambda *key: loads.append(key) or load(*key))
+    source_file._held.clear()
+    monkeypatch.setattr(
+        source_file, "HELD_BYTES", 4 * max(load(*item.place[:2], "image").nbytes for item in source.items)
+    )
+    for job in jobs:
+        for item in job.items:
+            source.reader.read(item, 16)
+    assert len(loads) <= 2 * 8, "each group about once, with room for a shard's groups"
     labels = [item.label for item in jobs[0].items]
     assert labels != sorted(labels), "shuffled inside"
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,8 @@ from megapix.errors import InputError
 IMAGE_COLUMNS = ("image", "img", "jpg", "png", "webp")
 LABEL_COLUMNS = ("label", "cls", "fine_label")
 CAPTION_COLUMNS = ("caption", "text", "txt")
-GROUPS_HELD = 4
-"""Row groups whose images one process keeps in memory; the plan lays the samples of a row group near each other."""
+HELD_BYTES = 1 << 29
+"""Bytes of row groups that one process keeps (two groups at least); the plan lays a group's samples near each other."""
 
 
 @dataclass(frozen=True)
@@ -27,19 +27,32 @@ class ParquetReader:
     def read(self, item: Item, size: int) -> bytes:
         """The bytes of the image; a null is an error."""
         path, group, row, column = item.place
-        value = _images(path, group, column)[row].as_py()
+        value = _images((path, group, column))[row].as_py()
         data = value.get("bytes") if isinstance(value, dict) else value
         if not data:
             raise ValueError("the row holds no image bytes")
         return bytes(data)
 
 
-@lru_cache(maxsize=GROUPS_HELD)
-def _images(path: str, group: int, column: str) -> Any:
+_held: OrderedDict[tuple[str, int, str], Any] = OrderedDict()
+"""This process's row groups, the one used longest ago first."""
+
+
+def _images(key: tuple[str, int, str]) -> Any:
+    if key not in _held:
+        _held[key] = _load(*key)
+        while len(_held) > 2 and sum(column.nbytes for column in _held.values()) > HELD_BYTES:
+            _held.popitem(last=False)
+    _held.move_to_end(key)
+    return _held[key]
+
+
+def _load(path: str, group: int, column: str) -> Any:
     import pyarrow.parquet
 
     try:
-        return pyarrow.parquet.ParquetFile(path).read_row_group(group, [column]).column(0)
+        with pyarrow.parquet.ParquetFile(path) as file:
+            return file.read_row_group(group, [column]).column(0)
     except pyarrow.ArrowException as error:
         raise ValueError(f"row group {group} of {path} cannot be read: {error}") from error
 
