@@ -18,6 +18,8 @@ from PIL import Image
 
 from data_prep import cli
 from megapix.shards import read_index
+from tests.launch import start, succeed
+from tests.runs import arguments, scalars
 from tests.test_data_prep import hashes
 from tests.test_images import encoded, photo
 
@@ -188,3 +190,26 @@ def test_originals_are_kept_to_the_byte(tmp_path: Path) -> None:
     assert run("verify", tmp_path / "out", "--workers", 1) == 0
     with Image.open(io.BytesIO(kept["c.webp"])) as image:
         assert image.size == (20, 9)
+
+
+def test_training_on_aspect_buckets(tmp_path: Path) -> None:
+    """Two ranks on images of five sizes: every step runs, and a resume at another position goes on alike."""
+    for label in range(3):
+        folder = tmp_path / "images" / f"class {label}"
+        folder.mkdir(parents=True)
+        for number, shape in enumerate([(40, 60), (60, 40), (32, 32), (90, 30), (33, 64)] * 2):
+            (folder / f"{number}.png").write_bytes(encoded(Image.fromarray(photo(*shape, seed=number))))
+    shards = tmp_path / "shards"
+    command = ["write", tmp_path / "images", shards, "--size", 16, "--policy", "buckets", "--bucket-step", 4]
+    assert run(*command, "--workers", 1) == 0
+    succeed(2, "megapix", arguments(shards, tmp_path / "whole"))
+    losses = scalars(tmp_path / "whole", "loss/train")
+    assert sorted(losses) == list(range(1, 21))
+    assert all(np.isfinite(loss) for loss in losses.values())
+    succeed(2, "megapix", arguments(shards, tmp_path / "parts", "--optim.end-at", "80"))
+    succeed(2, "megapix", arguments(shards, tmp_path / "parts"))
+    assert scalars(tmp_path / "parts", "loss/train") == losses
+    assert start(1, "megapix", arguments(shards, tmp_path / "bad", "--model.patch-size", "8"))[0].code == 2
+    refused = start(1, "megapix", arguments(shards, tmp_path / "bad", "--data.reading-groups", "3"))[0]
+    assert refused.code == 2
+    assert "data.reading_groups = 3: with aspect buckets expected a divisor" in refused.err

@@ -8,6 +8,8 @@
 A shard gets its name after its size and hash were checked, so a process that is killed leaves at most a `.part`, and
 the next one that wants the shard, or room, takes that over. Space is made by removing the shards that were used
 longest ago; a file that another process still reads stays readable until it is closed.
+
+`prefetch` has a thread fetch shards that will be needed soon; what it cannot fetch is left to the read that needs it.
 """
 
 from __future__ import annotations
@@ -17,9 +19,11 @@ import fcntl
 import os
 import re
 from collections import OrderedDict
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from queue import Queue
+from threading import Thread
 
 from megapix.errors import InputError
 from megapix.shards import ShardEntry
@@ -48,6 +52,10 @@ class CachedShards:
         self.remote, self.folder, self.limit = remote, folder, limit
         self.hits = self.misses = 0
         self._files: OrderedDict[str, int] = OrderedDict()
+        self._wanted: Queue[ShardEntry] = Queue()
+        self._pending: set[str] = set()
+        """Hashes of the shards in that queue, and of the one being fetched."""
+        self._thread: Thread | None = None
         folder.mkdir(parents=True, exist_ok=True)
 
     def read(self, shard: ShardEntry, offset: int, size: int) -> bytes:
@@ -58,6 +66,24 @@ class CachedShards:
             InputError: the cache cannot hold it, or the disk is full.
         """
         return os.pread(self._open(shard), size, offset)
+
+    def prefetch(self, shards: Iterable[ShardEntry]) -> None:
+        """Have these fetched in the background, in order, unless they are there."""
+        for key, shard in {shard.sha256: shard for shard in shards}.items():
+            if key not in self._pending and not self._path(shard, "tar").exists():
+                self._pending.add(key)
+                self._wanted.put(shard)
+        if not self._wanted.empty() and self._thread is None:
+            self._thread = Thread(target=self._fetch_ahead, daemon=True)
+            self._thread.start()
+
+    def _fetch_ahead(self) -> None:
+        while True:
+            shard = self._wanted.get()
+            # If it fails, the read that needs the shard will fail with the reason, if that still holds.
+            with suppress(InputError, OSError):
+                os.close(self._ready(shard)[0])
+            self._pending.discard(shard.sha256)
 
     def drop(self, shard: ShardEntry) -> None:
         """Forget a shard whose bytes turned out wrong, so that it is fetched again."""
@@ -79,22 +105,23 @@ class CachedShards:
         if len(self._files) >= MAX_OPEN:
             os.close(self._files.popitem(last=False)[1])
         try:
-            descriptor = self._from_disk(shard)
-            if descriptor is None:
-                with _locked(self._path(shard, "lock")):
-                    descriptor = self._from_disk(shard)  # another process may have been first
-                    if descriptor is None:
-                        self.misses += 1
-                        descriptor = self._fetch(shard)
-                    else:
-                        self.hits += 1
-            else:
-                self.hits += 1
+            descriptor, fetched = self._ready(shard)
         except OSError as error:
             full = " (the disk is full)" if error.errno == errno.ENOSPC else ""
             raise InputError(f"data.cache = {str(self.folder)!r}: {error.strerror or error}{full}") from error
+        self.misses += fetched
+        self.hits += not fetched
         self._files[key] = descriptor
         return descriptor
+
+    def _ready(self, shard: ShardEntry) -> tuple[int, bool]:
+        """Open a shard, and say whether it had to be fetched for that."""
+        if (descriptor := self._from_disk(shard)) is not None:
+            return descriptor, False
+        with _locked(self._path(shard, "lock")):
+            if (descriptor := self._from_disk(shard)) is not None:  # another process, or thread, was first
+                return descriptor, False
+            return self._fetch(shard), True
 
     def _from_disk(self, shard: ShardEntry) -> int | None:
         path = self._path(shard, "tar")

@@ -41,6 +41,8 @@ from megapix.images import Pixels
 
 PREFETCH = 4
 """Micro batches that each worker keeps ready."""
+AHEAD = 16
+"""Steps by which shards are fetched into the cache before they are needed."""
 REPLACEMENTS = 8
 """Samples that are tried in place of a damaged one; if all are damaged too, the shards are."""
 
@@ -122,6 +124,8 @@ class MicroBatches(Dataset[Batch]):
             images.append(image[..., ::-1] if self.config.flip and mirrored[i] else image)
             labels.append(label)
         if reader.cache:
+            ahead = places.at(positions + AHEAD * self.batch)
+            reader.cache.prefetch(reader.shard_of(sample) for sample in ahead.tolist())
             spent.hits, spent.misses = reader.cache.hits, reader.cache.misses
             reader.cache.hits = reader.cache.misses = 0
         return Batch(torch.from_numpy(np.stack(images)), torch.tensor(labels), positions, tuple(replaced), spent)

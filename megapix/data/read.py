@@ -82,6 +82,10 @@ class ShardReader:
             file.seek(record.caption_offset)
             return file.read(record.caption_size).decode()
 
+    def shard_of(self, sample: int) -> ShardEntry:
+        """The entry that holds a sample."""
+        return self._record(sample)[1]
+
     def where(self, sample: int) -> str:
         """Shard and key of a sample, for messages."""
         record, shard = self._record(sample)
