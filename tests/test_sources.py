@@ -230,6 +230,27 @@ def test_bad_sources(image_folder: Path, tmp_path: Path) -> None:
             open_source(flat, labels=labels)
 
 
+def test_what_may_not_be_read_is_named(image_folder: Path, tmp_path: Path) -> None:
+    """As another user than root, whom no mode keeps out."""
+    import os
+    import shutil
+
+    source = tmp_path / "images"
+    shutil.copytree(image_folder, source)
+    (source / "red").chmod(0)
+    try:
+        if os.getuid() == 0:
+            for folder in (source, tmp_path, tmp_path.parent, tmp_path.parent.parent):
+                folder.chmod(0o755)
+            os.seteuid(65534)
+        with pytest.raises(InputError, match=r"/red' cannot be read: Permission denied"):
+            open_source(source)
+    finally:
+        if os.getuid() == 0:
+            os.seteuid(0)
+        (source / "red").chmod(0o755)
+
+
 def test_a_shard_reads_few_row_groups(image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Shuffled sample by sample, each shard would read from nearly all of the groups."""
     source = open_source(parquet(image_folder, tmp_path / "source"))

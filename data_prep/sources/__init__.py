@@ -16,8 +16,15 @@ def open_source(path: Path, name: str | None = None, labels: Path | None = None)
     """List the source at `path`; its kind is `name`, or is recognised from what is there.
 
     Raises:
-        InputError: nothing there, of no known kind, or damaged.
+        InputError: nothing there, of no known kind, damaged, or not readable.
     """
+    try:
+        return _open(path, name, labels)
+    except OSError as error:
+        raise InputError(f"{str(error.filename or path)!r} cannot be read: {error.strerror or error}") from error
+
+
+def _open(path: Path, name: str | None, labels: Path | None) -> Source:
     from data_prep.sources.edm2_zip import Edm2Zip
     from data_prep.sources.image_folder import ImageFolder
     from data_prep.sources.image_text import ImageText

@@ -18,6 +18,7 @@ import errno
 import fcntl
 import os
 import re
+import time
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -31,6 +32,8 @@ from megapix.storage import Remote
 
 MAX_OPEN = 64
 """Shards that one process holds open."""
+POLL = 0.05
+"""Seconds between looks for room while other processes fill it."""
 OURS = re.compile(r"[0-9a-f]{64}\.(tar|part)")
 """What may be counted and removed: nothing else in the folder is touched."""
 
@@ -159,37 +162,37 @@ class CachedShards:
             raise InputError(
                 f"data.cache_gib = {self.limit / 2**30:g}: shard {shard.name} alone has {shard.bytes / 2**30:.3g} GiB"
             )
-        with _locked(self.folder / ".room.lock"):
-            part.unlink(missing_ok=True)  # of a process that died
-            self._make_room(shard.bytes)
-            with open(part, "wb") as file:
-                os.posix_fallocate(file.fileno(), 0, shard.bytes)
+        while True:
+            with _locked(self.folder / ".room.lock"):
+                part.unlink(missing_ok=True)  # of a process that died
+                if self._make_room(shard.bytes):
+                    with open(part, "wb") as file:
+                        os.posix_fallocate(file.fileno(), 0, shard.bytes)
+                    return
+            time.sleep(POLL)  # what others are fetching fills the cache; it can be removed when they are done
 
-    def _make_room(self, needed: int) -> None:
+    def _make_room(self, needed: int) -> bool:
+        """Remove the shards used longest ago until `needed` bytes fit; False if those being fetched leave no room."""
         found: list[tuple[float, Path, int]] = []
         for path in self.folder.iterdir():
             if not OURS.fullmatch(path.name):
                 continue
             if path.suffix == ".part" and _abandoned(path.with_suffix(".lock")):
                 path.unlink(missing_ok=True)
-            else:
-                try:
-                    about = path.stat()
-                except FileNotFoundError:  # finished or dropped by another process just now
-                    continue
-                found.append((about.st_mtime, path, about.st_size))
+                continue
+            try:
+                about = path.stat()
+            except FileNotFoundError:  # finished or dropped by another process just now
+                continue
+            found.append((about.st_mtime, path, about.st_size))
         excess = sum(size for _, _, size in found) + needed - self.limit
+        if excess > sum(size for _, path, size in found if path.suffix == ".tar"):
+            return False
         for _, path, size in sorted(found):
-            if excess <= 0:
-                return
-            if path.suffix == ".tar":
+            if excess > 0 and path.suffix == ".tar":
                 path.unlink(missing_ok=True)
                 excess -= size
-        if excess > 0:
-            raise InputError(
-                f"data.cache_gib = {self.limit / 2**30:g}: the shards being fetched at the same time need "
-                f"{excess / 2**30:.3g} GiB more"
-            )
+        return True
 
     def _path(self, shard: ShardEntry, ending: str) -> Path:
         return self.folder / f"{shard.sha256}.{ending}"
