@@ -33,7 +33,7 @@ def main() -> None:
     start = time.perf_counter()
     names = [f"n{number:08d}" for number in range(SYNSETS)]
     items = [
-        Item(f"{synset}/{synset}_{image}.JPEG", label, synset, (f"/data/{synset}.tar", image * 110_000, 109_000))
+        Item(f"{synset}/{synset}_{image}.JPEG", label, synset, (f"/data/{synset}.tar", image * 110_000, 109_000, ""))
         for label, synset in enumerate(names)
         for image in range(IMAGES)
     ]

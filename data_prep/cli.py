@@ -172,6 +172,9 @@ def main(argv: list[str] | None = None) -> int:
     except InputError as error:
         print(f"data_prep: error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"data_prep: error: {str(error.filename or '')!r}: {error.strerror or error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("data_prep: interrupted; the same command goes on from here", file=sys.stderr)
         return 130
@@ -247,7 +250,7 @@ def _policy(command: ImageOptions) -> Policy:
 def _access(command: RemoteOptions) -> Access:
     from megapix.storage import Access
 
-    if command.timeout <= 0 or command.retries < 0:
+    if not 0 < command.timeout < float("inf") or command.retries < 0:
         raise InputError(f"--timeout = {command.timeout}, --retries = {command.retries}: expected above 0, 0 or more")
     return Access(command.timeout, command.retries)
 
@@ -282,6 +285,8 @@ def _verify(command: Verify) -> int:
 def _inspect(command: Inspect) -> int:
     from data_prep.inspect import contact_sheet, report
 
+    if min(command.columns, command.rows) < 1:
+        raise InputError(f"--columns = {command.columns}, --rows = {command.rows}: expected at least 1")
     for line in report(command.folder):
         print(line)
     if command.sheet:

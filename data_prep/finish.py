@@ -79,6 +79,8 @@ def finish(
     if -1 in counts and len(counts) > 1:
         raise InputError(f"{counts[-1]} samples have no class (cls), but {counts.total() - counts[-1]} have one")
     counts[0] += counts.pop(-1, 0)
+    if max(counts) >= len(names):
+        raise InputError(f"a sample has class {max(counts)}, but there are {len(names)} classes, numbered from 0")
     rejected = _write_rejected(out, parts)
     index = Index(
         samples=sum(counts.values()),

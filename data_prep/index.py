@@ -20,14 +20,15 @@ from typing import NamedTuple
 from data_prep import plan as planning
 from data_prep import receipt
 from data_prep.finish import finish
-from data_prep.pool import Budget, Outcome, check_workers, in_processes
+from data_prep.pool import Budget, Outcome, alone_in, check_workers, in_processes
 from data_prep.receipt import Receipt, Rejected, Sample
 from data_prep.samples import labels_of, samples_of
 from data_prep.source import UNCLASSED
+from data_prep.sources.shards import names_beside
 from data_prep.write import begin
 from megapix.errors import InputError
 from megapix.images import Policy
-from megapix.shards import INDEX_NAME, Index, ShardEntry, read_index, sha256_of
+from megapix.shards import Index, ShardEntry, sha256_of
 from megapix.storage import Access, Local, Storage, is_url, open_storage, protocol_of
 
 
@@ -73,6 +74,7 @@ def tar_files(pattern: str, access: Access) -> tuple[str, list[str]]:
     if is_url(pattern) and base.count("/") < 2:
         raise InputError(f"{pattern!r}: the tar files lie on several hosts; expected one")
     names = [path[len(base) + 1 :] for path in paths]
+    base = base or "/"
     if len(set(names)) < len(names):
         raise InputError(f"{pattern!r} names a tar file twice")
     return base, names
@@ -91,50 +93,48 @@ def index(
 
     Raises:
         InputError: nothing there, a tar file that is damaged or cannot be read, a key that occurs twice, samples with
-            and without classes, an `out` of other files or options, or more rejected samples than allowed.
+            and without a class, an `out` of other files or options, or more rejected samples than allowed.
     """
     from tqdm import tqdm
 
     budget = Budget(max_rejected)
-    budget.check()
     check_workers(workers)
     base, names = tar_files(pattern, access)
     plan = {
         "kind": "index of WebDataset shards",
         **planning.of_policy(policy),
+        "base": base,
         "shards": len(names),
         "list_sha256": hashlib.sha256("\n".join(names).encode()).hexdigest(),
     }
+    known = () if is_url(base) else names_beside(Path(base))
     try:
         planning.settle(out, plan)
-        if there := begin(out, retry_rejected=False):
-            return there, True
-        work = partial(_index_file, base, access, policy, out)
-        parts = [Part(number, name) for number, name in enumerate(names)]
-        with tqdm(total=len(parts), unit="shard", disable=not progress, mininterval=0.5) as bar:
-            for _, outcome in in_processes(work, parts, workers):
-                budget.samples += outcome.samples
-                bar.update()
-                # While few samples were seen, one that is bad says nothing of the share.
-                if bar.n == len(parts) or budget.samples * budget.share >= 1:
+        with alone_in(out):
+            if there := begin(out, retry_rejected=False):
+                return there, True
+            work = partial(_index_file, base, access, policy, out)
+            parts = [Part(number, name) for number, name in enumerate(names)]
+            with tqdm(total=len(parts), unit="shard", disable=not progress, mininterval=0.5) as bar:
+                for _, outcome in in_processes(work, parts, workers):
+                    budget.samples += outcome.samples
                     budget.spend(outcome.rejected)
-                else:
-                    budget.rejected += len(outcome.rejected)
-        recorded = policy.to_dict() | {"applied": "loading"}
-        about = {"kind": plan["kind"], "list_sha256": plan["list_sha256"]}
-        return finish(out, len(parts), partial(_class_names, base, out), base, recorded, about), False
+                    bar.update()
+                    if budget.share == 0 or budget.samples * budget.share >= 1:
+                        budget.check()  # of few samples, one that is bad says nothing of the share
+            budget.check()
+            recorded = policy.to_dict() | {"applied": "loading"}
+            about = {"kind": plan["kind"], "list_sha256": plan["list_sha256"]}
+            return finish(out, len(parts), partial(_class_names, known), base, recorded, about), False
     except OSError as error:
         raise InputError(f"cannot write {str(error.filename or out)!r}: {error.strerror or error}") from error
 
 
-def _class_names(base: str, out: Path, largest: int) -> tuple[str, ...]:
+def _class_names(known: tuple[str, ...], largest: int) -> tuple[str, ...]:
     """Those of an index beside the shards, else the numbers; one name where no sample has a class."""
-    beside = Path(base) / INDEX_NAME
-    if largest >= 0 and not is_url(base) and beside.is_file() and len(names := read_index(base).class_names) > largest:
-        return names
     if largest < 0:
         return (UNCLASSED,)
-    return tuple(str(number) for number in range(largest + 1))
+    return known if len(known) > largest else tuple(str(number) for number in range(largest + 1))
 
 
 @contextmanager
@@ -176,6 +176,9 @@ def _indexed(path: Path, shown: str, name: str, policy: Policy) -> Receipt:
     with open(path, "rb") as file:
         labels_of(listed, shown)
         for sample in listed:
+            if sample.fault:
+                rejected.append(Rejected.because(f"{name}/{sample.name}", ValueError(sample.fault)))
+                continue
             label = -1 if sample.label is None else sample.label  # `finish` sees whether other tar files have classes
             data = os.pread(file.fileno(), sample.size, sample.offset)
             try:

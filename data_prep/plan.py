@@ -37,8 +37,6 @@ class Options:
         """Raise InputError for a value out of range, or a combination that has no meaning."""
         if self.samples_per_shard < 1:
             raise InputError(f"--samples-per-shard = {self.samples_per_shard}: expected at least 1")
-        if self.policy.min_side < 1:
-            raise InputError(f"--min-side = {self.policy.min_side}: expected at least 1")
         if not 1 <= self.quality <= 100:
             raise InputError(f"--quality = {self.quality}: expected 1 to 100")
         if self.format == "original" and self.policy.mode != "untouched":
@@ -56,14 +54,9 @@ class Job(NamedTuple):
 
 def jobs(items: Sequence[Item], options: Options, buckets: Sequence[int] | None = None) -> Iterator[Job]:
     """Sort by bucket, shuffle each by seed (in the order of a hash of seed and name, the same everywhere), and cut."""
-
-    def place(number: int) -> bytes:
-        return hashlib.sha256(f"{options.seed}/{items[number].name}".encode()).digest()[:16]
-
     number, first = 0, 0
     for bucket in sorted(set(buckets)) if buckets is not None else (0,):
-        chosen = [n for n in range(len(items)) if buckets is None or buckets[n] == bucket]
-        shuffled = _shuffled(chosen, items, options) if items[0].chunk else sorted(chosen, key=place)
+        shuffled = _shuffled([n for n in range(len(items)) if buckets is None or buckets[n] == bucket], items, options)
         for start in range(0, len(shuffled), options.samples_per_shard):
             part = shuffled[start : start + options.samples_per_shard]
             yield Job(number, first, bucket, tuple(items[n] for n in part))
@@ -71,7 +64,8 @@ def jobs(items: Sequence[Item], options: Options, buckets: Sequence[int] | None 
 
 
 def _shuffled(chosen: list[int], items: Sequence[Item], options: Options) -> list[int]:
-    """Shuffle the chunks, and the samples of as many neighbouring chunks as fill a shard: a shard then reads few."""
+    """Shuffle the samples; where they lie in chunks, the chunks, and the samples of as many of them as fill a shard:
+    a shard then reads from few."""
 
     def place(text: str) -> bytes:
         return hashlib.sha256(f"{options.seed}/{text}".encode()).digest()[:16]

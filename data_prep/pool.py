@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from multiprocessing import get_context
+from pathlib import Path
 from typing import TypeVar
 
 from data_prep.receipt import Rejected
@@ -30,25 +35,25 @@ class Budget:
 
     share: float
     samples: int = 0
-    """All samples, or of an index, whose number is not known before, those seen so far."""
+    """All samples; of an index, whose number is not known before, those seen so far."""
     rejected: int = 0
+    latest: Rejected | None = None
 
-    def check(self) -> None:
-        """Raise InputError unless the share is one."""
+    def __post_init__(self) -> None:
         if not 0.0 <= self.share <= 1.0:
             raise InputError(f"--max-rejected = {self.share}: expected a share, 0 to 1")
 
     def spend(self, rejected: tuple[Rejected, ...]) -> None:
-        """Count the rejected samples of a part.
-
-        Raises:
-            InputError: the budget is used up; names the latest sample and the reason.
-        """
+        """Count the rejected samples of a part."""
         self.rejected += len(rejected)
-        if rejected and self.rejected > self.share * self.samples:
+        self.latest = rejected[-1] if rejected else self.latest
+
+    def check(self) -> None:
+        """Raise InputError if the budget is used up, naming the latest sample and the reason."""
+        if self.latest and self.rejected > self.share * self.samples:
             raise InputError(
                 f"{self.rejected} of {self.samples} samples cannot be used, --max-rejected allows {self.share:g} of "
-                f"them; the latest is {rejected[-1].source!r}: {rejected[-1].reason}"
+                f"them; the latest is {self.latest.source!r}: {self.latest.reason}"
             )
 
 
@@ -71,6 +76,28 @@ def in_processes(work: Callable[[J], R], jobs: Iterable[J], workers: int) -> Ite
                     for following in islice(remaining, 1):
                         running[pool.submit(work, following)] = following
                     yield job, future.result()
+        except BrokenProcessPool as error:
+            raise InputError(
+                "a worker process was killed, perhaps for want of memory; the same command, with fewer --workers, "
+                "goes on from here"
+            ) from error
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
             raise
+
+
+@contextmanager
+def alone_in(out: Path) -> Iterator[None]:
+    """Hold the folder `out` for this process.
+
+    Raises:
+        InputError: another one holds it.
+    """
+    descriptor = os.open(out, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as error:
+        raise InputError(f"another data_prep is at work in {str(out)!r}") from error
+    finally:
+        os.close(descriptor)

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from data_prep.source import as_utf8
 from megapix.errors import InputError
 from megapix.shards import ShardEntry, write_atomic
 
@@ -29,7 +30,7 @@ class Rejected:
     @staticmethod
     def because(source: str, error: Exception) -> Rejected:
         """What is recorded of an error: its text, and the type of what caused it."""
-        return Rejected(source, str(error), type(error.__cause__ or error).__name__)
+        return Rejected(as_utf8(source), as_utf8(str(error)), type(error.__cause__ or error).__name__)
 
 
 class Sample(NamedTuple):

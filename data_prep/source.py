@@ -9,9 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
+from megapix.errors import InputError
+
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp")
 UNCLASSED = "images"
 """Name of the one class of a source without classes."""
+LARGEST_LABEL = 999_999
+"""Class numbers above this are taken for a mistake."""
 
 
 class Item(NamedTuple):
@@ -59,3 +63,15 @@ class Source(Protocol):
 def is_image(name: str) -> bool:
     """Whether a file name has an image's ending and is not hidden."""
     return name.lower().endswith(EXTENSIONS) and not name.rpartition("/")[2].startswith(".")
+
+
+def check_label(label: object, where: str) -> int:
+    """A class number; InputError that names `where` if it is not one."""
+    if not isinstance(label, int) or not 0 <= label <= LARGEST_LABEL:
+        raise InputError(f"{where}: the class is {label!r}, expected a number, 0 to {LARGEST_LABEL}")
+    return label
+
+
+def as_utf8(text: str) -> str:
+    """The text with what UTF-8 cannot hold (lone surrogates, bytes of another encoding) spelled out."""
+    return text.encode("utf-8", "backslashreplace").decode()

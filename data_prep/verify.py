@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,18 @@ from data_prep.pool import check_workers, in_processes
 from data_prep.samples import TarSample, labels_of, samples_of
 from data_prep.sources.tars import members
 from megapix.errors import InputError
-from megapix.shards import RECORD, TABLE_NAME, Index, SampleRecord, ShardEntry, check_table, read_index, sha256_of
+from megapix.images import Policy
+from megapix.shards import (
+    CAPTIONS_NAME,
+    RECORD,
+    TABLE_NAME,
+    Index,
+    SampleRecord,
+    ShardEntry,
+    check_table,
+    read_index,
+    sha256_of,
+)
 from megapix.storage import Access, Local, open_storage
 
 Rows = tuple[ShardEntry, int, int]
@@ -36,11 +48,22 @@ def verify(folder: Path, workers: int, access: Access, progress: bool = True) ->
     except InputError as error:
         yield str(error)
         return
+    policy = Policy.from_dict(index.image_policy)
+    counts: Counter[int] = Counter()
     files: dict[str, list[Rows]] = {}
     first = 0
     for place, entry in enumerate(index.shards):
         files.setdefault(entry.name, []).append((entry, place, first))
+        counts.update(record.label for record in _records(folder, files[entry.name][-1]))
         first += entry.samples
+        if entry.bucket >= max(1, len(policy.buckets)):
+            yield f"{entry.name}: bucket {entry.bucket} is none of the image policy's {len(policy.buckets)}"
+            return
+    for label, listed in enumerate(index.classes):
+        if counts.pop(label, 0) != listed.samples:
+            yield f"class {listed.name!r} has another number of samples than the {listed.samples} that the index lists"
+    if counts:
+        yield f"{TABLE_NAME} has samples of class {min(counts)}, but there are {len(index.classes)} classes"
     with tqdm(total=index.samples, unit="img", disable=not progress, mininterval=0.5) as bar:
         jobs = list(files.values())
         for rows, faults in in_processes(partial(_verify_file, folder, index, access), jobs, workers):
@@ -81,10 +104,11 @@ def _faults(folder: Path, index: Index, shown: str, path: Path, rows: list[Rows]
         for row in rows:
             for record in _records(folder, row):
                 data = os.pread(file.fileno(), record.size, record.offset)
-                yield from _sample_faults(index, shown, record, row, by_offset, labels, data)
+                yield from _sample_faults(folder, index, shown, record, row, by_offset, labels, data)
 
 
 def _sample_faults(
+    folder: Path,
     index: Index,
     shown: str,
     record: SampleRecord,
@@ -93,7 +117,7 @@ def _sample_faults(
     labels: dict[int, int],
     data: bytes,
 ) -> Iterator[str]:
-    from megapix.images import Policy, decode, decode_exactly
+    from megapix.images import decode, decode_exactly
 
     sample, (entry, place, _) = by_offset.get(record.offset), row
     if sample is None or (record.shard, record.size) != (place, sample.size):
@@ -103,6 +127,9 @@ def _sample_faults(
         yield f"{shown}: sample {sample.key}: its bytes are not those that were indexed"
     if labels[record.offset] != record.label:
         yield f"{shown}: sample {sample.key}: the class differs from {TABLE_NAME}"
+    with open(folder / CAPTIONS_NAME, "rb") as file:
+        if os.pread(file.fileno(), record.caption_size, record.caption_offset) != sample.caption.encode():
+            yield f"{shown}: sample {sample.key}: the caption differs from {CAPTIONS_NAME}"
     policy = Policy.from_dict(index.image_policy)
     try:
         if policy.mode == "untouched" or index.image_policy["applied"] == "loading":

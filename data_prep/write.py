@@ -13,7 +13,7 @@ from pathlib import Path
 from data_prep import plan as planning
 from data_prep.finish import finish
 from data_prep.plan import Options
-from data_prep.pool import Budget, check_workers, in_processes
+from data_prep.pool import Budget, alone_in, check_workers, in_processes
 from data_prep.receipt import RECEIPTS
 from data_prep.shard import write_shard
 from data_prep.source import Source
@@ -50,26 +50,27 @@ def write(
 
     options.check()
     budget = Budget(max_rejected, len(source.items))
-    budget.check()
     check_workers(workers)
     plan = planning.describe(source, options)
     try:
         planning.settle(out, plan)
-        if there := begin(out, retry_rejected):
-            return there, True
-        buckets = None
-        if len(options.policy.buckets) > 1:
-            buckets = buckets_of(source, out, options.policy, workers, progress)
-        parts = 0
-        work = partial(write_shard, source.reader, out, options, retry_rejected)
-        with tqdm(total=len(source.items), unit="img", disable=not progress, mininterval=0.5) as bar:
-            for _, outcome in in_processes(work, planning.jobs(source.items, options, buckets), workers):
-                parts += 1
-                budget.spend(outcome.rejected)
-                bar.update(outcome.samples)
-        policy = options.policy.to_dict() | {key: plan[key] for key in POLICY_KEYS} | {"applied": "preparation"}
-        about = source.about | {key: plan[key] for key in ("samples_per_shard", "seed", "samples", "list_sha256")}
-        return finish(out, parts, lambda _: tuple(source.classes), "", policy, about), False
+        with alone_in(out):
+            if there := begin(out, retry_rejected):
+                return there, True
+            buckets = None
+            if len(options.policy.buckets) > 1:
+                buckets = buckets_of(source, out, options.policy, workers, progress)
+            parts = 0
+            work = partial(write_shard, source.reader, out, options, retry_rejected)
+            with tqdm(total=len(source.items), unit="img", disable=not progress, mininterval=0.5) as bar:
+                for _, outcome in in_processes(work, planning.jobs(source.items, options, buckets), workers):
+                    parts += 1
+                    budget.spend(outcome.rejected)
+                    budget.check()
+                    bar.update(outcome.samples)
+            policy = options.policy.to_dict() | {key: plan[key] for key in POLICY_KEYS} | {"applied": "preparation"}
+            about = source.about | {key: plan[key] for key in ("samples_per_shard", "seed", "samples", "list_sha256")}
+            return finish(out, parts, lambda _: tuple(source.classes), "", policy, about), False
     except OSError as error:
         raise InputError(f"cannot write {str(error.filename or out)!r}: {error.strerror or error}") from error
 

@@ -20,6 +20,8 @@ import importlib.util
 import io
 import math
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any, Literal, TypeAlias
@@ -32,14 +34,17 @@ from megapix.errors import InputError
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 """Formats that are opened; Pillow's other readers are never reached."""
-EXTENSIONS = {"png": "png", "jpg": "jpg", "jpeg": "jpg", "webp": "webp"}
-"""File name endings of images (in any case), and the one that we write."""
 ORIENTATION = 0x0112
 """EXIF tag: how the camera was held."""
 
 Pixels: TypeAlias = NDArray[np.uint8]
 """uint8 [H, W, 3], RGB."""
 Mode = Literal["crop", "buckets", "untouched"]
+MODES = ("crop", "buckets", "untouched")
+LARGEST_SIDE = 16_384
+"""Pixels on a side of what a policy makes."""
+LARGEST_RATIO = 16.0
+"""Of the sides of a bucket."""
 
 
 @dataclass(frozen=True)
@@ -69,10 +74,12 @@ class Policy:
         Raises:
             InputError: a value out of range.
         """
+        if rest.get("min_side", 1) < 1:
+            raise InputError(f"--min-side = {rest['min_side']}: expected at least 1")
         if mode == "untouched":
             return Policy(mode, **rest)
-        if size < 1:
-            raise InputError(f"--size = {size}: expected at least 1")
+        if not 1 <= size <= LARGEST_SIDE:
+            raise InputError(f"--size = {size}: expected 1 to {LARGEST_SIDE}")
         if mode == "crop":
             return Policy(mode, size, buckets=((size, size),), **rest)
         return Policy(mode, size, buckets=bucket_sizes(size, step or max(1, size // 8), ratio), **rest)
@@ -86,17 +93,21 @@ class Policy:
         """The policy of an index.
 
         Raises:
-            KeyError, TypeError, ValueError: not such data.
+            InputError: not such data.
         """
-        red, green, blue = data["background"]
-        return Policy(
-            data["mode"],
-            int(data["size"]),
-            bool(data["fast"]),
-            (red, green, blue),
-            int(data["min_side"]),
-            tuple((int(height), int(width)) for height, width in data["buckets"]),
-        )
+        try:
+            red, green, blue = (int(value) for value in data["background"])
+            buckets = tuple((int(height), int(width)) for height, width in data["buckets"])
+            policy = Policy(
+                data["mode"], int(data["size"]), bool(data["fast"]), (red, green, blue), int(data["min_side"]), buckets
+            )
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise InputError(f"the index's image_policy is damaged: {error!r}") from error
+        if policy.mode not in MODES or bool(buckets) == (policy.mode == "untouched"):
+            raise InputError(f"the index's image_policy is damaged: mode {policy.mode!r} with sizes {list(buckets)}")
+        if any(side < 1 or side > LARGEST_SIDE for bucket in buckets for side in bucket):
+            raise InputError(f"the index's image_policy is damaged: sizes {list(buckets)}")
+        return policy
 
     def bucket_of(self, height: int, width: int) -> int:
         """Number of the bucket for an image of that size: the nearest in aspect ratio, the first of equals."""
@@ -124,12 +135,12 @@ def bucket_sizes(size: int, step: int, ratio: float) -> tuple[tuple[int, int], .
     while their ratio is at most `ratio`.
 
     Raises:
-        InputError: the step does not divide the size, or the ratio is below 1.
+        InputError: the step does not divide the size, or a ratio out of range.
     """
     if step < 1 or size % step:
         raise InputError(f"--bucket-step = {step}: expected a divisor of --size = {size}")
-    if not ratio >= 1:
-        raise InputError(f"--bucket-ratio = {ratio}: expected at least 1")
+    if not 1 <= ratio <= LARGEST_RATIO:
+        raise InputError(f"--bucket-ratio = {ratio}: expected 1 to {LARGEST_RATIO:g}")
     wide = {(size, size)}
     for longer in range(size + step, round(size * ratio) + 1, step):
         shorter = max(step, round(size * size / longer / step) * step)
@@ -157,8 +168,10 @@ def size_of(data: bytes) -> tuple[int, int]:
     Raises:
         ValueError: not a PNG, JPEG or WebP image, or as large as a decompression bomb.
     """
-    with _opened(data) as image:
-        turned = image.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8)
+    with _opened(data) as image, _decoding():
+        exif = Image.Exif()
+        exif.load(image.info.get("exif", b""))  # image.getexif() would decode a whole PNG
+        turned = exif.get(ORIENTATION, 1) in (5, 6, 7, 8)
         return (image.width, image.height) if turned else (image.height, image.width)
 
 
@@ -175,12 +188,10 @@ def decode(data: bytes, background: tuple[int, int, int] = (255, 255, 255)) -> P
             pixels = _plain_jpeg(data)
             if pixels is not None:
                 return pixels
-        try:
+        with _decoding():
             image.load()
             upright = ImageOps.exif_transpose(image)
             return np.asarray(_to_rgb(upright, background))
-        except (OSError, SyntaxError) as error:
-            raise ValueError(str(error)) from error
 
 
 def decode_exactly(data: bytes, height: int, width: int) -> Pixels:
@@ -192,18 +203,34 @@ def decode_exactly(data: bytes, height: int, width: int) -> Pixels:
     with _opened(data) as image:
         if image.size != (width, height):
             raise ValueError(f"image is {image.width}x{image.height} pixels, expected {width}x{height}")
-    return decode(data)
+    pixels = decode(data)
+    if pixels.shape[:2] != (height, width):
+        raise ValueError(f"image is to be turned to {pixels.shape[1]}x{pixels.shape[0]} pixels (EXIF)")
+    return pixels
 
 
 def _opened(data: bytes) -> Image.Image:
+    with _decoding():
+        return Image.open(io.BytesIO(data), formats=FORMATS)
+
+
+@contextmanager
+def _decoding() -> Iterator[None]:
+    """Whatever a decoder makes of damaged or hostile bytes is a ValueError: Pillow's parsers raise all kinds.
+
+    An image that Pillow warns of as a bomb is refused; its other warnings (odd EXIF data) change nothing.
+    """
     try:
         with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            return Image.open(io.BytesIO(data), formats=FORMATS)
+            yield
+    except MemoryError:
+        raise
     except UnidentifiedImageError as error:
         raise ValueError("not a PNG, JPEG or WebP image") from error
-    except (OSError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ValueError(str(error)) from error
+    except Exception as error:
+        raise ValueError(str(error) or type(error).__name__) from error
 
 
 @lru_cache(maxsize=1)
@@ -228,7 +255,10 @@ def _plain_jpeg(data: bytes) -> Pixels | None:
 
 def _to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
     if image.mode.startswith("I"):  # 16-bit grey, which convert() would clip at 255 instead of scaling
-        image = image.convert("I").point(lambda value: value / 256 + 0.0).convert("L")
+        values = np.asarray(image.convert("I"))
+        pixels = np.repeat((values >> 8).clip(0, 255).astype(np.uint8)[..., None], 3, axis=2)
+        pixels[values == image.info.get("transparency", -1)] = background
+        return Image.fromarray(pixels)
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         rgba = image.convert("RGBA")
         canvas = Image.new("RGBA", rgba.size, (*background, 255))

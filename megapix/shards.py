@@ -32,6 +32,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import struct
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -175,18 +176,22 @@ def read_index(folder: str | Path) -> Index:
         raise InputError(f"{path}: version is {data.get('version')!r}, this release reads version {VERSION}")
     try:
         index = Index(
-            samples=int(data["samples"]),
-            base=str(data["base"]),
-            classes=tuple(ClassEntry(**entry) for entry in data["classes"]),
-            shards=tuple(ShardEntry(**entry) for entry in data["shards"]),
-            table_sha256=str(data["table_sha256"]),
-            captions_sha256=str(data["captions_sha256"]),
+            samples=_count(data["samples"]),
+            base=_text(data["base"]),
+            classes=tuple(ClassEntry(_text(entry["name"]), _count(entry["samples"])) for entry in data["classes"]),
+            shards=tuple(_shard_entry(entry) for entry in data["shards"]),
+            table_sha256=_sha256(data["table_sha256"]),
+            captions_sha256=_sha256(data["captions_sha256"]),
             image_policy=dict(data["image_policy"]),
             source=dict(data["source"]),
-            rejected=int(data["rejected"]),
+            rejected=_count(data["rejected"]),
         )
+        if index.image_policy["applied"] not in ("preparation", "loading"):
+            raise ValueError(f"image_policy.applied is {index.image_policy['applied']!r}")
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path}: a key is missing or of the wrong type: {error}") from error
+    if not index.classes:
+        raise InputError(f"{path}: there are no classes")
     if index.samples < 1 or index.samples != sum(shard.samples for shard in index.shards):
         total = sum(shard.samples for shard in index.shards)
         raise InputError(f"{path}: samples is {index.samples}, but its shards hold {total}; expected the same, above 0")
@@ -194,6 +199,33 @@ def read_index(folder: str | Path) -> Index:
     if buckets != sorted(buckets):
         raise InputError(f"{path}: the shards are not in the order of their buckets")
     return index
+
+
+def _count(value: Any) -> int:
+    if not isinstance(value, int) or value < 0:
+        raise ValueError(f"{value!r} is not a count")
+    return value
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{value!r} is not a text")
+    return value
+
+
+def _sha256(value: Any) -> str:
+    if not re.fullmatch(r"[0-9a-f]{64}", _text(value)):
+        raise ValueError(f"{value!r} is not a SHA-256 hash")
+    return str(value)
+
+
+def _shard_entry(data: dict[str, Any]) -> ShardEntry:
+    name = _text(data["name"])
+    # An index may come from a stranger: its shards lie below its base, and nowhere else.
+    if not name or name.startswith("/") or ".." in name.split("/") or "\\" in name or "\0" in name:
+        raise ValueError(f"shard name {name!r} leads out of the folder")
+    samples, size, bucket = (_count(data[key]) for key in ("samples", "bytes", "bucket"))
+    return ShardEntry(name, samples, size, _sha256(data["sha256"]), bucket)
 
 
 def check_table(folder: str | Path, index: Index) -> None:

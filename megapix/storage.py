@@ -104,7 +104,10 @@ class Remote:
 
     def size(self, name: str) -> int:
         """Bytes of a file; Unreachable."""
-        return int(self._try(name, lambda: self._fs.info(self.where(name))["size"]))
+        size = self._try(name, lambda: self._fs.info(self.where(name))["size"])
+        if not isinstance(size, int):
+            raise Unreachable(f"{self.where(name)}: the server does not say how many bytes it has (Content-Length)")
+        return size
 
     def read(self, name: str, offset: int, size: int) -> bytes:
         """Exactly those bytes; Unreachable."""

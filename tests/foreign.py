@@ -11,6 +11,7 @@ import numpy as np
 import webdataset
 from PIL import Image
 
+from megapix.shards import CAPTIONS_NAME, RECORD, TABLE_NAME
 from tests.test_images import photo
 
 ENDINGS = {"jpg": "JPEG", "jpeg": "JPEG", "png": "PNG", "webp": "WEBP"}
@@ -54,3 +55,9 @@ def make(folder: Path, tars: int = 3, samples: int = 8, labelled: bool = True) -
                     pixels = np.asarray(decoded.convert("RGB"))
                 found.append(Foreign(f"{number:05d}.tar", f"s{n}", out.getvalue(), pixels, label * labelled, caption))
     return found
+
+
+def captions(folder: Path) -> list[str]:
+    """The captions of an index in the order of its samples."""
+    table, text = (folder / TABLE_NAME).read_bytes(), (folder / CAPTIONS_NAME).read_bytes()
+    return [text[at : at + size].decode() for *_, at, size in RECORD.iter_unpack(table)]

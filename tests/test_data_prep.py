@@ -371,7 +371,7 @@ def test_bad_input_is_one_line_and_code_2(tmp_path: Path, capsys: pytest.Capture
         (["write", tmp_path / "flat", out, *size], "flat' is of no known kind"),
         (["write", tmp_path / "hollow", out, *size], "class' holds no image"),
         (["write", tmp_path / "broken", out, *size], "1 of 1 samples cannot be used"),
-        (["write", tmp_path / "good", out], "--size = 0: expected at least 1"),
+        (["write", tmp_path / "good", out], "--size = 0: expected 1 to 16384"),
         (["write", tmp_path / "good", out, *size, "--policy", "untouched"], "no meaning with --policy untouched"),
         (["write", tmp_path / "good", out, *size, "--format", "original"], "but --policy crop changes the image"),
         (["write", tmp_path / "good", out, *size, "--background", "red"], "--background = 'red': expected a colour"),

@@ -132,6 +132,34 @@ def test_fast_mode_is_within_50_db_of_the_exact_one(size: tuple[int, int]) -> No
     assert size == (256, 256) or error > 0, "they are two ways"
 
 
+def test_whatever_a_decoder_raises_is_a_value_error() -> None:
+    """EXIF data of which Pillow's parser makes a struct.error and a TypeError, and a broken PNG chunk."""
+    start, middle = b"Exif\0\0MM\0*\0\0\0\x08\0\x02\x01", b"\0\x02\0\0\0\x15\0\0\0&\x01\x12\0\x03\0\0\0\x01\0\x06"
+    for tag, rest in ((b")", b"xxxxxxxxxxxxx\xe9xxx\x02xx\0\0"), (b"\x1a", b"xx\0xxxxxxxxxxxxxxxx\x8d\0\0")):
+        exif = start + tag + middle + b"\0\0\0\0\0\0" + rest
+        with pytest.raises(ValueError, match=r"."):
+            decode(encoded(Image.new("RGB", (4, 4)), "JPEG", exif=exif))
+    broken = encoded(Image.new("RGB", (4, 4))).replace(b"IHDR", b"IHDX")
+    for look in (decode, size_of):
+        with pytest.raises(ValueError, match="not a PNG|broken PNG"):
+            look(broken)
+
+
+def test_turned_images_are_refused_where_prepared_ones_are_expected() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encoded(Image.new("RGB", (8, 4)), "JPEG", exif=exif)
+    with pytest.raises(ValueError, match=r"to be turned to 4x8 pixels \(EXIF\)"):
+        decode_exactly(data, 4, 8)
+
+
+def test_transparent_16_bit_grey() -> None:
+    values = np.full((4, 4), 128 * 257, np.uint16)
+    values[0, 0] = 7
+    data = encoded(Image.fromarray(values), transparency=7)
+    assert decode(data, (0, 200, 0))[0].tolist() == [[0, 200, 0]] + [[128] * 3] * 3
+
+
 @pytest.mark.parametrize("kind", ["RGB", "L", "progressive", "4:4:4"])
 def test_simplejpeg_and_pillow_decode_the_same(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     image = Image.fromarray(photo(97, 131))

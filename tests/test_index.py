@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import re
 import tarfile
 from pathlib import Path
 
@@ -17,8 +18,9 @@ from megapix.config import BatchLayout, DataConfig
 from megapix.data.loader import batches
 from megapix.data.locate import locate
 from megapix.data.read import ShardReader
-from megapix.shards import read_index
-from tests.foreign import Foreign, make
+from megapix.errors import InputError
+from megapix.shards import RECORD, read_index
+from tests.foreign import Foreign, captions, make
 from tests.test_data_prep import hashes
 from tests.test_images import encoded
 
@@ -57,7 +59,7 @@ def test_the_loader_applies_the_policy(tmp_path: Path) -> None:
     assert found == {(adm(s.pixels, 16).transpose(2, 0, 1).tobytes(), s.label) for s in samples}
     assert batch.spent.decode > 0
     reader = ShardReader(located, config)
-    assert [reader.caption(n) for n in range(24)] == [s.caption for s in samples]
+    assert captions(tmp_path / "index") == [s.caption for s in samples]
     assert [reader.read(n).data for n in range(24)] == [s.data for s in samples]
     assert run("verify", tmp_path / "index", "--workers", 1) == 0
 
@@ -75,8 +77,8 @@ def test_each_bucket_has_its_own_batches(tmp_path: Path) -> None:
         nearest = min(sizes, key=lambda hw: abs(np.log(width / height) - np.log(hw[1] / hw[0])))
         expected.setdefault(nearest, set()).add(sample.caption)
     reader, found = ShardReader(located, config), dict[tuple[int, int], set[str]]()
-    for number in range(36):
-        found.setdefault(sizes[reader.read(number).bucket], set()).add(reader.caption(number))
+    for number, caption in enumerate(captions(tmp_path / "index")):
+        found.setdefault(sizes[reader.read(number).bucket], set()).add(caption)
     assert found == expected
     assert sum(entry.samples for entry in located.index.shards) == 36
     assert len(located.index.files) == 4 < len(located.index.shards)
@@ -170,12 +172,18 @@ def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["pipe:cat 0.tar"], "'pipe' is not read; expected a local path or http, https, s3, gs"),
         (["ftp://host/a.tar"], "'ftp' is not read"),
         ([add(tmp_path / "twice", ("a.png", png), ("a.cls", b"1"), ("a.png", png))], "key 'a' occurs twice"),
-        ([add(tmp_path / "two", ("a.png", png), ("a.jpg", png))], "sample 'a': expected one image"),
+        ([add(tmp_path / "two", ("a.png", png), ("a.jpg", png))], "'0.tar/a.png': expected one image"),
+        ([add(tmp_path / "word", ("a.png", png), ("a.cls", b"cat"))], "the class is 'cat', expected a number, 0 to"),
+        ([add(tmp_path / "huge", ("a.png", png), ("a.cls", b"3000000000"))], "cls: the class is 3000000000"),
+        ([add(tmp_path / "half", ("a.png", png), ("a.json", b'{"label": 3.7}'))], "json: the class is 3.7"),
+        ([add(tmp_path / "inf", ("a.png", png), ("a.json", b'{"label": Infinity}'))], "json: the class is inf"),
+        ([add(tmp_path / "long", ("a.png", png), ("a.json", b" " * (1 << 21)))], "its json member has 2097152 bytes"),
+        ([add(tmp_path / "deep", ("a.png", png), ("a.json", b"[" * 100_000))], "recursion"),
         ([add(tmp_path / "mixed", ("a.png", png), ("b.png", png), ("b.cls", b"1"))], "sample 'a' has no class"),
-        ([add(tmp_path / "minus", ("a.png", png), ("a.cls", b"-1"))], "its class is -1, expected 0 or more"),
+        ([add(tmp_path / "minus", ("a.png", png), ("a.cls", b"-1"))], "cls: the class is '-1', expected a number"),
         ([add(tmp_path / "odd", ("a.png", png), ("a.json", b"{"))], "its json member is not JSON"),
         ([some], "1 samples have no class (cls), but 1 have one"),
-        ([cut], "0.tar: cannot be read as an uncompressed tar file"),
+        ([cut], "0.tar: cannot be read as an uncompressed tar file: unexpected end of data"),
         ([add(tmp_path / "fine", ("a.png", png)), "--retries", -1], "--retries = -1"),
         ([tmp_path / "fine", "--workers", 0], "--workers = 0"),
     ]
@@ -191,6 +199,114 @@ def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "begun with size = 16, this command has 8" in capsys.readouterr().err
 
 
+def test_what_is_no_part_of_a_sample_is_passed_over(tmp_path: Path) -> None:
+    """As webdataset does: names without a dot, hidden files, folders; a mask beside an image is not the image."""
+    png = encoded(Image.new("RGB", (20, 20)))
+    members = (("README", b"hello"), ("._a.png", b"x"), ("a.seg.png", b"mask"), ("a.PNG", png), ("a.cls", b"0"))
+    odd = b'{"caption": "\\ud800 and more"}'
+    folder = add(
+        tmp_path / "theirs",
+        *members,
+        (f"{'d' * 90}/{'e' * 60}/b.jpeg", png),
+        (f"{'d' * 90}/{'e' * 60}/b.cls", b"0"),
+        (f"{'d' * 90}/{'e' * 60}/b.json", odd),
+    )
+    index_of(folder, tmp_path / "index")
+    assert captions(tmp_path / "index") == ["", "\\ud800 and more"]
+    assert run("verify", tmp_path / "index", "--workers", 1) == 0
+
+
+def test_damaged_tar_files_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """tarfile itself takes each of these for an archive that ends early."""
+    png = encoded(Image.new("RGB", (20, 20)))
+    whole = add(tmp_path / "whole", *((f"{n}.{e}", d) for n in range(3) for e, d in (("png", png), ("cls", b"0"))))
+    data = (whole / "0.tar").read_bytes()
+    with tarfile.open(whole / "0.tar") as tar:
+        starts = [member.offset for member in tar]
+    middle = starts[2]
+    damaged = {
+        "header": (data[:middle] + b"\xff" * 20 + data[middle + 20 :], f"the tar header at byte {middle} is damaged"),
+        "cut": (data[:middle], f"cut short at byte {middle}"),
+        "joined": (data + data, "there is something after the end mark"),
+    }
+    for name, (content, words) in damaged.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "0.tar").write_bytes(content)
+        for command in (["index", folder, "--out"], ["write", folder, "--source", "shards"]):
+            assert run(*command, tmp_path / f"{name}-{command[0]}", "--size", 16) == 2
+            assert words in capsys.readouterr().err.splitlines()[-1]
+    backwards = tarfile.TarInfo("._hidden")
+    header = bytearray(backwards.tobuf(tarfile.GNU_FORMAT))
+    header[124:136] = b"\xff" * 10 + (2**16 - 512).to_bytes(2, "big")  # base-256: minus 512 bytes
+    header[148:156] = b"%06o\0 " % (256 + sum(header[:148]) + sum(header[156:512]))
+    (tmp_path / "back").mkdir()
+    (tmp_path / "back" / "0.tar").write_bytes(bytes(header) + data)
+    assert run("index", tmp_path / "back", "--out", tmp_path / "back-index", "--size", 16) == 2
+    assert "has a size of -512" in capsys.readouterr().err
+
+
+def test_the_budget_holds_in_whatever_order_shards_come(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    png = encoded(Image.new("RGB", (20, 20)))
+    folder = add(tmp_path / "theirs", *((f"{n}.png", b"bad") for n in range(5)))
+    (add(tmp_path / "good", *((f"{n}.png", png) for n in range(5))) / "0.tar").rename(folder / "1.tar")
+    command = ["index", folder, "--out", tmp_path / "index", "--size", 16, "--workers", 1]
+    assert run(*command) == 2
+    assert "5 of 10 samples cannot be used" in capsys.readouterr().err
+    assert run(*command, "--max-rejected", 0) == 2
+    assert run(*command, "--max-rejected", 0.5) == 0
+
+
+def test_an_index_belongs_to_one_place(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make(tmp_path / "a")
+    make(tmp_path / "b")
+    index_of(tmp_path / "a", tmp_path / "index")
+    assert run("index", tmp_path / "b", "--out", tmp_path / "index", "--size", 16) == 2
+    assert "begun with base = " in capsys.readouterr().err
+    (tmp_path / "b" / "index.json").write_text('{"of": "somebody else"}')
+    index_of(tmp_path / "b", tmp_path / "other")
+
+
+def test_a_strangers_index_leads_nowhere_else(tmp_path: Path) -> None:
+    """Hashes, names, counts and records are checked before anything is opened by them."""
+    make(tmp_path / "theirs", tars=1)
+    index_of(tmp_path / "theirs", tmp_path / "index")
+    path, table = tmp_path / "index" / "index.json", tmp_path / "index" / "samples.bin"
+    good, records = json.loads(path.read_text()), table.read_bytes()
+    config = DataConfig(path=str(tmp_path / "index"), image_size=16)
+
+    def shard(**values: object) -> dict[str, object]:
+        return {"shards": [good["shards"][0] | values]}
+
+    def policy(**values: object) -> dict[str, object]:
+        return {"image_policy": good["image_policy"] | values}
+
+    for change, words in (
+        (shard(name="../theirs/00000.tar"), "leads out of the folder"),
+        (shard(name="/etc/passwd"), "leads out of the folder"),
+        (shard(sha256="../victim"), "is not a SHA-256 hash"),
+        (shard(bytes=-1), "-1 is not a count"),
+        (shard(bucket=7), "a shard has bucket 7, but the image policy has 1"),
+        ({"samples": "24"}, "'24' is not a count"),
+        ({"classes": []}, "there are no classes"),
+        ({"image_policy": {}}, "'applied'"),
+        (policy(mode="melt"), "image_policy is damaged"),
+        (policy(buckets=[[16, 10**9]]), "image_policy is damaged"),
+        (policy(background=[1]), "image_policy is damaged"),
+    ):
+        path.write_text(json.dumps(good | change))
+        with pytest.raises(InputError, match=re.escape(words)):
+            locate(config)
+    for field, value in ((0, 5), (1, 1 << 31), (2, 2**63), (2, 2**64 - 1), (2, 0), (3, -1), (3, 3)):
+        fields = list(RECORD.unpack_from(records, 3 * RECORD.size))
+        fields[field] = value
+        bad = records[: 3 * RECORD.size] + RECORD.pack(*fields) + records[4 * RECORD.size :]
+        table.write_bytes(bad)
+        path.write_text(json.dumps(good | {"table_sha256": hashlib.sha256(bad).hexdigest()}))
+        with pytest.raises(InputError, match=r"samples.bin: record 3 points outside its shard or at no class"):
+            locate(config)
+
+
 def test_an_index_never_names_a_command(tmp_path: Path) -> None:
     make(tmp_path / "theirs", tars=1)
     index_of(tmp_path / "theirs", tmp_path / "index")
@@ -198,8 +314,6 @@ def test_an_index_never_names_a_command(tmp_path: Path) -> None:
     data = json.loads(path.read_text())
     data["base"] = f"pipe:touch {tmp_path / 'ran'}; cat "
     path.write_text(json.dumps(data))
-    from megapix.errors import InputError
-
     config = DataConfig(path=str(tmp_path / "index"), image_size=16, workers=0)
     with pytest.raises(InputError, match="'pipe' is not read"):
         next(batches(config, locate(config), 0, BatchLayout(2, 1, 1), 0, 0, ()))

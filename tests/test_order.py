@@ -180,13 +180,6 @@ def test_bytes_that_were_not_indexed_are_noticed(shards: Path, tmp_path: Path) -
         next(whole_epoch)
 
 
-def test_captions_are_found_by_sample(shards: Path) -> None:
-    config = DataConfig(path=str(shards))
-    reader = ShardReader(locate(config), config)
-    labels = [reader.read(sample).label for sample in range(40)]
-    assert [reader.caption(sample) for sample in range(40)] == [("blue", "green", "red")[label] for label in labels]
-
-
 def spoil(shards: Path, samples: list[int]) -> None:
     """Overwrite the first bytes of some samples' images."""
     index = read_index(shards)

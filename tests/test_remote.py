@@ -92,7 +92,6 @@ def test_the_cache_is_bounded_and_touches_only_its_own_files(web: Nginx, shards:
     for number in order:
         shard = index.shards[number]
         assert cache.read(shard, 0, shard.bytes) == (shards / shard.name).read_bytes()
-        cache.close()
         held = [path.stat().st_size for path in tmp_path.glob("*.tar") if path.name != "theirs.tar"]
         assert sum(held) <= 2 * largest
     assert cache.misses == 4
@@ -222,11 +221,14 @@ def test_a_shard_that_was_changed_stops_the_run_or_is_replaced(shards: Path, tmp
     data[-5000] ^= 1
     (served / "shard-000001.tar").write_bytes(data)
     clean = epoch(config(str(shards)))
-    with faulty(served, Faults()) as url:
+    faults = Faults()
+    with faulty(served, faults) as url:
         whole = config(url, cache=str(tmp_path / "cache"), cache_gib=1.0)
         with pytest.raises(InputError, match=r"shard-000001.tar: sha256 is .*data.corrupt_shard = 'replace' replaces"):
             epoch(whole)
+        before = faults.seen
         found = epoch(replace(whole, "corrupt_shard", "replace"))
+        assert faults.seen - before <= 3 + 2, "a damaged shard is fetched twice, not for each of its samples"
         assert sum(len(batch.replaced) for batch in found) == 16, "every sample of the shard"
         assert not same(found, clean)
         assert same(found, epoch(replace(replace(whole, "corrupt_shard", "replace"), "workers", 2)))

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import webdataset
+from PIL import Image
 
 from data_prep import plan as planning
 from data_prep.plan import Options
@@ -201,11 +202,16 @@ def test_bad_sources(image_folder: Path, tmp_path: Path) -> None:
             if name != "dataset.json":
                 fewer.writestr(name, archive.read(name))
         fewer.writestr("dataset.json", json.dumps({"labels": json.loads(archive.read("dataset.json"))["labels"][:-1]}))
-    with tarfile.open(tmp_path / "odd.tar", "w") as tar:
-        add(tar, "a.cls", b"1")
-    with tarfile.open(tmp_path / "words.tar", "w") as tar:
-        add(tar, "a.cls", b"cat")
-        add(tar, "a.png", b"")
+
+    def zip_with_label(label: str) -> Path:
+        with zipfile.ZipFile(tmp_path / "label.zip", "w") as archive:
+            archive.writestr("a.png", b"")
+            archive.writestr("dataset.json", f'{{"labels": [["a.png", {label}]]}}')
+        return tmp_path / "label.zip"
+
+    loop = tmp_path / "loop" / "class"
+    loop.mkdir(parents=True)
+    (loop / "again").symlink_to(tmp_path / "loop")
     cases: list[tuple[Callable[[], object], str]] = [
         (lambda: open_source(tmp_path / "none"), "does not exist"),
         (lambda: open_source(flat), "of no known kind .* flat images need --labels FILE"),
@@ -213,8 +219,10 @@ def test_bad_sources(image_folder: Path, tmp_path: Path) -> None:
         (lambda: open_source(flat, name="shards", labels=labels), "not with --source shards"),
         (lambda: open_source(tmp_path / "bare.zip"), "dataset.json is missing"),
         (lambda: open_source(tmp_path / "fewer.zip"), "dataset.json has no label for '00000/img"),
-        (lambda: open_source(tmp_path / "odd.tar"), "sample 'a': expected one image"),
-        (lambda: open_source(tmp_path / "words.tar"), "its class is 'cat', not a number"),
+        (lambda: open_source(zip_with_label("-1")), "dataset.json: a.png: the class is -1, expected a number"),
+        (lambda: open_source(zip_with_label("1e999")), "dataset.json: a.png: the class is inf, expected a number"),
+        (lambda: open_source(tmp_path / "loop"), "is a link to .*, which it lies in"),
+        (lambda: open_source(Path("a" * 300)), "cannot be read: File name too long"),
         (lambda: open_source(flat, labels=tmp_path / "none.txt"), "none.txt: cannot be read"),
     ]
     for call, message in cases:
@@ -289,12 +297,24 @@ def test_bad_parquet_files(image_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "damaged.parquet").write_bytes(b"PAR1 and nothing")
     for path, message in (
         (table("bare", label=[1]), "no column of images"),
-        (table("negative", image=[png], label=[-1]), "row group 0, row 0: label is -1, not a class number"),
-        (table("null", image=[png], label=pyarrow.array([None], pyarrow.int64())), "label is None, not a class number"),
+        (table("negative", image=[png], label=[-1]), "row group 0, row 0: label: the class is -1, expected a number"),
+        (
+            table("null", image=[png], label=pyarrow.array([None], pyarrow.int64())),
+            "label: the class is None, expected a number",
+        ),
         (tmp_path / "damaged.parquet", "cannot be read as a parquet file"),
     ):
         with pytest.raises(InputError, match=message):
             open_source(path)
+    both = tmp_path / "both"
+    both.mkdir()
+    table("both/a", image=[png], label=[5])
+    table("both/b", image=[png])
+    with pytest.raises(InputError, match=r"both/b.parquet has no column of labels, but \S+/both/a.parquet has one"):
+        open_source(both)
+    text = open_source(table("text", image=["not bytes"], label=[0]))
+    with pytest.raises(ValueError, match="the row holds no image bytes"):
+        text.reader.read(text.items[0], 16)
     source = open_source(table("holes", image=[png, None, png], label=[0, 1, 0]))
     index, _ = write(source, tmp_path / "out", OPTIONS, workers=1, max_rejected=0.5, progress=False)
     assert (index.samples, index.rejected) == (2, 1)
@@ -311,6 +331,30 @@ def test_bad_image_text_pairs(image_folder: Path, tmp_path: Path) -> None:
     text.unlink()
     with pytest.raises(InputError, match=rf"expected {text.name} or {text.stem}.json beside it"):
         open_source(pairs, "image-text")
+
+
+def test_samples_that_are_none_are_rejected(tmp_path: Path) -> None:
+    """In existing shards: no image, or a class that is no number; the others are written."""
+    png = io.BytesIO()
+    Image.new("RGB", (16, 16)).save(png, "PNG")
+    with tarfile.open(tmp_path / "odd.tar", "w") as tar:
+        for name, data in (("a.cls", b"1"), ("b.cls", b"cat"), ("b.png", png.getvalue()), ("c.cls", b"1")):
+            add(tar, name, data)
+        add(tar, "c.png", png.getvalue())
+    index, _ = write(open_source(tmp_path / "odd.tar"), tmp_path / "out", OPTIONS, 1, max_rejected=0.7, progress=False)
+    assert (index.samples, index.rejected) == (1, 2)
+    reasons = (tmp_path / "out" / "rejected.jsonl").read_text()
+    assert "expected one image (png, jpg, jpeg, webp), found ['cls']" in reasons
+    assert "the class is 'cat', expected a number" in reasons
+
+
+def test_one_process_at_a_time(image_folder: Path, tmp_path: Path) -> None:
+    from data_prep.pool import alone_in
+
+    (tmp_path / "out").mkdir()
+    with alone_in(tmp_path / "out"), pytest.raises(InputError, match="another data_prep is at work in"):
+        write(ImageFolder.open(image_folder), tmp_path / "out", OPTIONS, workers=1, progress=False)
+    write(ImageFolder.open(image_folder), tmp_path / "out", OPTIONS, workers=1, progress=False)
 
 
 def test_names_must_be_unique(image_folder: Path, tmp_path: Path) -> None:
@@ -365,11 +409,18 @@ def test_verify_looks_into_the_samples(shards: Path, tmp_path: Path) -> None:
     data[image.offset_data : image.offset_data + 8] = bytes(8)
     data[label.offset_data : label.offset_data + 1] = b"9"
     (out / "shard-000000.tar").write_bytes(data)
+    captions = bytearray((out / "captions.bin").read_bytes())
+    captions[0:1] = b"?"
+    (out / "captions.bin").write_bytes(captions)
     index = json.loads((out / "index.json").read_text())
     index["shards"][0]["sha256"] = sha256_of(out / "shard-000000.tar")
+    index["captions_sha256"] = sha256_of(out / "captions.bin")
+    index["classes"][0]["samples"] += 1
     (out / "index.json").write_text(json.dumps(index))
     faults = list(verify(out, 1, Access(), progress=False))
+    assert faults.pop(0) == "class 'blue' has another number of samples than the 15 that the index lists"
     assert [fault.rpartition("sample ")[2] for fault in faults] == [
+        "000000000: the caption differs from captions.bin",
         "000000003: its bytes are not those that were indexed",
         "000000003: cannot be decoded: not a PNG, JPEG or WebP image",
         "000000005: the class differs from samples.bin",

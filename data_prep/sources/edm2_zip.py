@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from data_prep.source import Item, is_image
+from data_prep.source import Item, check_label, is_image
 from megapix.errors import InputError
 
 
@@ -30,7 +31,7 @@ class ZipReader:
         """The member's bytes, checked by the archive's CRC."""
         try:
             return _archive(self.path).read(item.name)
-        except zipfile.BadZipFile as error:
+        except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError) as error:
             raise ValueError(str(error)) from error
 
 
@@ -58,10 +59,11 @@ class Edm2Zip:
         try:
             with zipfile.ZipFile(path) as archive:
                 names = sorted(name for name in archive.namelist() if is_image(name))
-                labels = {name: int(label) for name, label in json.loads(archive.read("dataset.json"))["labels"]}
+                pairs = json.loads(archive.read("dataset.json"))["labels"]
+                labels = {name: check_label(label, f"{path}: dataset.json: {name}") for name, label in pairs}
         except (OSError, zipfile.BadZipFile) as error:
             raise InputError(f"source {str(path)!r} cannot be read as a zip file: {error}") from error
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise InputError(f"{path}: dataset.json is missing or holds no list 'labels' of [name, class]") from error
         if not names:
             raise InputError(f"source {str(path)!r} holds no image (png, jpg, jpeg, webp)")

@@ -62,12 +62,19 @@ def _class_folders(root: Path) -> list[str]:
     return sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
 
 
-def images_below(folder: Path, prefix: str = "") -> Iterator[str]:
-    """Names of the images below `folder`, with `prefix`; hidden files and folders are passed over."""
+def images_below(folder: Path, prefix: str = "", above: tuple[str, ...] = ()) -> Iterator[str]:
+    """Names of the images below `folder`, with `prefix`; hidden files and folders are passed over.
+
+    Raises:
+        InputError: a link to a folder that it lies in.
+    """
+    here = os.path.realpath(folder)
+    if here in above:
+        raise InputError(f"{str(folder)!r} is a link to {here!r}, which it lies in")
     for entry in os.scandir(folder):
         if entry.name.startswith("."):
             continue
         if entry.is_dir():
-            yield from images_below(Path(entry.path), f"{prefix}{entry.name}/")
+            yield from images_below(Path(entry.path), f"{prefix}{entry.name}/", (*above, here))
         elif is_image(entry.name):
             yield prefix + entry.name

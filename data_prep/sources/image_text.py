@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data_prep.source import UNCLASSED, Item
+from data_prep.source import UNCLASSED, Item, as_utf8
 from data_prep.sources.image_folder import FileReader, images_below
 from megapix.errors import InputError
 
@@ -47,11 +47,11 @@ def _caption(image: Path) -> str:
     text, about = (image.with_suffix(ending) for ending in TEXTS)
     try:
         if text.is_file():
-            return text.read_text("utf-8").strip()
+            return as_utf8(text.read_text("utf-8").strip())
         caption = json.loads(about.read_text("utf-8"))["caption"]
-        return "" if caption is None else str(caption).strip()
+        return "" if caption is None else as_utf8(str(caption).strip())
     except FileNotFoundError as error:
         raise InputError(f"{image}: expected {text.name} or {about.name} beside it") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         at_fault = text if text.is_file() else about
         raise InputError(f"{at_fault}: expected UTF-8 text, or JSON with the key 'caption': {error!r}") from error

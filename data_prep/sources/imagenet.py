@@ -51,5 +51,5 @@ class SynsetTars:
             images = sorted(entry for entry in members(file, start, end) if is_image(entry[0]))
             if not images:
                 raise InputError(f"{file}: synset {synset} holds no image")
-            items += [Item(f"{synset}/{name}", label, synset, (str(file), at, size)) for name, at, size in images]
+            items += [Item(f"{synset}/{name}", label, synset, (str(file), at, size, "")) for name, at, size in images]
         return cls(tuple(synset for synset, *_ in found), items)

@@ -40,7 +40,7 @@ class LabelledImages:
             places = {entry.name: () for entry in path.iterdir() if is_image(entry.name)}
             reader = FileReader(path)
         else:
-            places = {name: (str(path), at, size) for name, at, size in members(path) if is_image(name)}
+            places = {name: (str(path), at, size, "") for name, at, size in members(path) if is_image(name)}
             reader = TarReader()
         if not places:
             raise InputError(f"source {str(path)!r} holds no image (png, jpg, jpeg, webp)")

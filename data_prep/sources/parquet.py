@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data_prep.source import UNCLASSED, Item
+from data_prep.source import UNCLASSED, Item, check_label
 from megapix.errors import InputError
 
 IMAGE_COLUMNS = ("image", "img", "jpg", "png", "webp")
@@ -29,9 +29,9 @@ class ParquetReader:
         path, group, row, column = item.place
         value = _images((path, group, column))[row].as_py()
         data = value.get("bytes") if isinstance(value, dict) else value
-        if not data:
+        if not isinstance(data, bytes) or not data:
             raise ValueError("the row holds no image bytes")
-        return bytes(data)
+        return data
 
 
 _held: OrderedDict[tuple[str, int, str], Any] = OrderedDict()
@@ -86,18 +86,23 @@ class Parquet:
             raise InputError(f"source {str(path)!r} holds no parquet file")
         items: list[Item] = []
         names: tuple[str, ...] | None = None
-        labelled = False
+        labelled: dict[bool, Path] = {}
         for file in _files(path):
             try:
-                rows, names_here, labelled = _rows(path, file)
+                rows, names_here, has_labels = _rows(path, file)
             except (pyarrow.ArrowException, OSError) as error:
                 raise InputError(f"{file}: cannot be read as a parquet file: {error}") from error
+            labelled.setdefault(has_labels, file)
+            if len(labelled) > 1:
+                raise InputError(f"{labelled[False]} has no column of labels, but {labelled[True]} has one")
+            if names is not None and names_here not in (None, names):
+                raise InputError(f"{file}: its class names are not those of the files before it")
             names = names or names_here
             items += rows
         if not items:
             raise InputError(f"source {str(path)!r} holds no rows")
         numbers = tuple(str(n) for n in range(1 + max(item.label for item in items)))
-        return cls((names or numbers) if labelled else (UNCLASSED,), items)
+        return cls((names or numbers) if True in labelled else (UNCLASSED,), items)
 
 
 def _rows(root: Path, file: Path) -> tuple[list[Item], tuple[str, ...] | None, bool]:
@@ -119,8 +124,7 @@ def _rows(root: Path, file: Path) -> tuple[list[Item], tuple[str, ...] | None, b
             captions = table.column(caption).to_pylist() if caption else [""] * count
             chunk = f"{name}/{group}"
             for row, (number, text) in enumerate(zip(labels, captions, strict=True)):
-                if not isinstance(number, int) or number < 0:
-                    raise InputError(f"{file}: row group {group}, row {row}: {label} is {number!r}, not a class number")
+                check_label(number, f"{file}: row group {group}, row {row}: {label}")
                 if classes and number >= len(classes):
                     raise InputError(f"{file}: row group {group}, row {row}: {label} is {number} of {len(classes)}")
                 about = str(text or "") if caption else (classes[number].replace("_", " ") if classes else "")

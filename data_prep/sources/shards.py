@@ -11,6 +11,7 @@ from data_prep.samples import TarSample, labels_of, samples_of
 from data_prep.source import UNCLASSED, Item
 from data_prep.sources.tars import TarReader, members
 from megapix.errors import InputError
+from megapix.shards import read_index
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,7 @@ class Shards:
         """List the samples of a shard, or of a folder of shards.
 
         Raises:
-            InputError: no tar file, a damaged one, or a sample without an image, or without a class where others have
-                one.
+            InputError: no tar file, a damaged one, or a sample without a class where others have one.
         """
         tars = _tars(path)
         if not tars:
@@ -44,21 +44,27 @@ class Shards:
             raise InputError(f"source {str(path)!r} holds no sample")
         samples = [sample for _, sample in found]
         items = [
-            Item(f"{tar.name}/{sample.name}", label, sample.caption, (str(tar), sample.offset, sample.size))
+            Item(
+                f"{tar.name}/{sample.name}", label, sample.caption, (str(tar), sample.offset, sample.size, sample.fault)
+            )
             for (tar, sample), label in zip(found, labels_of(samples, str(path)), strict=True)
         ]
-        numbers = tuple(str(n) for n in range(1 + max(item.label for item in items)))
-        classes = (UNCLASSED,) if samples[0].label is None else _class_names(path) or numbers
-        return cls(classes, items)
+        if all(sample.label is None for sample in samples):
+            return cls((UNCLASSED,), items)
+        count = 1 + max(item.label for item in items)
+        names = names_beside(path)
+        return cls(names if len(names) >= count else tuple(str(n) for n in range(count)), items)
+
+
+def names_beside(folder: Path) -> tuple[str, ...]:
+    """Class names in our index beside the shards; none if there is no such index (or a stranger's)."""
+    try:
+        return read_index(folder).class_names
+    except InputError:
+        return ()
 
 
 def _tars(path: Path) -> list[Path]:
     if path.is_dir():
         return sorted(entry for entry in path.iterdir() if entry.suffix == ".tar" and not entry.name.startswith("."))
     return [path] if path.suffix == ".tar" else []
-
-
-def _class_names(path: Path) -> tuple[str, ...] | None:
-    from megapix.shards import INDEX_NAME, read_index
-
-    return read_index(path).class_names if (path / INDEX_NAME).is_file() else None

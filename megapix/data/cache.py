@@ -7,7 +7,7 @@
 
 A shard gets its name after its size and hash were checked, so a process that is killed leaves at most a `.part`, and
 the next one that wants the shard, or room, takes that over. Space is made by removing the shards that were used
-longest ago; a file that another process still reads stays readable until it is closed.
+longest ago; a read that has one open finishes with it.
 
 `prefetch` has a thread fetch shards that will be needed soon; what it cannot fetch is left to the read that needs it.
 """
@@ -19,7 +19,6 @@ import fcntl
 import os
 import re
 import time
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -30,8 +29,6 @@ from megapix.errors import InputError
 from megapix.shards import ShardEntry
 from megapix.storage import Remote
 
-MAX_OPEN = 64
-"""Shards that one process holds open."""
 POLL = 0.05
 """Seconds between looks for room while other processes fill it."""
 OURS = re.compile(r"[0-9a-f]{64}\.(tar|part)")
@@ -54,7 +51,8 @@ class CachedShards:
     def __init__(self, remote: Remote, folder: Path, limit: int) -> None:
         self.remote, self.folder, self.limit = remote, folder, limit
         self.hits = self.misses = 0
-        self._files: OrderedDict[str, int] = OrderedDict()
+        self._damaged: dict[str, str] = {}
+        """Shards that are not what the index says: they are not fetched for each of their samples."""
         self._wanted: Queue[ShardEntry] = Queue()
         self._pending: set[str] = set()
         """Hashes of the shards in that queue, and of the one being fetched."""
@@ -68,12 +66,26 @@ class CachedShards:
             Unreachable: the shard cannot be fetched. DamagedShard: it is not what the index says.
             InputError: the cache cannot hold it, or the disk is full.
         """
-        return os.pread(self._open(shard), size, offset)
+        if shard.sha256 in self._damaged:
+            raise DamagedShard(self._damaged[shard.sha256])
+        try:
+            # Opened for each read: a shard that was removed and is still open would hold its space.
+            descriptor, fetched = self._ready(shard)
+            try:
+                data = os.pread(descriptor, size, offset)
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            full = " (the disk is full)" if error.errno == errno.ENOSPC else ""
+            raise InputError(f"data.cache = {str(self.folder)!r}: {error.strerror or error}{full}") from error
+        self.misses += fetched
+        self.hits += not fetched
+        return data
 
     def prefetch(self, shards: Iterable[ShardEntry]) -> None:
         """Have these fetched in the background, in order, unless they are there."""
         for key, shard in {shard.sha256: shard for shard in shards}.items():
-            if key not in self._pending and not self._path(shard, "tar").exists():
+            if key not in self._pending | self._damaged.keys() and not self._path(shard, "tar").exists():
                 self._pending.add(key)
                 self._wanted.put(shard)
         if not self._wanted.empty() and self._thread is None:
@@ -90,32 +102,7 @@ class CachedShards:
 
     def drop(self, shard: ShardEntry) -> None:
         """Forget a shard whose bytes turned out wrong, so that it is fetched again."""
-        if shard.sha256 in self._files:
-            os.close(self._files.pop(shard.sha256))
         self._path(shard, "tar").unlink(missing_ok=True)
-
-    def close(self) -> None:
-        """Close what is open."""
-        while self._files:
-            os.close(self._files.popitem()[1])
-
-    def _open(self, shard: ShardEntry) -> int:
-        key = shard.sha256
-        if key in self._files:
-            self._files.move_to_end(key)
-            self.hits += 1
-            return self._files[key]
-        if len(self._files) >= MAX_OPEN:
-            os.close(self._files.popitem(last=False)[1])
-        try:
-            descriptor, fetched = self._ready(shard)
-        except OSError as error:
-            full = " (the disk is full)" if error.errno == errno.ENOSPC else ""
-            raise InputError(f"data.cache = {str(self.folder)!r}: {error.strerror or error}{full}") from error
-        self.misses += fetched
-        self.hits += not fetched
-        self._files[key] = descriptor
-        return descriptor
 
     def _ready(self, shard: ShardEntry) -> tuple[int, bool]:
         """Open a shard, and say whether it had to be fetched for that."""
@@ -148,7 +135,9 @@ class CachedShards:
                 digest = self.remote.fetch(shard.name, part, shard.bytes)
             if digest != shard.sha256:
                 where = self.remote.where(shard.name)
-                raise DamagedShard(f"{where}: sha256 is {digest[:16]}…, the index lists {shard.sha256[:16]}…")
+                reason = f"{where}: sha256 is {digest[:16]}…, the index lists {shard.sha256[:16]}…"
+                self._damaged[shard.sha256] = reason
+                raise DamagedShard(reason)
         except BaseException:
             part.unlink(missing_ok=True)
             raise

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from megapix.config import DataConfig
+from megapix.data.table import open_table
 from megapix.errors import InputError
+from megapix.images import Policy
 from megapix.shards import (
     CAPTIONS_NAME,
     INDEX_NAME,
     TABLE_NAME,
+    TAR_BLOCK,
     Index,
     check_table,
     missing_shards,
@@ -62,6 +66,7 @@ def locate(config: DataConfig) -> Located:
         folder = _mirrored(config)
     index = read_index(folder)
     check_table(folder, index)
+    _check_records(folder, index)
     base = index.base or config.path
     if is_url(base):
         return Located(index, folder, base)
@@ -69,6 +74,26 @@ def locate(config: DataConfig) -> Located:
     if faults and config.corrupt_shard == "stop":
         raise InputError(faults[0])
     return Located(index, folder, base, tuple(faults))
+
+
+def _check_records(folder: Path, index: Index) -> None:
+    """Check that every record points into its shard, at a class and a bucket that there are."""
+    table = open_table(folder, index)
+    entry = np.repeat(np.arange(len(index.shards)), [shard.samples for shard in index.shards])
+    ends = np.array([shard.bytes for shard in index.shards], np.uint64)[entry]
+    # Offsets are unsigned: they are compared by what is left of the shard, so that no sum can wrap around.
+    offsets, sizes = table["offset"], table["size"].astype(np.uint64)
+    wrong = table["shard"] != entry
+    wrong |= (offsets < TAR_BLOCK) | (offsets > ends) | (sizes > ends - np.minimum(offsets, ends))
+    wrong |= (table["label"] < 0) | (table["label"] >= len(index.classes))
+    if wrong.any():
+        raise InputError(
+            f"{folder / TABLE_NAME}: record {int(wrong.argmax())} points outside its shard or at no class; "
+            "prepare the folder again"
+        )
+    sizes_made = max(1, len(Policy.from_dict(index.image_policy).buckets))
+    if (worst := max(shard.bucket for shard in index.shards)) >= sizes_made:
+        raise InputError(f"{folder / INDEX_NAME}: a shard has bucket {worst}, but the image policy has {sizes_made}")
 
 
 def _mirrored(config: DataConfig) -> Path:
@@ -79,10 +104,10 @@ def _mirrored(config: DataConfig) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomic(folder / INDEX_NAME, data)
-        wanted = json.loads(data) if data.startswith(b"{") else {}
-        for name, key in ((TABLE_NAME, "table_sha256"), (CAPTIONS_NAME, "captions_sha256")):
+        index = read_index(folder)
+        for name, sha256 in ((TABLE_NAME, index.table_sha256), (CAPTIONS_NAME, index.captions_sha256)):
             path = folder / name
-            if not path.is_file() or sha256_of(path) != wanted.get(key):
+            if not path.is_file() or sha256_of(path) != sha256:
                 write_atomic(path, remote.read(name, 0, remote.size(name)))
     except OSError as error:
         raise InputError(f"data.cache = {config.cache!r}: {error.strerror or error}") from error

@@ -6,27 +6,13 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from megapix.config import DataConfig
 from megapix.data.cache import CachedShards, DamagedShard
 from megapix.data.locate import Located, access_of
+from megapix.data.table import open_table
 from megapix.errors import InputError
-from megapix.shards import CAPTIONS_NAME, RECORD, TABLE_NAME, TAR_BLOCK, SampleRecord, ShardEntry
+from megapix.shards import TAR_BLOCK, SampleRecord, ShardEntry
 from megapix.storage import Local, Remote
-
-RECORD_DTYPE = np.dtype(
-    [
-        ("shard", "<u4"),
-        ("size", "<u4"),
-        ("offset", "<u8"),
-        ("label", "<i4"),
-        ("crc", "<u4"),
-        ("caption_offset", "<u8"),
-        ("caption_size", "<u4"),
-    ]
-)
-assert RECORD_DTYPE.itemsize == RECORD.size
 
 
 class DamagedSample(InputError):
@@ -48,8 +34,7 @@ class ShardReader:
 
     def __init__(self, located: Located, config: DataConfig) -> None:
         self.located, self.config = located, config
-        samples = located.index.samples
-        self.table = np.memmap(located.folder / TABLE_NAME, dtype=RECORD_DTYPE, mode="r", shape=(samples,))
+        self.table = open_table(located.folder, located.index)
         self.cache: CachedShards | None = None
         self._files: Local | Remote = Local(Path(located.base))
         if located.remote:
@@ -75,13 +60,6 @@ class ShardReader:
             )
         return Encoded(data, record.label, shard.bucket)
 
-    def caption(self, sample: int) -> str:
-        """The sample's caption."""
-        record, _ = self._record(sample)
-        with open(self.located.folder / CAPTIONS_NAME, "rb") as file:
-            file.seek(record.caption_offset)
-            return file.read(record.caption_size).decode()
-
     def shard_of(self, sample: int) -> ShardEntry:
         """The entry that holds a sample."""
         return self._record(sample)[1]
@@ -105,5 +83,7 @@ class ShardReader:
             return self.cache.read(shard, offset, size)
         try:
             return self._files.read(shard.name, offset, size)
-        except OSError as error:
-            raise DamagedShard(f"{self._files.where(shard.name)}: cannot be read: {error.strerror or error}") from error
+        except FileNotFoundError as error:
+            raise DamagedShard(f"{self._files.where(shard.name)} is missing") from error
+        except OSError as error:  # of this machine: says nothing about the shard
+            raise InputError(f"{self._files.where(shard.name)}: cannot be read: {error.strerror or error}") from error
