@@ -116,13 +116,12 @@ def index(
             work = partial(_index_file, base, access, policy, out)
             parts = [Part(number, name) for number, name in enumerate(names)]
             with tqdm(total=len(parts), unit="shard", disable=not progress, mininterval=0.5) as bar:
-                for _, outcome in in_processes(work, parts, workers):
-                    budget.samples += outcome.samples
+                seen = 0
+                for done, (_, outcome) in enumerate(in_processes(work, parts, workers), 1):
+                    seen += outcome.samples
+                    budget.samples = seen * len(parts) // done  # if the others are like these; at the end, exactly
                     budget.spend(outcome.rejected)
                     bar.update()
-                    if budget.share == 0 or budget.samples * budget.share >= 1:
-                        budget.check()  # of few samples, one that is bad says nothing of the share
-            budget.check()
             recorded = policy.to_dict() | {"applied": "loading"}
             about = {"kind": plan["kind"], "list_sha256": plan["list_sha256"]}
             return finish(out, len(parts), partial(_class_names, known), base, recorded, about), False

@@ -35,7 +35,7 @@ class Budget:
 
     share: float
     samples: int = 0
-    """All samples; of an index, whose number is not known before, those seen so far."""
+    """All samples, or as many as are expected."""
     rejected: int = 0
     latest: Rejected | None = None
 
@@ -44,12 +44,13 @@ class Budget:
             raise InputError(f"--max-rejected = {self.share}: expected a share, 0 to 1")
 
     def spend(self, rejected: tuple[Rejected, ...]) -> None:
-        """Count the rejected samples of a part."""
+        """Count the rejected samples of a part.
+
+        Raises:
+            InputError: the budget is used up; names the latest sample and the reason.
+        """
         self.rejected += len(rejected)
         self.latest = rejected[-1] if rejected else self.latest
-
-    def check(self) -> None:
-        """Raise InputError if the budget is used up, naming the latest sample and the reason."""
         if self.latest and self.rejected > self.share * self.samples:
             raise InputError(
                 f"{self.rejected} of {self.samples} samples cannot be used, --max-rejected allows {self.share:g} of "

@@ -66,7 +66,6 @@ def write(
                 for _, outcome in in_processes(work, planning.jobs(source.items, options, buckets), workers):
                     parts += 1
                     budget.spend(outcome.rejected)
-                    budget.check()
                     bar.update(outcome.samples)
             policy = options.policy.to_dict() | {key: plan[key] for key in POLICY_KEYS} | {"applied": "preparation"}
             about = source.about | {key: plan[key] for key in ("samples_per_shard", "seed", "samples", "list_sha256")}

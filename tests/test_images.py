@@ -141,7 +141,7 @@ def test_whatever_a_decoder_raises_is_a_value_error() -> None:
             decode(encoded(Image.new("RGB", (4, 4)), "JPEG", exif=exif))
     broken = encoded(Image.new("RGB", (4, 4))).replace(b"IHDR", b"IHDX")
     for look in (decode, size_of):
-        with pytest.raises(ValueError, match="not a PNG|broken PNG"):
+        with pytest.raises(ValueError, match=r"not a PNG|broken PNG"):
             look(broken)
 
 
