@@ -141,9 +141,9 @@ class CachedShards:
         except BaseException:
             part.unlink(missing_ok=True)
             raise
-        path = self._path(shard, "tar")
-        os.replace(part, path)
-        return os.open(path, os.O_RDONLY)
+        descriptor = os.open(part, os.O_RDONLY)  # under its new name it may be removed for room at once
+        os.replace(part, self._path(shard, "tar"))
+        return descriptor
 
     def _reserve(self, part: Path, shard: ShardEntry) -> None:
         """Make room for a shard and take it, so that two processes never count the same room."""
