@@ -123,7 +123,7 @@ class CachedShards:
             os.close(descriptor)
             path.unlink(missing_ok=True)
             return None
-        os.utime(descriptor)  # used now
+        _used_now(descriptor)
         return descriptor
 
     def _fetch(self, shard: ShardEntry) -> int:
@@ -142,6 +142,7 @@ class CachedShards:
             part.unlink(missing_ok=True)
             raise
         descriptor = os.open(part, os.O_RDONLY)  # under its new name it may be removed for room at once
+        _used_now(descriptor)
         os.replace(part, self._path(shard, "tar"))
         return descriptor
 
@@ -162,7 +163,7 @@ class CachedShards:
 
     def _make_room(self, needed: int) -> bool:
         """Remove the shards used longest ago until `needed` bytes fit; False if those being fetched leave no room."""
-        found: list[tuple[float, Path, int]] = []
+        found: list[tuple[int, Path, int]] = []
         for path in self.folder.iterdir():
             if not OURS.fullmatch(path.name):
                 continue
@@ -173,7 +174,7 @@ class CachedShards:
                 about = path.stat()
             except FileNotFoundError:  # finished or dropped by another process just now
                 continue
-            found.append((about.st_mtime, path, about.st_size))
+            found.append((about.st_mtime_ns, path, about.st_size))
         excess = sum(size for _, _, size in found) + needed - self.limit
         if excess > sum(size for _, path, size in found if path.suffix == ".tar"):
             return False
@@ -185,6 +186,12 @@ class CachedShards:
 
     def _path(self, shard: ShardEntry, ending: str) -> Path:
         return self.folder / f"{shard.sha256}.{ending}"
+
+
+def _used_now(descriptor: int) -> None:
+    """Note the time of use to the nanosecond; the file system's own clock has ticks of some milliseconds."""
+    now = time.time_ns()
+    os.utime(descriptor, ns=(now, now))
 
 
 @contextmanager
