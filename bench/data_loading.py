@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from bench.loaders import BATCH, LOADERS, _without_torchvision
+from bench.loaders import BATCH, LOADERS, without_torchvision
 from bench.photos import photo
 
 REPEATS = 5
@@ -51,7 +51,7 @@ def make(root: Path, size: int, images: int) -> None:
     write(source, root / "raw", options, workers=2, progress=False)
     _as_prepared(root / "raw", root / "shards", size)
     if "MosaicML Streaming" in LOADERS:
-        _without_torchvision()
+        without_torchvision()
         from streaming import MDSWriter
 
         with MDSWriter(out=str(root / "mds"), columns={"image": "jpeg", "label": "int"}) as writer:
@@ -71,7 +71,7 @@ def measure(name: str, root: Path, workers: int, count: int) -> dict[str, float]
     """In a process of its own: seconds to the first batch, samples/s of the next epoch, seconds to resume at 90 %."""
     torch.set_num_threads(1)
     if name == "MosaicML Streaming":
-        _without_torchvision()
+        without_torchvision()
         import streaming  # noqa: F401
     start = time.perf_counter()
     loader = LOADERS[name](root, workers, 0)
@@ -91,7 +91,7 @@ def resume(name: str, root: Path, workers: int, count: int) -> dict[str, float]:
     """In a process of its own: seconds until the batch at 90 % of the epoch is there."""
     torch.set_num_threads(1)
     if name == "MosaicML Streaming":
-        _without_torchvision()
+        without_torchvision()
         import streaming  # noqa: F401
     start = time.perf_counter()
     next(LOADERS[name](root, workers, int(0.9 * count)))

@@ -84,7 +84,7 @@ def folder(root: Path, workers: int, skip: int) -> Iterator[Any]:
 
 def mosaic(root: Path, workers: int, skip: int) -> Iterator[Any]:
     """MosaicML Streaming over the same JPEG bytes in its MDS format, resumed by its state."""
-    _without_torchvision()
+    without_torchvision()
     from streaming import StreamingDataLoader, StreamingDataset
     from streaming.base.util import clean_stale_shared_memory
 
@@ -108,7 +108,7 @@ def mosaic(root: Path, workers: int, skip: int) -> Iterator[Any]:
     return iter(forever())
 
 
-def _without_torchvision() -> None:
+def without_torchvision() -> None:
     """Streaming imports torchvision for its vision data sets, which are not used here; a CPU torch may not have it."""
     import transformers  # noqa: F401  # looks for torchvision itself, so it comes first
 

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from data_prep import receipt
-from data_prep.receipt import Receipt
+from data_prep.receipt import Receipt, Rejected
 from megapix import shards
 from megapix.errors import InputError
-from megapix.shards import ClassEntry, Index, SampleRecord, write_atomic
+from megapix.shards import ClassEntry, Index, SampleRecord, ShardEntry, write_atomic
 
 REJECTED_NAME = "rejected.jsonl"
 
@@ -58,11 +58,13 @@ def finish(
     Raises:
         InputError: not one sample can be used, or some have a class and some have not.
     """
-    entries = sorted(
-        (entry.bucket, number, place, entry)
-        for number in range(parts)
-        for place, entry in enumerate(_receipt(out, number).entries)
-    )
+    entries: list[tuple[int, int, int, ShardEntry]] = []
+    rejected: list[Rejected] = []
+    for number in range(parts):
+        there = _receipt(out, number)
+        entries += [(entry.bucket, number, place, entry) for place, entry in enumerate(there.entries)]
+        rejected += there.rejected
+    entries.sort()
     if not entries:
         raise InputError("not one sample can be used")
     table, captions = _Hashed(out / shards.TABLE_NAME), _Hashed(out / shards.CAPTIONS_NAME)
@@ -81,7 +83,7 @@ def finish(
     counts[0] += counts.pop(-1, 0)
     if max(counts) >= len(names):
         raise InputError(f"a sample has class {max(counts)}, but there are {len(names)} classes, numbered from 0")
-    rejected = _write_rejected(out, parts)
+    _write_rejected(out, rejected)
     index = Index(
         samples=sum(counts.values()),
         base=base,
@@ -91,7 +93,7 @@ def finish(
         captions_sha256=captions.done(),
         image_policy=image_policy,
         source=source,
-        rejected=rejected,
+        rejected=len(rejected),
     )
     shards.write_index(out, index)
     return index
@@ -104,12 +106,10 @@ def _receipt(out: Path, number: int) -> Receipt:
     return found
 
 
-def _write_rejected(out: Path, parts: int) -> int:
-    rejected = [one for number in range(parts) for one in _receipt(out, number).rejected]
+def _write_rejected(out: Path, rejected: list[Rejected]) -> None:
     path = out / REJECTED_NAME
     if rejected:
         lines = (json.dumps(one.__dict__, ensure_ascii=False) for one in rejected)
         write_atomic(path, ("\n".join(lines) + "\n").encode())
     else:
         path.unlink(missing_ok=True)
-    return len(rejected)

@@ -74,7 +74,7 @@ def contact_sheet(folder: Path, out: Path, columns: int, rows: int, access: Acce
     """
     from PIL import Image
 
-    from megapix.images import Policy, decode
+    from megapix.images import Policy, decode_indexed
 
     index = read_index(folder)
     policy, storage = Policy.from_dict(index.image_policy), open_storage(index.base or str(folder), access)
@@ -87,8 +87,8 @@ def contact_sheet(folder: Path, out: Path, columns: int, rows: int, access: Acce
             continue
         entry = index.shards[record.shard]
         try:
-            pixels = decode(storage.read(entry.name, record.offset, record.size), policy.background)
-            image = Image.fromarray(policy.apply(pixels, entry.bucket))
+            data = storage.read(entry.name, record.offset, record.size)
+            image = Image.fromarray(decode_indexed(data, policy, entry.bucket, index.prepared))
         except (OSError, ValueError) as error:
             raise InputError(f"{storage.where(entry.name)}: the image at byte {record.offset}: {error}") from error
         image.thumbnail((cell, cell))

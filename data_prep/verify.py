@@ -15,7 +15,7 @@ from data_prep.pool import check_workers, in_processes
 from data_prep.samples import TarSample, labels_of, samples_of
 from data_prep.sources.tars import members
 from megapix.errors import InputError
-from megapix.images import Policy
+from megapix.images import Policy, decode_indexed
 from megapix.shards import (
     CAPTIONS_NAME,
     RECORD,
@@ -48,7 +48,7 @@ def verify(folder: Path, workers: int, access: Access, progress: bool = True) ->
     except InputError as error:
         yield str(error)
         return
-    policy = Policy.from_dict(index.image_policy)
+    Policy.from_dict(index.image_policy)
     counts: Counter[int] = Counter()
     files: dict[str, list[Rows]] = {}
     first = 0
@@ -56,9 +56,6 @@ def verify(folder: Path, workers: int, access: Access, progress: bool = True) ->
         files.setdefault(entry.name, []).append((entry, place, first))
         counts.update(record.label for record in _records(folder, files[entry.name][-1]))
         first += entry.samples
-        if entry.bucket >= max(1, len(policy.buckets)):
-            yield f"{entry.name}: bucket {entry.bucket} is none of the image policy's {len(policy.buckets)}"
-            return
     for label, listed in enumerate(index.classes):
         if counts.pop(label, 0) != listed.samples:
             yield f"class {listed.name!r} has another number of samples than the {listed.samples} that the index lists"
@@ -100,44 +97,31 @@ def _faults(folder: Path, index: Index, shown: str, path: Path, rows: list[Rows]
         if not _in_order(path, samples):
             yield f"{shown}: the members are not KEY.cls, KEY.json and the image of each sample, in order"
     by_offset = {sample.offset: sample for sample in samples}
-    with open(path, "rb") as file:
-        for row in rows:
-            for record in _records(folder, row):
-                data = os.pread(file.fileno(), record.size, record.offset)
-                yield from _sample_faults(folder, index, shown, record, row, by_offset, labels, data)
-
-
-def _sample_faults(
-    folder: Path,
-    index: Index,
-    shown: str,
-    record: SampleRecord,
-    row: Rows,
-    by_offset: dict[int, TarSample],
-    labels: dict[int, int],
-    data: bytes,
-) -> Iterator[str]:
-    from megapix.images import decode, decode_exactly
-
-    sample, (entry, place, _) = by_offset.get(record.offset), row
-    if sample is None or (record.shard, record.size) != (place, sample.size):
-        yield f"{shown}: a record of {TABLE_NAME} points at byte {record.offset}, where no image begins"
-        return
-    if zlib.crc32(data) != record.crc:
-        yield f"{shown}: sample {sample.key}: its bytes are not those that were indexed"
-    if labels[record.offset] != record.label:
-        yield f"{shown}: sample {sample.key}: the class differs from {TABLE_NAME}"
-    with open(folder / CAPTIONS_NAME, "rb") as file:
-        if os.pread(file.fileno(), record.caption_size, record.caption_offset) != sample.caption.encode():
-            yield f"{shown}: sample {sample.key}: the caption differs from {CAPTIONS_NAME}"
     policy = Policy.from_dict(index.image_policy)
-    try:
-        if policy.mode == "untouched" or index.image_policy["applied"] == "loading":
-            policy.apply(decode(data, policy.background), entry.bucket)
-        else:
-            decode_exactly(data, *policy.buckets[entry.bucket])
-    except ValueError as error:
-        yield f"{shown}: sample {sample.key}: cannot be decoded: {error}"
+    with open(path, "rb") as file, open(folder / CAPTIONS_NAME, "rb") as captions:
+        for entry, place, first in rows:
+            for record in _records(folder, (entry, place, first)):
+                sample = by_offset.get(record.offset)
+                if sample is None or (record.shard, record.size) != (place, sample.size):
+                    yield f"{shown}: a record of {TABLE_NAME} points at byte {record.offset}, where no image begins"
+                    continue
+                data = os.pread(file.fileno(), record.size, record.offset)
+                caption = os.pread(captions.fileno(), record.caption_size, record.caption_offset)
+                for fault in _sample_faults(record, sample, labels[record.offset], data, caption):
+                    yield f"{shown}: sample {sample.key}: {fault}"
+                try:
+                    decode_indexed(data, policy, entry.bucket, index.prepared)
+                except ValueError as error:
+                    yield f"{shown}: sample {sample.key}: cannot be decoded: {error}"
+
+
+def _sample_faults(record: SampleRecord, sample: TarSample, label: int, data: bytes, caption: bytes) -> Iterator[str]:
+    if zlib.crc32(data) != record.crc:
+        yield "its bytes are not those that were indexed"
+    if label != record.label:
+        yield f"the class differs from {TABLE_NAME}"
+    if caption != sample.caption.encode():
+        yield f"the caption differs from {CAPTIONS_NAME}"
 
 
 def _in_order(path: Path, samples: list[TarSample]) -> bool:

@@ -209,6 +209,17 @@ def decode_exactly(data: bytes, height: int, width: int) -> Pixels:
     return pixels
 
 
+def decode_indexed(data: bytes, policy: Policy, bucket: int, prepared: bool) -> Pixels:
+    """Decode an image of an index: one that the policy has made already (`prepared`), or makes now.
+
+    Raises:
+        ValueError: not an image, damaged, of another size than prepared ones have, or refused by the policy.
+    """
+    if prepared and policy.mode != "untouched":
+        return decode_exactly(data, *policy.buckets[bucket])
+    return policy.apply(decode(data, policy.background), bucket)
+
+
 def _opened(data: bytes) -> Image.Image:
     with _decoding():
         return Image.open(io.BytesIO(data), formats=FORMATS)

@@ -102,7 +102,7 @@ def _steps(e: Any, p: Plan, counters: Counters, world: World, device: torch.devi
                 row |= {"health/grad_norm": float(e.get_global_grad_norm())}
                 row |= {"health/skipped_steps": (counters.drawn - now) // total}
                 row |= {"health/replaced_samples": sum(dist.gather(world, replaced))}
-                row |= metrics.loading(spent, (position - logged) // p.layout.ranks)
+                row |= spent.row((position - logged) // p.layout.ranks)
                 logged, spent = position, Spent()
                 bar.set_postfix(loss=f"{row['loss/train']:.4f}", lr=f"{lr:.1e}", refresh=False)
                 board.scalars(step, row)

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -63,23 +63,6 @@ class Clock:
         row = {"speed/images_per_s": images / elapsed, "speed/data_wait_share": self._waited / elapsed}
         self._start, self._waited = time.perf_counter(), 0.0
         return row
-
-
-class Loading(Protocol):
-    """What loading cost: seconds in workers, and reads that found their shard in the cache or not."""
-
-    read: float
-    decode: float
-    hits: int
-    misses: int
-
-
-def loading(spent: Loading, images: int) -> dict[str, float]:
-    """Milliseconds of a worker for an image of this rank, and the share of reads that the cache answered."""
-    row = {"data/read_ms": 1e3 * spent.read / images, "data/decode_ms": 1e3 * spent.decode / images}
-    if reads := spent.hits + spent.misses:
-        row["data/cache_hit_share"] = spent.hits / reads
-    return row
 
 
 def memory(device: torch.device) -> dict[str, float]:

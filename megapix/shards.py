@@ -120,6 +120,11 @@ class Index:
         return tuple(entry.name for entry in self.classes)
 
     @property
+    def prepared(self) -> bool:
+        """Whether the images were made by the policy when they were written, and not when they are read."""
+        return bool(self.image_policy["applied"] == "preparation")
+
+    @property
     def files(self) -> tuple[ShardEntry, ...]:
         """One entry for each tar file."""
         return tuple({entry.name: entry for entry in self.shards}.values())
@@ -188,6 +193,8 @@ def read_index(folder: str | Path) -> Index:
         )
         if index.image_policy["applied"] not in ("preparation", "loading"):
             raise ValueError(f"image_policy.applied is {index.image_policy['applied']!r}")
+        if not isinstance(index.image_policy["buckets"], list):
+            raise ValueError(f"image_policy.buckets is {index.image_policy['buckets']!r}")
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path}: a key is missing or of the wrong type: {error}") from error
     if not index.classes:
@@ -195,6 +202,9 @@ def read_index(folder: str | Path) -> Index:
     if index.samples < 1 or index.samples != sum(shard.samples for shard in index.shards):
         total = sum(shard.samples for shard in index.shards)
         raise InputError(f"{path}: samples is {index.samples}, but its shards hold {total}; expected the same, above 0")
+    sizes_made = max(1, len(index.image_policy["buckets"]))
+    if (worst := max(shard.bucket for shard in index.shards)) >= sizes_made:
+        raise InputError(f"{path}: a shard has bucket {worst}, but the image policy has {sizes_made}")
     buckets = [shard.bucket for shard in index.shards]
     if buckets != sorted(buckets):
         raise InputError(f"{path}: the shards are not in the order of their buckets")

@@ -3,8 +3,8 @@
     Local     pread on open files; the least recently used is closed
     Remote    http(s), s3 and gs: byte ranges of remote files, each request retried on its own
 
-Both answer `read(name, offset, size)`, `size(name)`, `names()` and `fetch(name, path)`. A URL's protocol comes from a
-short list: an index or a command never names a program to run, as webdataset's `pipe:` does.
+Both answer `read(name, offset, size)`, `size(name)`, `names()` and `where(name)`. A URL's protocol comes from a short
+list: an index or a command never names a program to run, as webdataset's `pipe:` does.
 """
 
 from __future__ import annotations
@@ -80,11 +80,6 @@ class Local:
             self._files[name] = os.open(self.base / name, os.O_RDONLY)
         return os.pread(self._files[name], size, offset)
 
-    def close(self) -> None:
-        """Close what is open."""
-        while self._files:
-            os.close(self._files.popitem()[1])
-
 
 class Remote:
     """Files below a URL."""
@@ -136,9 +131,6 @@ class Remote:
             file.flush()
             os.fsync(file.fileno())
         return digest.hexdigest()
-
-    def close(self) -> None:
-        """Nothing is held open."""
 
     def _try(self, name: str, once: Callable[[], T]) -> T:
         from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from bench import photos
 from data_prep.encode import encode
 from megapix import images
 from megapix.errors import InputError
@@ -107,18 +108,8 @@ def test_unusable_images_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def photo(height: int, width: int, seed: int = 0) -> np.ndarray:
-    """A picture with a photograph's spectrum (amplitude 1/f) and edges: uint8 [H, W, 3]."""
-    generator = np.random.default_rng(seed)
-    fy, fx = np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None]
-    amplitude = 1 / np.maximum(np.hypot(fy, fx), 1 / max(height, width))
-    channels = []
-    for _ in range(3):
-        noise = generator.normal(size=(2, *amplitude.shape))
-        channel = np.fft.irfft2(amplitude * (noise[0] + 1j * noise[1]), (height, width))
-        channels.append(channel / channel.std() * 45 + 120)
-    picture = np.stack(channels, -1)
-    picture[height // 3 : height // 2, width // 4 : width // 2] += 60
-    return np.clip(picture, 0, 255).astype(np.uint8)
+    """The benchmarks' picture with a photograph's spectrum: uint8 [H, W, 3]."""
+    return np.asarray(photos.photo(height, width, seed))
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import re
 import tarfile
@@ -23,6 +22,7 @@ from megapix.shards import RECORD, read_index
 from tests.foreign import Foreign, captions, make
 from tests.test_data_prep import hashes
 from tests.test_images import encoded
+from tests.test_sources import add as add_member
 
 
 def run(*arguments: object) -> int:
@@ -130,9 +130,7 @@ def test_bad_samples_are_listed_and_bounded(tmp_path: Path, capsys: pytest.Captu
     with tarfile.open(tmp_path / "theirs" / "00003.tar", "w") as tar:
         for key, data in (("bad", b"not an image"), ("good", encoded(Image.new("RGB", (20, 20))))):
             for name, content in ((f"{key}.PNG", data), (f"{key}.cls", b"1")):
-                member = tarfile.TarInfo(name)
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
+                add_member(tar, name, content)
     command = ["index", tmp_path / "theirs", "--out", tmp_path / "index", "--size", 16, "--workers", 1]
     assert run(*command) == 2
     error = capsys.readouterr().err.splitlines()[-1]
@@ -151,9 +149,7 @@ def add(folder: Path, *members: tuple[str, bytes]) -> Path:
     folder.mkdir()
     with tarfile.open(folder / "0.tar", "w") as tar:
         for name, data in members:
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
+            add_member(tar, name, data)
     return folder
 
 

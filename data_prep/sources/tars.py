@@ -11,8 +11,7 @@ from typing import BinaryIO
 
 from data_prep.source import Item
 from megapix.errors import InputError
-
-BLOCK = 512
+from megapix.shards import TAR_BLOCK
 
 
 @dataclass(frozen=True)
@@ -55,8 +54,8 @@ def members(path: Path, offset: int = 0, end: int | None = None) -> Iterator[tup
 def _check_end(path: Path, file: BinaryIO, offset: int, end: int) -> None:
     """tarfile takes a damaged header, or the end of a cut file, for the end; a real end is a block of zeros."""
     file.seek(offset)
-    block = file.read(min(BLOCK, max(0, end - offset)))
-    if len(block) < BLOCK:
+    block = file.read(min(TAR_BLOCK, max(0, end - offset)))
+    if len(block) < TAR_BLOCK:
         raise InputError(f"{path}: cut short at byte {offset}: the end mark of a tar file is missing")
     if any(block):
         raise InputError(f"{path}: the tar header at byte {offset} is damaged")

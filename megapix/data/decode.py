@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from megapix.images import Pixels, Policy, decode, decode_exactly
+from megapix.images import Pixels, Policy, decode_indexed
 from megapix.shards import Index
 
 
@@ -17,7 +17,7 @@ class Decoder:
 
     def __init__(self, index: Index) -> None:
         self.policy = Policy.from_dict(index.image_policy)
-        self._prepared = index.image_policy["applied"] == "preparation"
+        self._prepared = index.prepared
 
     def __call__(self, data: bytes, bucket: int) -> Pixels:
         """The image: uint8 [3, H, W], of its bucket's size.
@@ -25,8 +25,5 @@ class Decoder:
         Raises:
             ValueError: not an image, damaged, of another size than prepared ones have, or refused by the policy.
         """
-        if self._prepared:
-            pixels = decode_exactly(data, *self.policy.buckets[bucket])
-        else:
-            pixels = self.policy.apply(decode(data, self.policy.background), bucket)
+        pixels = decode_indexed(data, self.policy, bucket, self._prepared)
         return np.ascontiguousarray(pixels.transpose(2, 0, 1))

@@ -30,7 +30,7 @@ class Encoded:
 
 
 class ShardReader:
-    """Reads the encoded image, label and caption of any sample; each process needs its own."""
+    """Reads the encoded image and label of any sample; each process needs its own."""
 
     def __init__(self, located: Located, config: DataConfig) -> None:
         self.located, self.config = located, config
