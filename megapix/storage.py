@@ -40,9 +40,9 @@ class Unreachable(InputError):
 class Access:
     """How patient remote reads are."""
 
-    timeout: float = 30.0
+    timeout: float
     """Seconds without a byte after which a request is given up."""
-    retries: int = 5
+    retries: int
     """Further tries after a request that failed or stalled."""
 
 
@@ -146,14 +146,15 @@ class Remote:
         except Exception as error:
             if not _of_transport(error):
                 raise
-            tries = f" ({1 + self.access.retries} tries)" if _passes(error) else ""
+            count = 1 + self.access.retries
+            tries = f" ({count} {'try' if count == 1 else 'tries'})" if _passes(error) else ""
             raise Unreachable(f"{self.where(name)}: {_reason(error)}{tries}") from error
 
 
 Storage = Local | Remote
 
 
-def open_storage(base: str, access: Access = Access()) -> Storage:
+def open_storage(base: str, access: Access) -> Storage:
     """The files below a local folder or a URL.
 
     Raises:

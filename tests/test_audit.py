@@ -119,8 +119,8 @@ def test_a_node_reads_its_share_of_the_shards(nodes: int, window: int) -> None:
     for node in {0, 1, nodes // 2, nodes - 1}:
         cached: dict[int, None] = {}
         fetched = 0
-        step = np.arange(layout.total)
-        mine = np.sort(step[np.argsort(step % groups, kind="stable")].reshape(nodes, -1)[node])
+        ranks = range(node * ranks_a_node, (node + 1) * ranks_a_node)
+        mine = np.sort(np.concatenate([next(order.micro_batches(0, layout, rank, (), groups)) for rank in ranks]))
         for position in range(0, shards * samples, layout.total):
             positions = position + mine
             for shard in np.unique(places.at(positions[positions < shards * samples]) // samples).tolist():

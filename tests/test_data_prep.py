@@ -13,13 +13,15 @@ import sys
 import tarfile
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import webdataset
 from PIL import Image
 
-from data_prep import cli, demo
+from data_prep import cli, demo, shard
+from data_prep import plan as planning
 from data_prep.demo import OpenMoji
 from data_prep.plan import Options
 from data_prep.sources.image_folder import ImageFolder
@@ -264,6 +266,27 @@ def test_rejected_samples_are_listed_bounded_and_retried(
     clean = tmp_path / "clean"
     assert run("write", images, clean, *command[3:]) == 0
     assert hashes(out) == hashes(clean)
+
+
+def test_an_old_shard_never_stands_beside_a_new_receipt(
+    image_folder: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A crash between the receipt of a shard that is written again and the shard itself."""
+    out, source = Path(shutil.copytree(shards, tmp_path / "out")), ImageFolder.open(image_folder)
+    (job, *_) = planning.jobs(source.items, OPTIONS)
+
+    def crash(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    (out / ".receipts" / "000000.json").unlink()
+    monkeypatch.setattr(shard, "os", SimpleNamespace(fsync=os.fsync, replace=crash))
+    with pytest.raises(KeyboardInterrupt):
+        shard.write_shard(source.reader, out, OPTIONS, False, job)
+    monkeypatch.undo()
+    assert (out / ".receipts" / "000000.json").exists()
+    assert not (out / "shard-000000.tar").exists()
+    write(source, out, OPTIONS, workers=1, progress=False)
+    assert hashes(out) == hashes(shards)
 
 
 def test_small_images_are_rejected_when_asked(image_folder: Path, tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -124,7 +126,7 @@ from megapix.data.cache import CachedShards
 from megapix.shards import ShardEntry, read_index
 from megapix.storage import Access, Remote
 url, shards, folder = sys.argv[1:]
-cache = CachedShards(Remote(url, Access()), Path(folder), 1 << 30)
+cache = CachedShards(Remote(url, Access(30.0, 5)), Path(folder), 1 << 30)
 for shard in read_index(shards).shards:
     assert len(cache.read(shard, 0, shard.bytes)) == shard.bytes
 """
@@ -154,6 +156,31 @@ def test_processes_wait_for_room(web: Nginx, shards: Path, tmp_path: Path) -> No
                 held += path.stat().st_size
         assert held <= 2 * limit  # two looks at a folder that changes may count a shard before and after another
     assert [process.wait() for process in processes] == [0, 0, 0]
+
+
+def test_what_others_are_fetching_is_waited_for(web: Nginx, shards: Path, tmp_path: Path) -> None:
+    """A shard that another process is fetching fills the cache: no room until that process is done, or dead."""
+    limit = max(shard.bytes for shard in read_index(shards).shards)
+    cache = CachedShards(Remote(web.url, QUICK), tmp_path, limit)
+    part = tmp_path / f"{'1' * 64}.part"
+    part.write_bytes(bytes(limit))
+    with open(part.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert not cache._make_room(1)
+        assert part.exists()
+    assert cache._make_room(1)
+    assert not part.exists()
+
+
+def test_a_remote_shard_that_is_too_short_is_no_reason_to_replace(shards: Path, tmp_path: Path) -> None:
+    served = Path(shutil.copytree(shards, tmp_path / "served"))
+    for path in served.glob("*.tar"):
+        os.truncate(path, path.stat().st_size // 2)
+    with (
+        faulty(served, Faults()) as url,
+        pytest.raises(Unreachable, match=r"shard-00000\d.tar: ConnectionError: got \d+ of \d+ bytes from byte \d+ on"),
+    ):
+        epoch(config(url, cache=str(tmp_path / "cache")))
 
 
 def test_a_killed_filler_leaves_nothing_that_hinders(web: Nginx, shards: Path, tmp_path: Path) -> None:
@@ -213,8 +240,6 @@ def test_a_server_without_ranges_is_named(shards: Path, tmp_path: Path) -> None:
 
 
 def test_a_shard_that_was_changed_stops_the_run_or_is_replaced(shards: Path, tmp_path: Path) -> None:
-    import shutil
-
     served = tmp_path / "served"
     shutil.copytree(shards, served)
     data = bytearray((served / "shard-000001.tar").read_bytes())

@@ -417,7 +417,7 @@ def test_verify_looks_into_the_samples(shards: Path, tmp_path: Path) -> None:
     index["captions_sha256"] = sha256_of(out / "captions.bin")
     index["classes"][0]["samples"] += 1
     (out / "index.json").write_text(json.dumps(index))
-    faults = list(verify(out, 1, Access(), progress=False))
+    faults = list(verify(out, 1, Access(30.0, 5), progress=False))
     assert faults.pop(0) == "class 'blue' has another number of samples than the 15 that the index lists"
     assert [fault.rpartition("sample ")[2] for fault in faults] == [
         "000000000: the caption differs from captions.bin",
