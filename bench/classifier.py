@@ -68,20 +68,20 @@ def right(net: nn.Sequential, images: Tensor, labels: Tensor, classes: int) -> l
 def main() -> None:
     """Print a table: class, share of real held-out images and of samples labelled correctly."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", help="a run, checkpoint or exported folder trained on the embedded set")
+    parser.add_argument("run", help="a run, checkpoint or exported file trained on the embedded set")
     parser.add_argument("--seed", type=int, default=0, help="seed of the classifier and of the samples' noise")
     arguments = parser.parse_args()
     torch.manual_seed(arguments.seed)
 
     loaded = weights.load_weights(arguments.run)
-    names, size = loaded.classes, loaded.image_size
+    names, size, sampling = loaded.about.classes, loaded.about.image_size, loaded.about.sampling
     net = train(*real_images("train", size), len(names))
     held_out = right(net, *real_images("heldout", size), len(names))
 
     labels = torch.arange(len(names)).repeat_interleave(PER_CLASS)
     noise = sample.seeded_noise(arguments.seed, list(range(len(labels))), (size, size), torch.device("cpu"))
     model = weights.network(loaded)
-    drawn = [sample.draw(model, n, y, loaded.sampling) for n, y in zip(noise.split(50), labels.split(50), strict=True)]
+    drawn = [sample.draw(model, n, y, sampling) for n, y in zip(noise.split(50), labels.split(50), strict=True)]
     pixels = torch.from_numpy(sample.to_uint8(torch.cat(drawn))).permute(0, 3, 1, 2).float() / 127.5 - 1.0
     samples = right(net, pixels, labels, len(names))
 

@@ -1,4 +1,4 @@
-"""The command line: `megapix train | sample | export`. Parses, calls, and turns bad input into one line and code 2."""
+"""The command line: `megapix train | sample | export | reshard`. Parses, calls, and turns bad input into one line."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ import tyro
 from megapix import config, dist
 from megapix.config import PRESETS, Config
 from megapix.dist import World
-from megapix.errors import InputError, one_of
+from megapix.errors import InputError, Trouble, one_of
 
 USAGE = """usage: megapix COMMAND ...
 
 Pretraining of PixelDiT, the pixel-space diffusion transformer, on DeepSpeed.
 
   train     train a preset, or go on with an interrupted run (several ranks: launch.sh)
-  sample    draw images from a run, a checkpoint or an exported folder
-  export    write the EMA or raw weights of a run as safetensors, with their configuration
+  sample    draw images from a run, a checkpoint or an exported file
+  export    write the EMA or raw weights of a run as one safetensors file, with their configuration
+  reshard   write a checkpoint anew for another number of ranks
 
 'megapix COMMAND --help' documents each.
 """
@@ -62,9 +63,13 @@ def train(arguments: list[str], world: World) -> int:
         return 0
 
     from megapix import engine, loop
+    from megapix.stopping import EXIT_STOPPED, StopRequested
 
     try:
         loop.train(asked, world)
+    except StopRequested as request:
+        world.say(str(request))
+        return engine.leave(world, EXIT_STOPPED)
     except dist.Agreed as error:
         _complain(error, world.main)
         return engine.leave(world, 2)
@@ -72,7 +77,7 @@ def train(arguments: list[str], world: World) -> int:
         # This rank alone knows; the others wait in a collective, until the launcher sees the code and ends them.
         _complain(error, True)
         os._exit(2)
-    except FloatingPointError as error:
+    except Trouble as error:
         _complain(error, world.main)
         return engine.leave(world, 1)
     return engine.leave(world, 0)
@@ -110,17 +115,17 @@ def _read_config(path: Path) -> Config:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# sample, export
+# sample, export, reshard
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class SampleOptions:
-    """Draw images from a run, a checkpoint or an exported folder, on one process. Defaults marked 'the run's' come
+    """Draw images from a run, a checkpoint or an exported file, on one process. Defaults marked 'the run's' come
     from the configuration stored with the weights."""
 
     path: tyro.conf.Positional[Path]
-    """Run folder (its latest checkpoint), checkpoint folder, or exported folder."""
+    """Run folder (its newest whole checkpoint), checkpoint folder, or exported file."""
     out: Path = Path("samples.png")
     """PNG file of the grid: one class a row."""
     singles: Path | None = None
@@ -164,14 +169,14 @@ def sample(arguments: list[str], world: World) -> int:
     if options.singles and options.singles.exists() and not options.singles.is_dir():
         raise InputError(f"--singles {str(options.singles)!r} is not a folder")
     weights = load_weights(options.path, not options.raw)
-    low, high = options.interval or (weights.sampling.guidance_from, weights.sampling.guidance_to)
+    low, high = options.interval or (weights.about.sampling.guidance_from, weights.about.sampling.guidance_to)
     asked = {
         k: getattr(options, k) for k in ("sampler", "steps", "guidance", "shift") if getattr(options, k) is not None
     }
-    sampling = replace(weights.sampling, guidance_from=low, guidance_to=high, **asked)
+    sampling = replace(weights.about.sampling, guidance_from=low, guidance_to=high, **asked)
     config.validate_sampling(sampling)
-    size = options.size or (weights.image_size, weights.image_size)
-    classes = options.classes or tuple(range(min(16, weights.model.num_classes)))
+    size = options.size or (weights.about.image_size, weights.about.image_size)
+    classes = options.classes or tuple(range(min(16, weights.about.model.num_classes)))
     write_samples(
         weights,
         sampling,
@@ -184,35 +189,64 @@ def sample(arguments: list[str], world: World) -> int:
         options.singles,
         options.zoom,
     )
-    kind = "EMA" if weights.ema else "raw weights"
-    print(f"megapix: {options.out}: {options.per_class} samples a row, from the {kind} of {weights.source}")
-    print(f"megapix: rows: {', '.join(weights.classes[c] for c in classes)}")
+    kind = "EMA" if weights.about.ema else "raw weights"
+    print(f"megapix: {options.out}: {options.per_class} samples a row, from the {kind} of {weights.about.source}")
+    print(f"megapix: rows: {', '.join(weights.about.classes[c] for c in classes)}")
     return 0
 
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """Write the EMA (or raw) weights of a run or checkpoint as model.safetensors and config.json."""
+    """Write the EMA (or raw) weights of a run or checkpoint as one safetensors file, a chunk at a time; the
+    configuration lies in its metadata."""
 
     path: tyro.conf.Positional[Path]
-    """Run folder (its latest checkpoint) or checkpoint folder."""
+    """Run folder (its newest whole checkpoint) or checkpoint folder."""
     out: Path
-    """Folder to write; `megapix sample`, `load_model` and `train --init` read it."""
+    """File to write, such as pixeldit.safetensors; `megapix sample`, `load_model` and `train --init` read it."""
     raw: bool = False
-    """Export the raw weights instead of the EMA."""
+    """Export the raw weights instead of the EMA (the default)."""
+    ema: bool = False
+    """Export the EMA; the default, for a command that says so."""
 
 
 def export(arguments: list[str], world: World) -> int:
     """Export weights for use outside training."""
     options = tyro.cli(ExportOptions, args=arguments, prog="megapix export", console_outputs=world.main)
+    if options.raw and options.ema:
+        raise InputError("--ema and --raw: expected one of them")
+    _check_file("--out", options.out)
     from megapix import weights
-    from megapix.checkpoint import MODEL_NAME
 
-    _check_file("--out", options.out / MODEL_NAME)
-    loaded = weights.load_weights(options.path, not options.raw)
-    weights.export(loaded, options.out)
-    count = sum(t.numel() for t in loaded.tensors.values())
-    print(f"megapix: {options.out}: {count:,} {'EMA' if loaded.ema else 'raw'} parameters from {loaded.source}")
+    about = weights.export(options.path, options.out, not options.raw)
+    print(f"megapix: {options.out}: the {'EMA' if about.ema else 'raw'} weights of {about.source}")
+    return 0
+
+
+@dataclass(frozen=True)
+class ReshardOptions:
+    """Write a checkpoint anew for another number of ranks, equal bit for bit. Going on with a run needs no such step:
+    any number of ranks reads any checkpoint."""
+
+    path: tyro.conf.Positional[Path]
+    """Run folder (its newest whole checkpoint) or checkpoint folder."""
+    out: Path
+    """Run folder to make, with that one checkpoint."""
+    ranks: int
+    """Ranks to write it for, a file each."""
+
+
+def reshard(arguments: list[str], world: World) -> int:
+    """Rewrite a checkpoint."""
+    options = tyro.cli(ReshardOptions, args=arguments, prog="megapix reshard", console_outputs=world.main)
+    if options.ranks < 1:
+        raise InputError(f"--ranks = {options.ranks}: expected at least 1")
+    from megapix import checkpoint
+    from megapix.reshard import reshard
+
+    saved = checkpoint.find(options.path, world)
+    folder = reshard(saved, options.ranks, options.out)
+    print(f"megapix: {folder}: {saved.folder} for {options.ranks} ranks")
     return 0
 
 
@@ -226,7 +260,7 @@ def _check_file(option: str, path: Path) -> None:
         raise InputError(f"{option} {str(path)!r}: its folder cannot be made: {error.strerror}") from error
 
 
-COMMANDS = {"train": train, "sample": sample, "export": export}
+COMMANDS = {"train": train, "sample": sample, "export": export, "reshard": reshard}
 
 
 def main(argv: list[str] | None = None) -> int:

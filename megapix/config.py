@@ -167,6 +167,34 @@ class CheckpointConfig:
     """Distance between checkpoints in images seen, or epochs; one more is saved at the end."""
     keep: int = _machine(3)
     """Newest checkpoints that are kept; 0 keeps all."""
+    keep_every: Images = _machine("never")
+    """Distance between checkpoints that are kept for good, in images seen, or epochs."""
+    keep_best: int = _machine(0)
+    """Checkpoints of the lowest mean training loss that are kept too."""
+    background: bool = _machine(True)
+    """Go on training while a checkpoint is written from a copy in host memory (16 bytes a parameter / ranks)."""
+
+
+@dataclass(frozen=True)
+class HealthConfig:
+    """What a run does about steps that are skipped, and about spikes of loss and gradient norm."""
+
+    max_skipped: int = _schedule(20)
+    """Skipped steps in a row (gradient not finite) that end the run."""
+    on_spike: Literal["warn", "rollback", "stop"] = _schedule("warn")
+    """'rollback' returns to the last checkpoint before the spike and never draws the data that led to it."""
+    window: int = _schedule(100)
+    """Steps that a step is compared with."""
+    loss_z: float = _schedule(8.0)
+    """Robust standard deviations above the window's median at which a step's loss stands out."""
+    grad_norm_z: float = _schedule(20.0)
+    """The same for the gradient norm before clipping, which varies more."""
+    patience: int = _schedule(3)
+    """Steps in a row that stand out before they count as a spike."""
+    skip: int = _schedule(50)
+    """Steps before a spike whose data are skipped with the spike's own, as far back as the checkpoint lies."""
+    max_rollbacks: int = _schedule(3)
+    """Rollbacks of a run after which the next spike ends it."""
 
 
 @dataclass(frozen=True)
@@ -210,7 +238,9 @@ class Config:
     seed: int = _identity(0)
     """Seed of the initial weights, sample order, flips, noise, timesteps and label dropout."""
     init: str = _identity("")
-    """Start from the EMA weights of this run, checkpoint or exported folder; all other state starts fresh."""
+    """Start from the EMA weights of this run, checkpoint or exported file; all other state starts fresh."""
+    resume: Literal["auto", "require"] = _machine("auto")
+    """'auto' goes on from the newest whole checkpoint, or starts; 'require' from the newest one or not at all."""
     precision: Literal["bf16", "fp32"] = _identity("bf16")
     """DeepSpeed's bf16 mode (bf16 weights and activations, fp32 masters, moments and EMA), or fp32 throughout."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -219,6 +249,7 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     machine: MachineConfig = field(default_factory=MachineConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    health: HealthConfig = field(default_factory=HealthConfig)
     log: LogConfig = field(default_factory=LogConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
 
@@ -358,8 +389,16 @@ def images(span: Images, epoch: int, key: str) -> int | None:
     return int(match[1]) if match[1] else round(float(match[2]) * epoch)
 
 
-SPANS = ("optim.lr_step_at", "optim.end_at", "optim.warmup", "checkpoint.every", "log.every", "log.samples_every")
-MAY_BE_NEVER = ("optim.lr_step_at", "log.samples_every")
+SPANS = (
+    "optim.lr_step_at",
+    "optim.end_at",
+    "optim.warmup",
+    "checkpoint.every",
+    "checkpoint.keep_every",
+    "log.every",
+    "log.samples_every",
+)
+MAY_BE_NEVER = ("optim.lr_step_at", "checkpoint.keep_every", "log.samples_every")
 
 
 def freeze(config: Config, epoch: int) -> Config:
@@ -424,6 +463,15 @@ def validate(config: Config) -> None:
     need(0 <= o.ema_decay < 1, "optim.ema_decay", "0 <= decay < 1")
     need(config.machine.micro_batch >= 0, "machine.micro_batch", "0 (global batch / ranks) or more")
     need(config.checkpoint.keep >= 0, "checkpoint.keep", "0 (all) or more")
+    need(config.checkpoint.keep_best >= 0, "checkpoint.keep_best", "0 (none) or more")
+    h = config.health
+    need(h.max_skipped >= 1, "health.max_skipped", "at least 1")
+    need(h.window >= 4, "health.window", "at least 4 steps")
+    need(h.loss_z > 0, "health.loss_z", "above 0")
+    need(h.grad_norm_z > 0, "health.grad_norm_z", "above 0")
+    need(h.patience >= 1, "health.patience", "at least 1")
+    need(h.skip >= 0, "health.skip", "0 (the spike's own steps) or more")
+    need(h.max_rollbacks >= 0, "health.max_rollbacks", "0 or more")
     need(config.log.grid_classes >= 1, "log.grid_classes", "at least 1")
     need(config.log.grid_columns >= 1, "log.grid_columns", "at least 1")
     validate_sampling(config.sampling)

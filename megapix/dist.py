@@ -7,9 +7,13 @@ import socket
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TextIO, TypeVar, cast
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar, cast
 
 from megapix.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
 
 T = TypeVar("T")
 DEFAULTS = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
@@ -64,8 +68,11 @@ def from_environment() -> World:
     return World(int(values["RANK"]), int(values["WORLD_SIZE"]), int(values["LOCAL_RANK"]))
 
 
-def agree(world: World, problem: str | None = None) -> None:
+def agree(world: World, problem: str | None = None, group: Any = None) -> None:
     """Meet all ranks; if any brings a problem, raise the same error on every one, so that none hangs.
+
+    Args:
+        group: a process group of all ranks for use in a thread of its own (`host_group`); None is the default one.
 
     Raises:
         Agreed: the first problem, with the rank and host that brought it where not every rank has the same.
@@ -74,7 +81,7 @@ def agree(world: World, problem: str | None = None) -> None:
         if problem:
             raise Agreed(problem)
         return
-    problems = gather(world, (problem, socket.gethostname()))
+    problems = gather(world, (problem, socket.gethostname()), group)
     bad = [(rank, host, text) for rank, (text, host) in enumerate(problems) if text]
     if bad:
         rank, host, text = bad[0]
@@ -82,26 +89,44 @@ def agree(world: World, problem: str | None = None) -> None:
         raise Agreed(text if everyone else f"rank {rank} on {host}: {text}")
 
 
-def together(world: World, work: Callable[[], T]) -> T:
+def together(world: World, work: Callable[[], T], group: Any = None) -> T:
     """Run `work` on every rank and return its value, or raise Agreed on all if it raised InputError on any."""
     value, problem = None, None
     try:
         value = work()
     except InputError as error:
         problem = str(error)
-    agree(world, problem)
+    agree(world, problem, group)
     return cast(T, value)
 
 
-def gather(world: World, value: Any) -> list[Any]:
+def gather(world: World, value: Any, group: Any = None) -> list[Any]:
     """Every rank's value, on every rank, in rank order. Values are small and picklable."""
     if world.size == 1:
         return [value]
     import torch.distributed
 
     values: list[Any] = [None] * world.size
-    torch.distributed.all_gather_object(values, value)
+    torch.distributed.all_gather_object(values, value, group)
     return values
+
+
+def total(world: World, numbers: torch.Tensor) -> list[float]:
+    """Each number's sum over all ranks, on every rank: one all-reduce (in place) and one wait for the device."""
+    if world.size > 1:
+        import torch.distributed
+
+        torch.distributed.all_reduce(numbers)
+    return numbers.tolist()
+
+
+def host_group(world: World) -> Any:
+    """A gloo group of all ranks, for a thread that must not meet the training's collectives. Collective."""
+    if world.size == 1:
+        return None
+    import torch.distributed
+
+    return torch.distributed.new_group(backend="gloo", timeout=timedelta(days=1))
 
 
 def barrier(world: World) -> None:

@@ -1,4 +1,4 @@
-"""The one door to DeepSpeed: its processes, its engine around our network, optimizer and schedule, its shards."""
+"""The one door to DeepSpeed: its processes, its engine around our network, optimizer and schedule, its partition."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import fcntl
 import functools
 import logging
 import os
-import pickle
 import socket
 import sys
 import warnings
@@ -19,9 +18,12 @@ from typing import Any
 import torch
 import torch.utils.checkpoint
 import torch.utils.cpp_extension
+from torch import Tensor
 
+from megapix import flat
+from megapix.checkpoint import PARTS, Layout, Saved
 from megapix.config import BatchLayout, Config, ModelConfig
-from megapix.dist import World
+from megapix.dist import World, agree, together
 from megapix.ds_config import deepspeed_config
 from megapix.errors import InputError
 from megapix.model import PixelDiT
@@ -149,6 +151,10 @@ def build(config: Config, layout: BatchLayout, network: PixelDiT) -> Any:
         raise InputError(f"machine.ds_config = {config.machine.ds_config!r}: {key}: {first['msg'].lower()}") from error
     for p, value in zip(network.parameters() if initial else (), initial, strict=True):
         safe_set_full_fp32_param(p, value)
+    optimizer.begin()
+    # Links parameters to their optimizer state at once, so that the EMA can be gathered; DeepSpeed would do it at the
+    # first step. The state's tensors are filled in place from here on.
+    engine.optimizer._lazy_init_hp_params_optimizer_state()
     return engine
 
 
@@ -157,30 +163,50 @@ def build(config: Config, layout: BatchLayout, network: PixelDiT) -> Any:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def save(engine: Any, parent: Path, name: str) -> None:
-    """Write network, optimizer, EMA and schedule of every rank into `parent / name`. Call it on every rank."""
-    engine.save_checkpoint(str(parent), tag=name, save_latest=False)
+def layout(engine: Any, world: World) -> Layout:
+    """How ZeRO-2 has laid the parameters end to end and shared them out; the same on every rank."""
+    names = {id(p): name for name, p in engine.module.named_parameters()}
+    (group,), (partition_size,) = engine.optimizer.bit16_groups, engine.optimizer.partition_size
+    found = Layout({names[id(p)]: tuple(p.shape) for p in group}, world.size)
+    if partition_size != found.share:
+        raise RuntimeError(f"DeepSpeed's partition has {partition_size} numbers, expected {found.share}")
+    return found
 
 
-def load(engine: Any, folder: Path, images_seen: int) -> None:
-    """Restore what `save` wrote, on the same number of ranks.
+def share(engine: Any, layout: Layout, world: World) -> dict[str, Tensor]:
+    """This rank's range of each part of a checkpoint: flat fp32 views of what the optimizer steps."""
+    (partition,) = engine.optimizer.single_partition_of_fp32_groups
+    start, stop = layout.range_of(world.rank)
+    parts = {"weights": partition.detach()} | engine.optimizer.optimizer.state[partition]
+    return {part: parts[part][: stop - start] for part in PARTS}
+
+
+def adam_steps(engine: Any) -> int:
+    """Applied steps that AdamW has counted."""
+    (partition,) = engine.optimizer.single_partition_of_fp32_groups
+    return int(engine.optimizer.optimizer.state[partition]["step"])
+
+
+def load(engine: Any, saved: Saved, world: World) -> None:
+    """Restore a checkpoint of any number of ranks: each rank reads its own range, a chunk at a time.
 
     Raises:
-        InputError: a file of the checkpoint is damaged, or holds another count than `images_seen`.
+        Agreed: a file cannot be read, or holds another network.
     """
-    try:
-        path, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name)
-        if path is None or engine.lr_scheduler.images_seen != images_seen:
-            raise RuntimeError(f"it holds {engine.lr_scheduler.images_seen} images seen, expected {images_seen}")
-    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(
-            f"{folder} cannot be loaded: {reason}; name an older checkpoint in {folder.parent / 'latest'}"
-        ) from error
-    # The optimizer's own state brings back the old learning rate; the schedule of this run's configuration decides.
-    engine.lr_scheduler.apply()
-    # Links parameters to their loaded optimizer state at once; DeepSpeed would do it at the next step only.
-    engine.optimizer._lazy_init_hp_params_optimizer_state()
+    own, folder, state = layout(engine, world), saved.folder, saved.state
+    if state.layout.shapes != own.shapes:
+        agree(world, f"{folder} holds another network than the one that its configuration describes")
+    start, _ = own.range_of(world.rank)
+
+    def fill() -> None:
+        for part, vector in share(engine, own, world).items():
+            flat.fill(vector, folder, state.layout, part, start)
+
+    together(world, fill)
+    (partition,) = engine.optimizer.single_partition_of_fp32_groups
+    engine.optimizer.optimizer.state[partition]["step"].fill_(state.adam_steps)
+    engine.optimizer.update_lp_params()  # the weights that the network computes with, from the masters
+    engine.lr_scheduler.load_state_dict({"images_seen": state.counters.images_seen})
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The one error that a user's input can cause. Imports nothing; every module may import it."""
+"""The errors that end a command with one line. Imports nothing; every module may import it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,13 @@ class InputError(Exception):
 
     The message names the file, key or option, the value found and what would be right, in one line.
     The command line prints it without a traceback and exits with code 2.
+    """
+
+
+class Trouble(Exception):
+    """A run that cannot go on though its input was right: it diverged, or a checkpoint could not be written.
+
+    Raised on every rank together. The command line prints it without a traceback and exits with code 1.
     """
 
 

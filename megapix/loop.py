@@ -1,11 +1,11 @@
-"""A run from start to end. One step reads: batch → loss → backward → step → count → log → save."""
+"""A run from start to end. One step reads: batch → loss → backward → step → count → agree → log → save → sample."""
 
 from __future__ import annotations
 
-import json
+import math
 import os
 from contextlib import closing
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +13,48 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from megapix import checkpoint, config, dist, engine, flow, metrics, sample, weights
+from megapix import checkpoint, config, dist, engine, flow, metrics, recovery, retention, sample, weights
 from megapix.checkpoint import Counters, State
 from megapix.config import Config
 from megapix.data import loader, order
 from megapix.data.loader import Spent
 from megapix.dist import World
+from megapix.errors import Trouble
+from megapix.health import Sentinel, Skips, Spike
 from megapix.model import PixelDiT
-from megapix.prepare import Plan, plan, same_everywhere
-from megapix.shards import write_atomic
+from megapix.prepare import Plan, plan, same_everywhere, write_config
+from megapix.saver import Saver
+from megapix.stopping import StopRequest, StopRequested
 
-MAX_SKIPPED_IN_A_ROW = 100
-"""A run that skips this many steps in a row (gradient not finite) has diverged and ends with an error."""
+
+@dataclass(frozen=True)
+class Run:
+    """What stays the same from the first step to the last."""
+
+    plan: Plan
+    world: World
+    device: torch.device
+    engine: Any
+    saver: Saver
+    stop: StopRequest
+
+    @property
+    def config(self) -> Config:
+        """The resolved configuration."""
+        return self.plan.config
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return Path(self.config.out)
+
+
+class Rollback(Exception):
+    """A spike after which the run goes back; carries where it stood."""
+
+    def __init__(self, spike: Spike, state: State) -> None:
+        super().__init__(spike.reason)
+        self.spike, self.state = spike, state
 
 
 def train(asked: Config, world: World) -> None:
@@ -32,51 +62,98 @@ def train(asked: Config, world: World) -> None:
 
     Raises:
         InputError: bad input, found before the first step and raised on every rank; or a sample that cannot be read.
-        FloatingPointError: every recent step was skipped.
+        Trouble: the run diverged, or a checkpoint could not be written; on every rank.
+        StopRequested: all ranks have agreed to stop, and all is saved.
     """
     if not torch.cuda.is_available():
         world.say(
             "joining CPU ranks (the first time on a machine, DeepSpeed compiles a communication op: about a minute)"
         )
     device = engine.start(world)
-    p = dist.together(world, lambda: plan(asked, world.size))
+    dist.together(world, lambda: config.validate(asked))
+    stop = StopRequest(Path(asked.out), world)
+    choice = checkpoint.choose(Path(asked.out), asked.resume, world)
+    p = dist.together(world, lambda: plan(asked, world.size, choice))
     same_everywhere(world, p)
-    run, c = Path(p.config.out), p.config
+    folder, c = Path(p.config.out), p.config
+    for reason in choice.refused if world.main else ():
+        dist.warn(f"checkpoint refused: {reason}")
     for change in p.changes:
         world.say(f"changed since the checkpoint: {change}")
-    if p.state and p.finished:
-        world.say(f"{run} is finished: {p.state.counters.images_seen:,} images seen, last checkpoint {p.resume}")
+    if p.saved and p.finished:
+        world.say(f"{folder} is finished: {p.saved.state.counters.images_seen:,} images seen, {p.saved.folder}")
         return
 
     if c.data.workers:
         loader.start_workers()
     net = engine.build_network(c.model, c.seed, engine.pixel_checkpoint(c.machine.pixel_checkpointing))
-    if c.init and p.state is None:
-        dist.together(world, lambda: weights.assign(net, weights.load_weights(c.init)))
+    if c.init and not p.saved:
+        initial = weights.load_weights(c.init, world=world)
+        dist.together(world, lambda: weights.assign(net, initial))
     e = engine.build(c, p.layout, net)
-    counters = p.state.counters if p.state else Counters()
-    if p.resume:
-        engine.load(e, p.resume, counters.images_seen)
-    _announce(p, world, net, counters)
+    if p.saved:
+        engine.load(e, p.saved, world)
+    layout, index = engine.layout(e, world), p.located.index
+    state = p.saved.state if p.saved else State(Counters(), c, index.digest, index.class_names, layout, adam_steps=0)
+    state = replace(state, config=c, layout=layout, files={})
+    _announce(p, world, net)
+    write_config(world, p)
     if world.main:
-        run.mkdir(parents=True, exist_ok=True)
-        write_atomic(run / "config.json", (json.dumps(config.to_dict(c), indent=1) + "\n").encode())
-    _steps(e, p, counters, world, device)
-    world.say(f"finished: {p.end:,} images seen; {checkpoint.latest(run)}")
+        retention.clean(folder)
+    with closing(Saver(folder, c.checkpoint, world)) as saver:
+        _until_the_end(Run(p, world, device, e, saver, stop), state)
+    world.say(f"finished: {p.end:,} images seen; {checkpoint.latest(folder)}")
 
 
-def _steps(e: Any, p: Plan, counters: Counters, world: World, device: torch.device) -> None:
-    c, run, total, skipped = p.config, Path(p.config.out), p.layout.total, counters.skipped
-    schedule, position, in_a_row, logged = e.lr_scheduler, counters.position, 0, counters.position
+def _until_the_end(run: Run, state: State) -> None:
+    """Step from `state` to the end, by way of rollbacks."""
+    h = run.config.health
+    if h.on_spike == "rollback" and run.plan.saved is None:
+        run.saver.save(state, _share(run, state))  # a spike before the first checkpoint needs one too
+    while True:
+        try:
+            return _steps(run, state)
+        except Rollback as back:
+            run.saver.finish()
+            if back.state.rollbacks >= h.max_rollbacks:
+                raise Trouble(
+                    f"{back}; the run has been rolled back {back.state.rollbacks} times (health.max_rollbacks)"
+                ) from None
+            skip = h.skip * run.plan.layout.total
+            saved = recovery.roll_back(run.folder, back.spike, back.state, skip, run.world)
+            engine.load(run.engine, saved, run.world)
+            state = replace(saved.state, config=state.config, layout=state.layout, files={})
+            ranges = ", ".join(f"{start:,} to {stop:,}" for start, stop in state.counters.skipped)
+            run.world.say(f"rolled back to {saved.folder}; positions never drawn: {ranges}")
+
+
+def _steps(run: Run, state: State) -> None:
+    p, c, e, world, saver = run.plan, run.config, run.engine, run.world, run.saver
+    total, counters, skipped = p.layout.total, state.counters, state.counters.skipped
+    schedule, position, logged, saved = e.lr_scheduler, counters.position, counters.position, counters
     batches = loader.batches(c.data, p.located, c.seed, p.layout, world.rank, position, skipped)
-    meter, clock, spent, replaced = metrics.LossMeter(device), metrics.Clock(), Spent(), 0
+    sentinel, skips, spikes = Sentinel(c.health, state.recent), Skips(c.health.max_skipped), state.spikes
+    meter, clock, spent, replaced = metrics.LossMeter(run.device), metrics.Clock(), Spent(), 0
+    mean, stalled = metrics.Mean(), saver.stall
     bar = tqdm(total=p.end, initial=schedule.images_seen, unit="img", disable=not world.main, **_bar_style())
-    board = metrics.Writer(run / "tensorboard", counters.drawn // total, enabled=world.main)
+    board = metrics.Writer(run.folder / "tensorboard", counters.drawn // total, enabled=world.main)
     board.configuration(counters.drawn // total, config.to_dict(c))
+
+    def here() -> State:
+        """The state to save: where the run stands."""
+        return replace(
+            state,
+            counters=counters,
+            adam_steps=engine.adam_steps(e),
+            previous=saved.images_seen,
+            loss=mean.read(),
+            recent=tuple(sentinel.recent),
+            spikes=spikes,
+        )
 
     with bar, closing(board):
         while schedule.images_seen < p.end:
-            before, lr = schedule.images_seen, schedule.get_last_lr()[0]
+            before, lr, step_loss = counters, schedule.get_last_lr()[0], torch.zeros((), device=run.device)
             for _ in range(p.layout.accumulation):
                 with clock.waiting():
                     batch = next(batches)
@@ -84,54 +161,136 @@ def _steps(e: Any, p: Plan, counters: Counters, world: World, device: torch.devi
                 replaced += len(batch.replaced)
                 for fault in batch.replaced:
                     dist.warn(f"rank {world.rank} replaced a damaged sample: {fault}")
-                images, labels = (x.to(device, non_blocking=True) for x in (batch.images, batch.labels))
+                images, labels = (x.to(run.device, non_blocking=True) for x in (batch.images, batch.labels))
                 loss, t = flow.training_loss(e, images, labels, batch.positions, c.seed, c.flow)
                 e.backward(loss.mean())
                 e.step()
                 meter.add(loss, t)
+                step_loss += loss.detach().mean() / p.layout.accumulation
 
             _, position = order.take(position, total, skipped)
             counters = Counters(position, schedule.images_seen, skipped)
-            now, step = counters.images_seen, counters.drawn // total
-            in_a_row = _skips(e.was_step_applied(), in_a_row, step, world)
-            bar.update(now - before)
+            now, step, applied = counters.images_seen, counters.drawn // total, e.was_step_applied()
+            heard = _agreed(run, step_loss)
+            grad_norm = float(e.get_global_grad_norm()) if applied else math.nan
+            if heard.save_failed:
+                saver.finish()
+            if not applied:
+                world.say(f"step {step} skipped: {heard.fault} ({skips.in_a_row + 1} in a row)")
+                board.event(step, f"skipped: {heard.fault}")
+            skips.count(applied, step, heard.fault)
+            if applied and (spike := sentinel.look(heard.loss, grad_norm, before.position, step)):
+                spikes += 1
+                board.event(step, f"spike: {spike.reason}; health.on_spike = {c.health.on_spike!r}")
+                _on_spike(run, spike, here())
+            mean.add(heard.loss)
+            bar.update(now - before.images_seen)
 
-            if _due(c.log.every, before, now, p.end):
-                row = meter.read(world.size) | clock.read(position - logged) | metrics.memory(device)
+            if _due(c.log.every, before.images_seen, now, p.end):
+                row = meter.read(world.size) | clock.read(position - logged) | metrics.memory(run.device)
                 row |= {"schedule/lr": lr, "schedule/images_seen": now}
-                row |= {"health/grad_norm": float(e.get_global_grad_norm())}
+                row |= {"health/grad_norm": grad_norm} if applied else {}
                 row |= {"health/skipped_steps": (counters.drawn - now) // total}
+                row |= {"health/spikes": spikes, "health/rollbacks": state.rollbacks}
                 row |= {"health/replaced_samples": sum(dist.gather(world, replaced))}
+                row |= {"speed/save_stall_s": saver.stall - stalled}
                 row |= spent.row((position - logged) // p.layout.ranks)
-                logged, spent = position, Spent()
-                bar.set_postfix(loss=f"{row['loss/train']:.4f}", lr=f"{lr:.1e}", refresh=False)
+                logged, spent, stalled = position, Spent(), saver.stall
+                bar.set_postfix(loss=f"{heard.loss:.4f}", lr=f"{lr:.1e}", refresh=False)
                 board.scalars(step, row)
-            if _due(c.checkpoint.every, before, now, p.end):
-                state = State(counters, c, p.located.index.digest, p.located.index.class_names, world.size)
-                checkpoint.save(run, state, world, partial(engine.save, e), c.checkpoint.keep)
-            if _due(c.log.samples_every, before, now, p.end):
-                board.image(step, "samples/ema", ema_grid(e, c, world, device))
+            if _due(c.checkpoint.every, before.images_seen, now, p.end):
+                saver.save(here(), _share(run, state), prune=not sentinel.suspicious)
+                saved = counters
+            try:
+                if heard.stop:
+                    raise StopRequested
+                if _due(c.log.samples_every, before.images_seen, now, p.end):
+                    board.image(step, "samples/ema", ema_grid(run))
+            except StopRequested:
+                if saved != counters:
+                    saver.save(here(), _share(run, state), prune=not sentinel.suspicious)
+                _stop(run)
+        saver.finish()
 
 
-def _skips(applied: bool, in_a_row: int, step: int, world: World) -> int:
-    """Steps skipped in a row, this one included; a skipped step is said aloud, and too many of them end the run."""
-    if applied:
-        return 0
-    world.say(f"step {step} skipped: the gradient is not finite ({in_a_row + 1} in a row)")
-    if in_a_row + 1 >= MAX_SKIPPED_IN_A_ROW:
-        raise FloatingPointError(f"{in_a_row + 1} steps in a row had a gradient that is not finite: the run diverged")
-    return in_a_row + 1
+@dataclass(frozen=True)
+class Heard:
+    """What all ranks know of a step after they have met."""
+
+    loss: float
+    """Mean over all ranks; NaN if it is not finite on one."""
+    fault: str
+    """Why the step's gradient is not finite, if it is not."""
+    stop: bool
+    """Whether any rank was asked to stop."""
+    save_failed: bool
+    """Whether a save in the background has failed."""
 
 
-def ema_grid(e: Any, c: Config, world: World, device: torch.device) -> np.ndarray:
-    """A grid of EMA samples, one class a row: uint8 [H, W, 3]. Each rank draws its share; every rank gets the grid."""
+def _agreed(run: Run, loss: torch.Tensor) -> Heard:
+    """Meet all ranks after a step: one all-reduce, and the one place in a step that waits for the device."""
+    ranks, finite = run.world.size, loss.isfinite()
+    mine = torch.zeros(3 + ranks, dtype=torch.float64, device=run.device)
+    mine[0] = loss.where(finite, 0.0)
+    mine[1] = float(run.stop.reason is not None)
+    mine[2] = float(run.saver.failed)
+    mine[3 + run.world.rank] = ~finite
+    loss_sum, stop, failed, *bad = dist.total(run.world, mine)
+    where = ", ".join(str(rank) for rank, count in enumerate(bad) if count)
+    fault = "the gradient is not finite" + (f", nor is the loss of rank {where}" if where else "")
+    return Heard(math.nan if where else loss_sum / ranks, fault, stop > 0, failed > 0)
+
+
+def _on_spike(run: Run, spike: Spike, state: State) -> None:
+    """Say so, keep the last healthy checkpoint, and do what health.on_spike says."""
+    run.saver.finish()
+    run.world.say(f"spike: {spike.reason}")
+    if run.config.health.on_spike == "rollback":
+        raise Rollback(spike, state)
+    healthy = recovery.keep_healthy(run.folder, spike, run.world)
+    kept = f"the last checkpoint before it is {healthy} and stays" if healthy else "there is no checkpoint before it"
+    run.world.say(kept)
+    if run.config.health.on_spike == "stop":
+        raise Trouble(f"{spike.reason}; {kept}")
+
+
+def _stop(run: Run) -> None:
+    """End the run as it was asked to, with all saved."""
+    run.saver.finish()
+    run.stop.done()
+    asked = next(reason for reason in dist.gather(run.world, run.stop.reason) if reason)
+    raise StopRequested(f"stopped by {asked} at {checkpoint.latest(run.folder)}; the same command goes on") from None
+
+
+def _share(run: Run, state: State) -> dict[str, torch.Tensor]:
+    return engine.share(run.engine, state.layout, run.world)
+
+
+def ema_grid(run: Run) -> np.ndarray:
+    """A grid of EMA samples, one class a row: uint8 [H, W, 3]. Each rank draws its share; every rank gets the grid.
+
+    Raises:
+        StopRequested: before a sampler step, on every rank, if any was asked to stop.
+    """
+    c, world = run.config, run.world
     rows, columns, s = min(c.log.grid_classes, c.model.num_classes), c.log.grid_columns, c.sampling
     numbers = list(range(rows * columns))
     mine = numbers[world.rank :: world.size]
-    noise = sample.seeded_noise(c.seed, mine, (c.data.image_size, c.data.image_size), device)
-    labels = torch.tensor([n // columns for n in mine], dtype=torch.int64, device=device)
-    with engine.ema_weights(e) as net:
-        images = sample.draw(net, noise, labels, s) if mine else noise  # more ranks than images: nothing to draw
+    noise = sample.seeded_noise(c.seed, mine, (c.data.image_size, c.data.image_size), run.device)
+    labels = torch.tensor([n // columns for n in mine], dtype=torch.int64, device=run.device)
+
+    def listen() -> None:
+        asked = torch.tensor([float(run.stop.reason is not None)], dtype=torch.float64, device=run.device)
+        if dist.total(world, asked)[0]:
+            raise StopRequested
+
+    with engine.ema_weights(run.engine) as net:
+        if mine:
+            images = sample.draw(net, noise, labels, s, listen)
+        else:  # more ranks than images: nothing to draw
+            images = noise
+            for _ in range(s.steps):
+                listen()
     shares = dist.gather(world, sample.to_uint8(images))
     grid = np.empty((len(numbers), *shares[0].shape[1:]), np.uint8)
     for rank, share in enumerate(shares):
@@ -144,7 +303,7 @@ def _due(every: Any, before: int, now: int, end: int) -> bool:
     return every != "never" and now > before and (now // every > before // every or now >= end)
 
 
-def _announce(p: Plan, world: World, net: PixelDiT, counters: Counters) -> None:
+def _announce(p: Plan, world: World, net: PixelDiT) -> None:
     c, layout = p.config, p.layout
     millions = sum(parameter.numel() for parameter in net.parameters()) / 1e6
     classes = f"{p.located.index.samples:,} images in {len(p.located.index.classes)} classes"
@@ -152,8 +311,8 @@ def _announce(p: Plan, world: World, net: PixelDiT, counters: Counters) -> None:
     world.say(f"global batch {layout}")
     for fault in p.located.faults:
         world.say(f"its samples will be replaced: {fault}")
-    if p.resume:
-        world.say(f"going on from {p.resume} at {counters.images_seen:,} images seen")
+    if p.saved:
+        world.say(f"going on from {p.saved.folder} at {p.saved.state.counters.images_seen:,} images seen")
 
 
 def _bar_style() -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import resource
 import time
 from collections.abc import Iterator
@@ -42,6 +43,25 @@ class LossMeter:
         self._sums.zero_()
         means = {f"loss/t_{i}_of_{QUARTERS}": s / n for i, (s, n) in enumerate(zip(sums, counts, strict=True), 1) if n}
         return {"loss/train": sum(sums) / sum(counts)} | means if means else {}
+
+
+class Mean:
+    """A running mean of plain numbers."""
+
+    def __init__(self) -> None:
+        self._sum, self._count = 0.0, 0
+
+    def add(self, value: float) -> None:
+        """Take a number; one that is not finite is left out."""
+        if math.isfinite(value):
+            self._sum += value
+            self._count += 1
+
+    def read(self) -> float | None:
+        """The mean since the last call, or None, and start again."""
+        mean = self._sum / self._count if self._count else None
+        self._sum, self._count = 0.0, 0
+        return mean
 
 
 class Clock:
@@ -98,6 +118,12 @@ class Writer:
         """Write a uint8 image [H, W, 3]."""
         if self._board:
             self._board.add_image(name, image, step, dataformats="HWC")
+            self._board.flush()
+
+    def event(self, step: int, text: str) -> None:
+        """Write something that happened, under the text tag `events`."""
+        if self._board:
+            self._board.add_text("events", text, step)
             self._board.flush()
 
     def configuration(self, step: int, config: dict[str, Any]) -> None:

@@ -1,8 +1,7 @@
 """AdamW whose state holds the EMA of its parameters.
 
 Under ZeRO-2 the optimizer's parameters are this rank's fp32 partition, so the EMA is kept in fp32 shards: 4 bytes ×
-parameters / ranks, without communication. It moves only when the optimizer steps, so a skipped step cannot move it,
-and it is saved and loaded inside DeepSpeed's own optimizer shards.
+parameters / ranks, without communication. It moves only when the optimizer steps, so a skipped step cannot move it.
 """
 
 from __future__ import annotations
@@ -27,11 +26,19 @@ class AdamWWithEMA(torch.optim.AdamW):
         self.ema_decay = ema_decay
 
     @torch.no_grad()
+    def begin(self) -> None:
+        """Make the whole state before the first step: no steps, zero moments, the EMA a copy of the weights."""
+        for p in self._params():
+            zeros = {key: torch.zeros_like(p) for key in ("exp_avg", "exp_avg_sq")}
+            self.state[p] = {"step": torch.zeros((), dtype=torch.float32), **zeros, EMA: p.detach().clone()}
+
+    @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> Any:
-        params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        initial = {p: p.clone() for p in params if EMA not in self.state[p]}
         loss = super().step(closure)
-        for p in params:
-            ema = self.state[p].setdefault(EMA, initial.get(p))
-            ema.lerp_(p, 1.0 - self.ema_decay)
+        for p in self._params():
+            if p.grad is not None:
+                self.state[p][EMA].lerp_(p, 1.0 - self.ema_decay)
         return loss
+
+    def _params(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from megapix import checkpoint, config
-from megapix.checkpoint import State
+from megapix.checkpoint import Choice, Saved, State
 from megapix.config import BatchLayout, Config
 from megapix.data.locate import Located, locate
-from megapix.dist import World, agree, gather
+from megapix.dist import World, agree, gather, together
 from megapix.ds_config import read_knobs
 from megapix.errors import InputError
 from megapix.images import Policy
+from megapix.shards import write_atomic
 
 
 @dataclass(frozen=True)
@@ -23,12 +25,15 @@ class Plan:
     config: Config
     located: Located
     layout: BatchLayout
-    resume: Path | None
-    """The checkpoint to go on from."""
-    state: State | None
-    """What that checkpoint says of itself."""
+    choice: Choice
+    """The checkpoint to go on from, and those that were refused."""
     changes: list[str]
-    """Schedule options that differ from the checkpoint's."""
+    """Schedule options, and the number of ranks, where they differ from the checkpoint's."""
+
+    @property
+    def saved(self) -> Saved | None:
+        """The checkpoint to go on from, if there is one."""
+        return self.choice.saved
 
     @property
     def end(self) -> int:
@@ -38,11 +43,15 @@ class Plan:
     @property
     def finished(self) -> bool:
         """Whether the checkpoint is already at the end."""
-        return self.state is not None and self.state.counters.images_seen >= self.end
+        return self.saved is not None and self.saved.state.counters.images_seen >= self.end
 
 
-def plan(asked: Config, ranks: int) -> Plan:
+def plan(asked: Config, ranks: int, choice: Choice | None = None) -> Plan:
     """Check a configuration against its data, its run folder and the number of ranks, and freeze its spans.
+
+    Args:
+        ranks: ranks of the run.
+        choice: the checkpoint to go on from; None looks for it here, by size alone, as a check before any rank starts.
 
     Raises:
         InputError: the first thing that is wrong.
@@ -62,27 +71,34 @@ def plan(asked: Config, ranks: int) -> Plan:
         raise InputError(
             f"model.num_classes = {asked.model.num_classes}, but {asked.data.path!r} holds {len(index.classes)} classes"
         )
-    if asked.init:
-        checkpoint.find_weights(Path(asked.init))
     resolved = config.freeze(asked, index.samples)
     run = Path(asked.out)
     _check_writable(run)
-    folder = checkpoint.latest(run)
-    if folder is None:
-        return Plan(resolved, located, layout, None, None, [])
-    state = checkpoint.read_state(folder)
+    choice = choice or checkpoint.choose(run, asked.resume, World(), hashed=False)
+    if choice.saved is None:
+        if asked.init and not Path(asked.init).is_file():
+            checkpoint.find(Path(asked.init), World(), hashed=False)
+        return Plan(resolved, located, layout, choice, [])
+    folder, state = choice.saved.folder, choice.saved.state
+    _check_batch(state, layout, str(folder))
     changes = config.compare(state.config, resolved, str(folder))
     if state.data_digest != index.digest:
         raise InputError(
             f"{folder} was trained on the data set {state.data_digest[:16]}…, "
             f"but {asked.data.path!r} is {index.digest[:16]}…; give the same shards, or another --out"
         )
-    if state.ranks != ranks:
+    if state.layout.ranks != ranks:
+        changes.append(f"ranks: {state.layout.ranks} -> {ranks}")
+    return Plan(resolved, located, layout, choice, changes)
+
+
+def _check_batch(state: State, layout: BatchLayout, where: str) -> None:
+    total = state.config.optim.global_batch
+    if layout.total != total:
         raise InputError(
-            f"{folder} was written by {state.ranks} ranks, but this run has {ranks}; start {state.ranks} ranks"
+            f"{where} was trained with optim.global_batch = {total}, but this run has {layout}; micro batch, "
+            f"accumulation and ranks may change, their product not: give --optim.global-batch {total}"
         )
-    checkpoint.check_files(folder, state)
-    return Plan(resolved, located, layout, folder, state, changes)
 
 
 def same_everywhere(world: World, p: Plan) -> None:
@@ -92,13 +108,42 @@ def same_everywhere(world: World, p: Plan) -> None:
         Agreed: naming the first rank that differs from rank 0, and in what.
     """
     mine = {key: repr(value) for key, value, mark in config.leaves(p.config) if mark != "machine"}
-    mine |= {"data set": p.located.index.digest, "checkpoint": p.resume.name if p.resume else "none"}
-    mine |= {"counters": repr(p.state.counters) if p.state else "none", "batch": str(p.layout)}
+    mine |= {"data set": p.located.index.digest, "checkpoint": p.saved.folder.name if p.saved else "none"}
+    mine |= {"counters": repr(p.saved.state.counters) if p.saved else "none", "batch": str(p.layout)}
     everyone = gather(world, mine)
     for rank, theirs in enumerate(everyone):
         for key, value in theirs.items():
             if value != everyone[0][key]:
                 agree(world, f"rank {rank} has {key} = {value}, but rank 0 has {everyone[0][key]}")
+
+
+def write_config(world: World, p: Plan) -> None:
+    """Make the run folder with the resolved configuration, and see that every rank has the same folder.
+
+    Raises:
+        Agreed: it cannot be written, or a rank does not read what rank 0 wrote.
+    """
+    path = Path(p.config.out) / "config.json"
+    text = json.dumps(config.to_dict(p.config), indent=1) + "\n"
+
+    def write() -> None:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(path, text.encode())
+        except OSError as error:
+            raise InputError(f"{path}: cannot be written: {error.strerror}") from error
+
+    def read() -> str | None:
+        return path.read_text() if path.is_file() else None
+
+    together(world, lambda: write() if world.main else None)
+    expected, found = gather(world, text)[0], read()
+    agree(
+        world,
+        f"{path} is not what rank 0 wrote: the run folder (--out) must be on a file system that all nodes share"
+        if found != expected
+        else None,
+    )
 
 
 def _check_sizes(asked: Config, policy: Policy) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import get_args
@@ -37,6 +38,7 @@ def generate(
     guidance: float = 1.0,
     interval: tuple[float, float] = (0.0, 1.0),
     shift: float = 1.0,
+    each_step: Callable[[], None] = lambda: None,
 ) -> Tensor:
     """Images from noise.
 
@@ -51,6 +53,7 @@ def generate(
         guidance: w in v_u + w (v_c - v_u), used where interval[0] < t < interval[1]; elsewhere, and for w = 1, v_c
             alone is evaluated, at half the cost.
         shift: time shift of the grid.
+        each_step: called before each of the steps; an exception from it ends the sampling.
 
     Returns:
         float32 [B, 3, H, W], images in about [-1, 1].
@@ -66,6 +69,7 @@ def generate(
     times = time_grid(steps, shift)
     x, previous = noise.float(), None
     for t, following in pairwise(times):
+        each_step()
         guided = guidance != 1.0 and low < t < high
         v = _velocity(net, x, t, labels, guidance if guided else None)
         slope = v if sampler == "euler" or previous is None else 1.5 * v - 0.5 * previous
@@ -74,10 +78,18 @@ def generate(
     return x
 
 
-def draw(net: Network, noise: Tensor, labels: Tensor, config: SamplingConfig) -> Tensor:
+def draw(
+    net: Network,
+    noise: Tensor,
+    labels: Tensor,
+    config: SamplingConfig,
+    each_step: Callable[[], None] = lambda: None,
+) -> Tensor:
     """`generate` with a run's sampling options."""
     interval = (config.guidance_from, config.guidance_to)
-    return generate(net, noise, labels, config.sampler, config.steps, config.guidance, interval, config.shift)
+    return generate(
+        net, noise, labels, config.sampler, config.steps, config.guidance, interval, config.shift, each_step
+    )
 
 
 def _velocity(net: Network, x: Tensor, t: float, labels: Tensor, guidance: float | None) -> Tensor:
@@ -115,9 +127,9 @@ def write_samples(
         InputError: a class that does not exist, or a size that the patch size does not divide.
     """
     for c in classes:
-        if not 0 <= c < weights.model.num_classes:
-            raise InputError(f"class {c} does not exist: expected 0 to {weights.model.num_classes - 1}")
-    patch = weights.model.patch_size
+        if not 0 <= c < weights.about.model.num_classes:
+            raise InputError(f"class {c} does not exist: expected 0 to {weights.about.model.num_classes - 1}")
+    patch = weights.about.model.patch_size
     if min(size) < patch or size[0] % patch or size[1] % patch:
         raise InputError(f"size {size[0]}x{size[1]}: expected multiples of the patch size {patch}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

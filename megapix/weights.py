@@ -1,7 +1,7 @@
-"""Weights out of runs, checkpoints and exported folders, on one process and without DeepSpeed.
+"""Weights out of runs, checkpoints and exported files, on one process and without DeepSpeed.
 
-A ZeRO-2 checkpoint holds each rank's piece of one flat fp32 vector (masters, and beside them the EMA); the pieces are
-put together here and cut into parameters. Files are read with torch's weights-only unpickler: nothing in them is run.
+A checkpoint holds flat fp32 vectors in shares (`checkpoint.py`); a parameter is a range of one. An exported file is one
+safetensors file of fp32 parameters with the configuration in its metadata, under the key "megapix".
 """
 
 from __future__ import annotations
@@ -13,17 +13,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megapix import checkpoint, config
-from megapix.checkpoint import MODEL_NAME
-from megapix.config import Config, ModelConfig, SamplingConfig
+from megapix import checkpoint, config, dist, flat
+from megapix.checkpoint import EXPECTED, Saved
+from megapix.config import ModelConfig, SamplingConfig
+from megapix.dist import World
 from megapix.errors import InputError
 from megapix.model import PixelDiT
-from megapix.optim import EMA
-from megapix.shards import write_atomic
 
-CONFIG_NAME = "config.json"
+METADATA = "megapix"
+
+
+@dataclass(frozen=True)
+class About:
+    """What is needed to use weights, and where they came from."""
+
+    model: ModelConfig
+    sampling: SamplingConfig
+    image_size: int
+    classes: tuple[str, ...]
+    ema: bool
+    source: str
+    images_seen: int
 
 
 @dataclass(frozen=True)
@@ -32,41 +45,20 @@ class Weights:
 
     tensors: dict[str, Tensor]
     """Parameters by name, float32."""
-    model: ModelConfig
-    sampling: SamplingConfig
-    image_size: int
-    classes: tuple[str, ...]
-    ema: bool
-    source: str
-
-
-class _Inert:
-    """Stands in for DeepSpeed's own classes in its files, none of which is needed to read weights."""
-
-    def __init__(self, *_: Any, **__: Any) -> None: ...
-
-    def __setstate__(self, _: Any) -> None: ...
-
-
-_DEEPSPEED_CLASSES = (
-    "deepspeed.runtime.fp16.loss_scaler.LossScaler",
-    "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
-    "deepspeed.runtime.zero.config.ZeroStageEnum",
-    "deepspeed.utils.tensor_fragment.fragment_address",
-)
+    about: About
 
 
 def load_model(path: str | Path, ema: bool = True, device: str | torch.device = "cpu") -> PixelDiT:
-    """The network of a run, a checkpoint or an exported folder, in eval mode, with float32 weights.
+    """The network of a run, a checkpoint or an exported file, in eval mode, with float32 weights.
 
     Call it as net(x, t, y): x [B, 3, H, W] in [-1, 1], t [B] in [0, 1], y [B] class indices; it returns the velocity.
 
     Args:
-        path: run folder (its latest checkpoint is taken), checkpoint folder, or exported folder.
-        ema: the EMA weights, or the raw ones. An exported folder holds one kind.
+        path: run folder (its newest whole checkpoint is taken), checkpoint folder, or exported file.
+        ema: the EMA weights, or the raw ones. An exported file holds one kind.
 
     Raises:
-        InputError: none of the three is at `path`, or the weights asked for are not in it.
+        InputError: none of the three is at `path`, it is damaged, or the weights asked for are not in it.
     """
     return network(load_weights(path, ema), device)
 
@@ -78,22 +70,53 @@ def network(weights: Weights, device: str | torch.device = "cpu") -> PixelDiT:
         InputError: tensors and configuration do not belong together.
     """
     with torch.device("meta"):
-        net = PixelDiT(weights.model)
+        net = PixelDiT(weights.about.model)
     _check_shapes(net, weights)
     net.load_state_dict(weights.tensors, assign=True)
     return net.to(device).eval().requires_grad_(False)
 
 
-def load_weights(path: str | Path, ema: bool = True) -> Weights:
-    """Read weights from a run, a checkpoint or an exported folder; errors as in `load_model`."""
-    folder = checkpoint.find_weights(Path(path))
-    if (folder / MODEL_NAME).is_file():
-        return _read_export(folder, ema)
-    state = checkpoint.read_state(folder)
-    checkpoint.check_files(folder, state)
-    tensors = _read_zero(folder, state, ema)
-    c: Config = state.config
-    return Weights(tensors, c.model, c.sampling, c.data.image_size, state.classes, ema, str(folder))
+def load_weights(path: str | Path, ema: bool = True, world: World | None = None) -> Weights:
+    """Read weights from a run, a checkpoint or an exported file; errors as in `load_model`.
+
+    Args:
+        world: every rank of a run calls it together, and they share the work of hashing; None is one process alone.
+    """
+    path, world = Path(path), world or World()
+    if path.is_file():
+        return dist.together(world, lambda: _read_export(path, ema))
+    saved = checkpoint.find(path, world)
+    layout = saved.state.layout
+
+    def read() -> dict[str, Tensor]:
+        with checkpoint.reading(saved.folder):
+            return {name: flat.tensor(saved.folder, layout, _part(ema), name) for name in layout.shapes}
+
+    return Weights(dist.together(world, read), _about(saved, ema))
+
+
+def export(path: Path, out: Path, ema: bool = True) -> About:
+    """Write the EMA or raw weights of a run or checkpoint as one safetensors file, a chunk of a tensor at a time.
+
+    Raises:
+        InputError: neither of the two is at `path`, it is damaged, or `out` cannot be written.
+    """
+    saved = checkpoint.find(path, World())
+    folder, layout, about = saved.folder, saved.state.layout, _about(saved, ema)
+    temporary = out.with_name(f".{out.name}.tmp")
+    try:
+        with checkpoint.reading(folder):
+            tensors = {
+                name: (layout.shapes[name], (piece for _, piece in flat.read(folder, layout, _part(ema), *span)))
+                for name, span in layout.spans.items()
+            }
+            flat.write(temporary, tensors, {METADATA: json.dumps(config.to_dict(about))})
+        os.replace(temporary, out)
+        checkpoint.sync_folder(out.parent)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise InputError(f"--out {str(out)!r} cannot be written: {error.strerror}") from error
+    return about
 
 
 def assign(net: PixelDiT, weights: Weights) -> None:
@@ -111,83 +134,39 @@ def _check_shapes(net: PixelDiT, weights: Weights) -> None:
     for name in sorted(own.keys() | weights.tensors.keys()):
         here, there = (tuple(d[name].shape) if name in d else None for d in (own, weights.tensors))
         if here != there:
-            raise InputError(f"{weights.source}: {name} has shape {there}, but the network needs {here}")
+            raise InputError(f"{weights.about.source}: {name} has shape {there}, but the network needs {here}")
 
 
-def export(weights: Weights, folder: Path) -> None:
-    """Write an exported folder: `model.safetensors` (float32) and `config.json`, each whole or not at all."""
-    from safetensors.torch import save_file
-
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".{MODEL_NAME}.tmp"
-    save_file({name: tensor.contiguous() for name, tensor in weights.tensors.items()}, temporary)
-    os.replace(temporary, folder / MODEL_NAME)
-    about = {
-        "model": config.to_dict(weights.model),
-        "sampling": config.to_dict(weights.sampling),
-        "image_size": weights.image_size,
-        "classes": list(weights.classes),
-        "ema": weights.ema,
-        "source": weights.source,
-    }
-    write_atomic(folder / CONFIG_NAME, (json.dumps(about, indent=1) + "\n").encode())
+def _part(ema: bool) -> str:
+    return "ema" if ema else "weights"
 
 
-def _read_export(folder: Path, ema: bool) -> Weights:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+def _about(saved: Saved, ema: bool) -> About:
+    c, state = saved.state.config, saved.state
+    size, seen = c.data.image_size, state.counters.images_seen
+    return About(c.model, c.sampling, size, state.classes, ema, str(saved.folder), seen)
 
-    path = folder / CONFIG_NAME
+
+def _read_export(path: Path, ema: bool) -> Weights:
     try:
-        about = json.loads(path.read_text())
-        if not isinstance(about["image_size"], int):
-            raise ValueError(f"image_size is {about['image_size']!r}, not a number of pixels")
-        if about["ema"] != ema:
-            kinds = {True: "EMA", False: "raw"}
-            raise InputError(f"{folder} holds {kinds[about['ema']]} weights, but the {kinds[ema]} ones were asked for")
-        return Weights(
-            load_file(folder / MODEL_NAME),
-            config.from_dict(ModelConfig, about["model"], str(path)),
-            config.from_dict(SamplingConfig, about["sampling"], str(path)),
-            about["image_size"],
-            tuple(about["classes"]),
-            ema,
-            str(folder),
-        )
-    except SafetensorError as error:
-        raise InputError(f"{folder / MODEL_NAME}: cannot be read: {error}") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: cannot be read: {error!r}") from error
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if METADATA not in metadata:
+                raise InputError(f"{path} has no {METADATA!r} in its metadata: {EXPECTED}")
+            about = _parsed(json.loads(metadata[METADATA]), path)
+            if about.ema != ema:
+                kinds = {True: "EMA", False: "raw"}
+                raise InputError(f"{path} holds {kinds[about.ema]} weights, but the {kinds[ema]} ones were asked for")
+            return Weights({name: file.get_tensor(name) for name in file.keys()}, about)  # noqa: SIM118
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: cannot be read as exported weights: {error}") from error
 
 
-def _read_zero(folder: Path, state: checkpoint.State, ema: bool) -> dict[str, Tensor]:
-    ranks = [_load(folder / _shard_name(state, rank))["optimizer_state_dict"] for rank in range(state.ranks)]
-    shapes = _load(folder / "mp_rank_00_model_states.pt")["param_shapes"]
-    tensors: dict[str, Tensor] = {}
-    for group, names in enumerate(shapes):
-        if ema:
-            states = [rank["base_optimizer_state"]["state"].get(group, {}) for rank in ranks]
-            if not all(EMA in s for s in states):
-                raise InputError(f"{folder} holds no EMA yet: no step was applied before it was saved")
-            pieces = [s[EMA] for s in states]
-        else:
-            pieces = [rank["single_partition_of_fp32_groups"][group] for rank in ranks]
-        flat, start = torch.cat(pieces), 0
-        for name, shape in names.items():
-            tensors[name] = flat[start : start + shape.numel()].view(shape)
-            start += shape.numel()
-    return tensors
-
-
-def _shard_name(state: checkpoint.State, rank: int) -> str:
-    prefix = "bf16_" if state.config.precision == "bf16" else ""
-    return f"{prefix}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
-
-
-def _load(path: Path) -> dict[str, Any]:
-    allowed: list[Any] = [(_Inert, name) for name in _DEEPSPEED_CLASSES]
-    try:
-        with torch.serialization.safe_globals(allowed):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # torch raises many kinds for a damaged file
-        raise InputError(f"{path}: cannot be read as a checkpoint shard: {error}") from error
+def _parsed(data: dict[str, Any], path: Path) -> About:
+    size = data["image_size"]
+    if not isinstance(size, int):
+        raise ValueError(f"image_size is {size!r}, not a number of pixels")
+    model = config.from_dict(ModelConfig, data["model"], str(path))
+    sampling = config.from_dict(SamplingConfig, data["sampling"], str(path))
+    classes = tuple(data["classes"])
+    return About(model, sampling, size, classes, data["ema"], str(path), data["images_seen"])

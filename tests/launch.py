@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,48 +26,82 @@ class Rank:
     err: str
 
 
+class Launch:
+    """Ranks at work, each in a process group of its own, as under a launcher."""
+
+    def __init__(self, ranks: int, module: str, arguments: Sequence[str | Path], **environment: str) -> None:
+        self.port = free_port()
+        shared = os.environ | {
+            "WORLD_SIZE": str(ranks),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(self.port),
+            "DS_ACCELERATOR": "cpu",
+            "OMP_NUM_THREADS": "1",
+            "PYTHONWARNINGS": "ignore",
+            # DeepSpeed's op builder calls ninja, which is installed beside the interpreter.
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        }
+        self.processes = [
+            subprocess.Popen(
+                [sys.executable, "-m", module, *map(str, arguments)],
+                env=shared | environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                cwd=ROOT,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                start_new_session=True,
+            )
+            for rank in range(ranks)
+        ]
+
+    def signal(self, number: signal.Signals, ranks: Sequence[int] | None = None) -> None:
+        """Send a signal to all processes of the ranks (of every rank if none is named), workers included."""
+        for rank in range(len(self.processes)) if ranks is None else ranks:
+            os.killpg(self.processes[rank].pid, number)
+
+    def wait_for(self, what: Callable[[], bool]) -> None:
+        """Wait until `what` holds; fail when it does not in time, or a rank has ended before."""
+        deadline = time.monotonic() + TIMEOUT
+        while not what():
+            ended = [process for process in self.processes if process.poll() is not None]
+            assert not ended, f"ended with {ended[0].returncode}: {ended[0].communicate()}"
+            assert time.monotonic() < deadline, "not in time"
+            time.sleep(0.05)
+
+    def finish(self, timeout: float = TIMEOUT) -> list[Rank]:
+        """Wait for every rank; a hang fails the test."""
+        try:
+            texts = [process.communicate(timeout=timeout) for process in self.processes]
+        finally:
+            self.kill()
+        return [Rank(process.returncode, *text) for process, text in zip(self.processes, texts, strict=True)]
+
+    def kill(self) -> None:
+        """SIGKILL to everything that is left, and remove the shared-memory segments of DeepSpeed's op."""
+        for process in self.processes:
+            try:
+                os.killpg(process.pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+            process.wait()
+        for segment in Path("/dev/shm").glob(f"deepspeed_*_127.0.0.1_{self.port}_*"):
+            segment.unlink(missing_ok=True)
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
-def start(ranks: int, module: str, arguments: Sequence[str | Path]) -> list[Rank]:
+def start(ranks: int, module: str, arguments: Sequence[str | Path], **environment: str) -> list[Rank]:
     """Run `python -m module arguments` on `ranks` ranks and return them all; a hang fails the test."""
-    shared = os.environ | {
-        "WORLD_SIZE": str(ranks),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-        "DS_ACCELERATOR": "cpu",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONWARNINGS": "ignore",
-        # DeepSpeed's op builder calls ninja, which is installed beside the interpreter.
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-    }
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", module, *map(str, arguments)],
-            env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(ranks)
-    ]
-    try:
-        texts = [process.communicate(timeout=TIMEOUT) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-        for segment in Path("/dev/shm").glob(f"deepspeed_*_127.0.0.1_{shared['MASTER_PORT']}_*"):
-            segment.unlink(missing_ok=True)
-    return [Rank(process.returncode, *text) for process, text in zip(processes, texts, strict=True)]
+    return Launch(ranks, module, arguments, **environment).finish()
 
 
-def succeed(ranks: int, module: str, arguments: Sequence[str | Path]) -> list[Rank]:
+def succeed(ranks: int, module: str, arguments: Sequence[str | Path], **environment: str) -> list[Rank]:
     """`start`, and fail with the first bad rank's output."""
-    done = start(ranks, module, arguments)
+    done = start(ranks, module, arguments, **environment)
     for number, rank in enumerate(done):
         assert rank.code == 0, f"rank {number} ended with {rank.code}\n{rank.out}\n{rank.err}"
     return done

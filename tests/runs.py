@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megapix import config
+from megapix import checkpoint, config
 from megapix.config import Config, DataConfig, LogConfig, MachineConfig, ModelConfig, OptimConfig, SamplingConfig
+from megapix.dist import World
 
 STEP_BATCH = 8
 SMALL = Config(
@@ -54,20 +56,39 @@ def scalars(run: Path, tag: str) -> dict[int, float]:
     return {event.step: event.value for event in events.Scalars(tag)}
 
 
-def shard_tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """Every tensor in every file of a checkpoint, by file and path inside it."""
-    found: dict[str, torch.Tensor] = {}
+def logged(run: Path) -> list[int]:
+    """The steps that a run, perhaps at work, has logged so far."""
+    if not list((run / "tensorboard").glob("events*")):
+        return []
+    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0})
+    events.Reload()
+    known = events.Tags()["scalars"]
+    return [event.step for event in events.Scalars("loss/train")] if "loss/train" in known else []
 
-    def walk(value: object, name: str) -> None:
-        if isinstance(value, torch.Tensor):
-            found[name] = value
-        elif isinstance(value, dict):
-            for key, inner in value.items():
-                walk(inner, f"{name}/{key}")
-        elif isinstance(value, (list, tuple)):
-            for number, inner in enumerate(value):
-                walk(inner, f"{name}/{number}")
 
-    for path in sorted(checkpoint.glob("*.pt")):
-        walk(torch.load(path, weights_only=False), path.name)
-    return found
+def shard_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor in every file of a checkpoint, by file and name."""
+    return {
+        f"{path.name}/{part}": tensor
+        for path in sorted(folder.glob("*.safetensors"))
+        for part, tensor in load_file(path).items()
+    }
+
+
+def flat_vectors(folder: Path) -> dict[str, torch.Tensor]:
+    """The parts of a checkpoint, each rank's share laid end to end (the ranks' files sort in their order)."""
+    tensors = shard_tensors(folder)
+    parts = {name.split("/")[1] for name in tensors}
+    return {part: torch.cat([t for name, t in tensors.items() if name.endswith(f"/{part}")]) for part in parts}
+
+
+def saved(run: Path) -> checkpoint.Saved:
+    """The checkpoint that `latest` names, which must be whole."""
+    choice = checkpoint.choose(run, "require", World())
+    assert choice.saved
+    return choice.saved
+
+
+def counters(run: Path) -> checkpoint.Counters:
+    """Where a run's newest checkpoint stands."""
+    return saved(run).state.counters

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +19,13 @@ from PIL import Image
 from torch.utils import cpp_extension
 
 import megapix
-from megapix import checkpoint, cli, config, ds_config, weights
+from megapix import checkpoint, cli, config, ds_config, flat, weights
+from megapix.checkpoint import Counters, FileRecord, Layout, State
 from megapix.errors import InputError
+from megapix.model import PixelDiT
 from megapix.prepare import plan
 from tests.launch import ROOT, start
-from tests.runs import SMALL, arguments
+from tests.runs import SMALL, arguments, counters
 
 
 @dataclass
@@ -47,43 +50,51 @@ def other_run(command: list[str], shards: Path, out: Path) -> None:
     _checkpoint_of(other, shards, out, ranks=2)
 
 
-def other_ranks(command: list[str], shards: Path, out: Path) -> None:
-    _checkpoint_of(config.freeze(SMALL, 40), shards, out, ranks=7)
-
-
-def _checkpoint_of(c: config.Config, shards: Path, out: Path, ranks: int, files: dict[str, int] | None = None) -> None:
+def _checkpoint_of(c: config.Config, shards: Path, out: Path, ranks: int) -> None:
+    """A whole checkpoint at 80 images, of a network with one number."""
     from megapix.shards import read_index
 
     folder = out / "checkpoints" / "images-000000000080"
     folder.mkdir(parents=True)
-    state = checkpoint.State(checkpoint.Counters(80, 80), c, read_index(shards).digest, ("a",) * 3, ranks, files or {})
-    (folder / "state.json").write_text(json.dumps(checkpoint._to_json(state)))
-    (folder.parent / "latest").write_text(folder.name)
+    layout, files = Layout({"a": (1,)}, ranks), {}
+    for name in layout.files:
+        (folder / name).write_bytes(b"numbers")
+        files[name] = FileRecord(7, hashlib.sha256(b"numbers").hexdigest())
+    digest = read_index(shards).digest
+    checkpoint.write_state(folder, State(Counters(80, 80), c, digest, ("a",) * 3, layout, 10, files=files))
+    checkpoint.point_to(folder)
+
+
+def _of_this_run(shards: Path, out: Path) -> Path:
+    _checkpoint_of(config.freeze(SMALL, 40), shards, out, ranks=2)
+    return out / "checkpoints" / "images-000000000080"
 
 
 def cut_state(command: list[str], shards: Path, out: Path) -> None:
-    _checkpoint_of(config.freeze(SMALL, 40), shards, out, ranks=2)
-    state = out / "checkpoints" / "images-000000000080" / "state.json"
-    state.write_text(state.read_text()[:100])
+    os.truncate(_of_this_run(shards, out) / "state.json", 100)
+
+
+def old_version(command: list[str], shards: Path, out: Path) -> None:
+    state = _of_this_run(shards, out) / "state.json"
+    state.write_text(state.read_text().replace('"version": 2', '"version": 1'))
 
 
 def cut_checkpoint(command: list[str], shards: Path, out: Path) -> None:
-    lost_file(command, shards, out)
-    (out / "checkpoints" / "images-000000000080" / "mp_rank_00_model_states.pt").write_bytes(b"cut")
+    (_of_this_run(shards, out) / "rank-00001-of-00002.safetensors").write_bytes(b"cut")
 
 
 def lost_file(command: list[str], shards: Path, out: Path) -> None:
-    _checkpoint_of(config.freeze(SMALL, 40), shards, out, ranks=2, files={"mp_rank_00_model_states.pt": 7})
+    (_of_this_run(shards, out) / "rank-00000-of-00002.safetensors").unlink()
 
 
 def wrong_counters(command: list[str], shards: Path, out: Path) -> None:
-    _checkpoint_of(config.freeze(SMALL, 40), shards, out, ranks=2)
-    state = out / "checkpoints" / "images-000000000080" / "state.json"
-    state.write_text(state.read_text().replace('"position": 80', '"position": 40'))
+    folder = _of_this_run(shards, out)
+    state = checkpoint.read_state(folder)
+    checkpoint.write_state(folder, replace(state, counters=Counters(40, 80)))
 
 
 def stale_latest(command: list[str], shards: Path, out: Path) -> None:
-    _checkpoint_of(config.freeze(SMALL, 40), shards, out, ranks=2)
+    (out / "checkpoints").mkdir(parents=True)
     (out / "checkpoints" / "latest").write_text("images-999")
 
 
@@ -111,16 +122,19 @@ BAD = {
     "guidance": Bad(option("sampling.guidance", "nan"), ("sampling.guidance = nan", "a finite number")),
     "infinite": Bad(option("optim.lr", "inf"), ("optim.lr = inf", "a finite number")),
     "not a number": Bad(option("flow.t-mean", "nan"), ("flow.t_mean = nan", "a finite number")),
-    "state cut": Bad(cut_state, ("state.json: cannot be read",)),
-    "checkpoint cut": Bad(cut_checkpoint, ("mp_rank_00_model_states.pt has 3 bytes, but 7 were saved",)),
-    "checkpoint file gone": Bad(lost_file, ("mp_rank_00_model_states.pt is missing", "an older checkpoint")),
+    "state cut": Bad(cut_state, ("no checkpoint in", "state.json: cannot be read", "another --out")),
+    "state of another version": Bad(old_version, ("version is 1, this release reads version 2",)),
+    "checkpoint cut": Bad(cut_checkpoint, ("rank-00001-of-00002.safetensors has 3 bytes, but 7 were saved",)),
+    "checkpoint file gone": Bad(lost_file, ("rank-00000-of-00002.safetensors is missing",)),
     "latest": Bad(stale_latest, ("latest names 'images-999'", "is missing")),
+    "resume": Bad(option("resume", "require"), ("resume = 'require'", "holds no checkpoint")),
+    "spike window": Bad(option("health.window", "2"), ("health.window = 2", "at least 4 steps")),
+    "keep every": Bad(option("checkpoint.keep-every", "0"), ("checkpoint.keep_every = 0 is no image at all",)),
     "dropout": Bad(option("flow.label-dropout", "1.5"), ("flow.label_dropout = 1.5", "0 to 1")),
     "ds config": Bad(option("machine.ds-config", "zero3"), ("machine.ds_config = 'zero3'", "did you mean 'zero2'")),
     "run folder": Bad(below_a_file, ("the run folder cannot be made",)),
     "init": Bad(option("init", "nowhere"), ("'nowhere' holds no weights",)),
     "other run": Bad(other_run, ("belongs to another run", "optim.ema_decay is 0.5 there and 0.9 here")),
-    "other ranks": Bad(other_ranks, ("was written by 7 ranks, but this run has 2",)),
 }
 
 
@@ -175,7 +189,7 @@ def test_one_ranks_problem_reaches_every_rank(own_shards: Path, tmp_path: Path) 
     [
         ("--seed", "7", "rank 1 has seed = 7, but rank 0 has 1"),
         ("--optim.lr", "0.5", "rank 1 has optim.lr = 0.5, but rank 0 has 0.002"),
-        ("--out", "elsewhere", "holds the shards of 1 ranks, expected 2: the run folder (--out) must be on a file"),
+        ("--out", "elsewhere", "config.json is not what rank 0 wrote: the run folder (--out) must be on a file system"),
     ],
 )
 def test_ranks_must_agree_on_the_run(option: str, value: str, words: str, own_shards: Path, tmp_path: Path) -> None:
@@ -298,8 +312,10 @@ def test_configuration_files(own_shards: Path, tmp_path: Path, capsys: pytest.Ca
 def test_marks_are_complete_and_frozen() -> None:
     marks = {key: mark for key, _, mark in config.leaves(config.Config())}
     assert set(marks.values()) == {"identity", "schedule", "machine"}
-    schedule = {key for key, mark in marks.items() if mark == "schedule"}
-    assert schedule == {f"optim.{k}" for k in ("lr", "lr_after", "lr_step_at", "end_at", "warmup", "grad_clip")}
+    assert {key for key, mark in marks.items() if mark == "schedule"} == {
+        *(f"optim.{k}" for k in ("lr", "lr_after", "lr_step_at", "end_at", "warmup", "grad_clip")),
+        *(f"health.{k}" for k in config.HealthConfig.__dataclass_fields__),
+    }
     assert {key for key, mark in marks.items() if mark == "identity"} == {
         "seed", "init", "precision", "data.image_size", "data.flip", "data.shuffle_window",
         "data.reading_groups",
@@ -315,6 +331,7 @@ def test_resume_reads_the_marks(own_shards: Path, tmp_path: Path) -> None:
     assert plan(asked, 2).changes == []
     changed = config.replace(config.replace(asked, "optim.lr", 0.5), "machine.micro_batch", 1)
     assert plan(changed, 2).changes == ["optim.lr: 0.002 -> 0.5"]
+    assert plan(asked, 4).changes == ["ranks: 2 -> 4"]
     for key, value in (("model.mlp", "swiglu"), ("seed", 9), ("flow.time_shift", 3.0), ("optim.global_batch", 16)):
         with pytest.raises(InputError, match=key):
             plan(config.replace(asked, key, value), 2)
@@ -424,7 +441,7 @@ def test_torchrun_starts_it_too(own_shards: Path, tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "x ranks 2" in done.stdout
-    assert checkpoint.read_state(checkpoint.latest(tmp_path / "run")).counters.images_seen == 16
+    assert counters(tmp_path / "run").images_seen == 16
 
 
 def test_launch_sh_trains_and_samples(own_shards: Path, tmp_path: Path) -> None:
@@ -453,66 +470,66 @@ def test_launch_sh_trains_and_samples(own_shards: Path, tmp_path: Path) -> None:
     ]  # fmt: skip
     with Image.open(singles / "0002-000001.png") as image:
         assert np.array_equal(np.asarray(image), sheet[2:18, 20:36])
-    assert cli.main(["export", str(run), "--out", str(tmp_path / "exported")]) == 0
-    again = tmp_path / "again.png"
-    assert (
-        cli.main(["sample", str(tmp_path / "exported"), "--out", str(again), *options[:4], "--classes", "2", "0"]) == 0
-    )
+    exported, again = tmp_path / "exported.safetensors", tmp_path / "again.png"
+    assert cli.main(["export", str(run), "--out", str(exported)]) == 0
+    assert cli.main(["sample", str(exported), "--out", str(again), *options[:4], "--classes", "2", "0"]) == 0
     with Image.open(again) as image:
         assert np.array_equal(np.asarray(image), sheet)
 
 
-def test_sampling_from_python(own_shards: Path, tmp_path: Path) -> None:
+def _exported(path: Path, c: config.ModelConfig = SMALL.model) -> Path:
+    """An export of an untrained network's EMA; `c` is what its metadata says of it."""
     torch.manual_seed(0)
-    from megapix.model import PixelDiT
-
     tensors = {name: p.detach() for name, p in PixelDiT(SMALL.model).named_parameters()}
-    folder = tmp_path / "exported"
-    made = weights.Weights(tensors, SMALL.model, SMALL.sampling, 16, ("a", "b", "c"), True, "here")
-    weights.export(made, folder)
-    net = megapix.load_model(folder, ema=True)
+    about = weights.About(c, SMALL.sampling, 16, ("a", "b", "c"), True, "here", 0)
+    flat.write(
+        path,
+        {name: (tuple(tensor.shape), [tensor]) for name, tensor in tensors.items()},
+        {"megapix": json.dumps(config.to_dict(about))},
+    )
+    return path
+
+
+def test_sampling_from_python(tmp_path: Path) -> None:
+    net = megapix.load_model(_exported(tmp_path / "net.safetensors"), ema=True)
     noise = torch.randn(2, 3, 16, 16)
     images = megapix.sample.generate(
         net, noise, torch.tensor([0, 2]), sampler="ab2", steps=3, guidance=2.0, interval=(0.1, 0.9), shift=1.0
     )
     assert torch.equal(images, noise), "an untrained network's velocity is zero"
     with pytest.raises(InputError, match="holds EMA weights, but the raw ones were asked for"):
-        megapix.load_model(folder, ema=False)
+        megapix.load_model(tmp_path / "net.safetensors", ema=False)
 
 
 def test_sample_refuses_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from megapix.model import PixelDiT
-
-    tensors = {name: p.detach() for name, p in PixelDiT(SMALL.model).named_parameters()}
-    folder = tmp_path / "exported"
-    weights.export(weights.Weights(tensors, SMALL.model, SMALL.sampling, 16, ("a", "b", "c"), True, "here"), folder)
+    file = _exported(tmp_path / "net.safetensors")
     out = ["--out", str(tmp_path / "grid.png")]
-    cut, narrow = (Path(shutil.copytree(folder, tmp_path / name)) for name in ("cut", "narrow"))
-    (cut / "model.safetensors").write_bytes((cut / "model.safetensors").read_bytes()[:1000])
-    (narrow / "config.json").write_text((narrow / "config.json").read_text().replace('"width": 32', '"width": 64'))
+    cut, foreign = tmp_path / "cut.safetensors", tmp_path / "foreign.safetensors"
+    cut.write_bytes(file.read_bytes()[:1000])
+    flat.write(foreign, {"x": ((1,), [torch.zeros(1)])})
+    wide = _exported(tmp_path / "wide.safetensors", replace(SMALL.model, width=64))
     for options, words in (
         ([str(tmp_path / "none")], "holds no weights"),
-        ([str(folder), "--classes", "0", "3"], "class 3 does not exist: expected 0 to 2"),
-        ([str(folder), "--size", "18", "16"], "size 18x16: expected multiples of the patch size 4"),
-        ([str(folder), "--size", "0", "0"], "size 0x0: expected multiples of the patch size 4"),
-        ([str(folder), "--guidance", "nan"], "sampling.guidance = nan: expected a finite number"),
-        ([str(folder), "--out", str(tmp_path)], "is a folder; expected a file"),
-        ([str(folder), "--out", str(folder / "config.json" / "x.png")], "its folder cannot be made"),
-        ([str(folder), "--singles", str(folder / "config.json")], "is not a folder"),
-        ([str(cut)], "model.safetensors: cannot be read"),
-        ([str(narrow)], "adaLN_modulation.0.bias has shape (192,), but the network needs (384,)"),
-        ([str(folder), "--per-class", "0"], "--per-class = 0: expected at least 1"),
-        ([str(folder), "--steps", "0"], "steps"),
-        ([str(folder), "--raw"], "holds EMA weights"),
+        ([str(file), "--classes", "0", "3"], "class 3 does not exist: expected 0 to 2"),
+        ([str(file), "--size", "18", "16"], "size 18x16: expected multiples of the patch size 4"),
+        ([str(file), "--size", "0", "0"], "size 0x0: expected multiples of the patch size 4"),
+        ([str(file), "--guidance", "nan"], "sampling.guidance = nan: expected a finite number"),
+        ([str(file), "--out", str(tmp_path)], "is a folder; expected a file"),
+        ([str(file), "--out", str(file / "x.png")], "its folder cannot be made"),
+        ([str(file), "--singles", str(file)], "is not a folder"),
+        ([str(cut)], "cut.safetensors: cannot be read as exported weights"),
+        ([str(foreign)], "has no 'megapix' in its metadata"),
+        ([str(wide)], "adaLN_modulation.0.bias has shape (192,), but the network needs (384,)"),
+        ([str(file), "--per-class", "0"], "--per-class = 0: expected at least 1"),
+        ([str(file), "--steps", "0"], "steps"),
+        ([str(file), "--raw"], "holds EMA weights"),
     ):
         assert cli.main(["sample", *out, *options]) == 2, options
         error = capsys.readouterr().err
         assert words in error
         assert error.count("\n") == 1
     assert not (tmp_path / "grid.png").exists()
-    for out_folder in (folder / "config.json", folder / "config.json" / "below"):
-        assert cli.main(["export", str(folder), "--out", str(out_folder)]) == 2
-        error = capsys.readouterr().err
-        assert f"--out '{out_folder}" in error
-        assert "its folder cannot be made" in error
-        assert error.count("\n") == 1
+    assert cli.main(["export", str(file), "--out", str(file / "below")]) == 2
+    error = capsys.readouterr().err
+    assert "its folder cannot be made" in error
+    assert error.count("\n") == 1

@@ -16,6 +16,7 @@ results over in order.
 from __future__ import annotations
 
 import multiprocessing
+import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -201,9 +202,15 @@ def batches(
 
 
 def start_workers() -> None:
-    """Start the process that workers are forked from, so that it loads this module while the network is built."""
+    """Start the process that workers are forked from, so that it loads this module while the network is built.
+
+    It and the workers never see a signal that asks the run to stop: a launcher sends it to all processes, and the
+    batches are needed until the ranks have agreed on a step to stop at. They end when the rank does.
+    """
     _context()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGUSR1))
     forkserver.ensure_running()
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _context() -> Any:

@@ -1,0 +1,54 @@
+"""A checkpoint written anew for another number of ranks, a chunk at a time and equal bit for bit.
+
+A run needs no such step, since any number of ranks reads any checkpoint; this is for moving one whose files should be
+fewer or smaller.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+from megapix import checkpoint, config, flat
+from megapix.checkpoint import PARTS, FileRecord, Layout, Saved
+from megapix.dist import World
+from megapix.errors import InputError
+from megapix.shards import write_atomic
+
+
+def reshard(saved: Saved, ranks: int, out: Path) -> Path:
+    """Write a run folder `out` with one checkpoint, `saved` for `ranks` ranks. Returns its folder.
+
+    Raises:
+        InputError: `out` has a checkpoint already, cannot be written, or a file of the source cannot be read.
+    """
+    source, state = saved.folder, saved.state
+    if checkpoint.latest(out) or checkpoint.complete(out):
+        raise InputError(f"--out {str(out)!r} has checkpoints already; expected a new run folder")
+    layout = Layout(state.layout.shapes, ranks)
+    final = checkpoint.checkpoints_of(out) / source.name
+    temporary = final.with_name(f"{final.name}.tmp")
+    files: dict[str, FileRecord] = {}
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        with checkpoint.reading(source):
+            for rank in range(ranks):
+                start, stop = layout.range_of(rank)
+                pieces = {
+                    part: ((stop - start,), (piece for _, piece in flat.read(source, state.layout, part, start, stop)))
+                    for part in PARTS
+                }
+                files[layout.file_of(rank)] = flat.write(temporary / layout.file_of(rank), pieces)
+        written = replace(state, layout=layout, files=files)
+        checkpoint.write_state(temporary, written)
+        checkpoint.sync_folder(temporary)
+        temporary.rename(final)
+        checkpoint.check_files(final, written, World())
+        checkpoint.point_to(final)
+        write_atomic(out / "config.json", (json.dumps(config.to_dict(state.config), indent=1) + "\n").encode())
+    except OSError as error:
+        raise InputError(f"{error.filename or temporary}: cannot be written: {error.strerror}") from error
+    return final

@@ -1,0 +1,77 @@
+"""Asked to stop: every rank stops at the same step, all is saved, and the same command goes on."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from megapix.checkpoint import PARTS
+from tests.launch import Launch, succeed
+from tests.runs import STEP_BATCH, arguments, counters, flat_vectors, logged, saved, scalars
+
+ENDLESS = ["--optim.end-at", "1000000000", "--checkpoint.every", "1000000000"]
+
+
+def by_signal(number: signal.Signals, ranks: list[int] | None) -> Callable[[Launch, Path], None]:
+    return lambda launch, run: launch.signal(number, ranks)
+
+
+def by_file(launch: Launch, run: Path) -> None:
+    (run / "stop").touch()
+
+
+ASKS = {
+    "SIGTERM to every process": (by_signal(signal.SIGTERM, None), "SIGTERM"),
+    "SIGUSR1 to one rank": (by_signal(signal.SIGUSR1, [1]), "SIGUSR1"),
+    "a file": (by_file, "run/stop"),
+}
+
+
+@pytest.mark.parametrize("how", ASKS)
+def test_asked_to_stop(how: str, shards: Path, tmp_path: Path) -> None:
+    """With a worker on each rank, which gets the signal too; then 3 more steps, against a run of the same length."""
+    ask, name = ASKS[how]
+    run = tmp_path / "run"
+    options = ["--data.workers", "1", "--optim.lr-step-at", "never"]
+    launch = Launch(2, "megapix", arguments(shards, run, *options, *ENDLESS))
+    try:
+        launch.wait_for(lambda: len(logged(run)) >= 3)
+        ask(launch, run)
+        done = launch.finish(timeout=60)
+    finally:
+        launch.kill()
+    assert [rank.code for rank in done] == [75, 75], done[0].err
+    assert all("Traceback" not in rank.err for rank in done)
+    stopped = counters(run)
+    assert stopped.images_seen == stopped.position >= 3 * STEP_BATCH
+    (line,) = [line for line in done[0].out.splitlines() if "stopped by" in line]
+    assert name in line
+    assert f"{saved(run).folder}; the same command goes on" in line
+    assert not (run / "stop").exists()
+    if how == "a file":
+        return
+    end = ["--optim.end-at", str(stopped.images_seen + 3 * STEP_BATCH)]
+    succeed(2, "megapix", arguments(shards, run, *options, *end))
+    succeed(2, "megapix", arguments(shards, tmp_path / "still", *options, *end))
+    whole, parts = (flat_vectors(saved(tmp_path / name).folder) for name in ("still", "run"))
+    assert all(torch.equal(whole[part], parts[part]) for part in PARTS)
+    assert scalars(run, "loss/train") == scalars(tmp_path / "still", "loss/train")
+
+
+def test_asked_while_sampling(shards: Path, tmp_path: Path) -> None:
+    """A grid of one image, so that rank 1 draws none, in so many steps that it would take hours."""
+    run = tmp_path / "run"
+    options = ["--log.samples-every", "24", "--sampling.steps", "10000000", "--log.grid-columns", "1"]
+    launch = Launch(2, "megapix", arguments(shards, run, *options, "--log.grid-classes", "1", *ENDLESS))
+    try:
+        launch.wait_for(lambda: len(logged(run)) >= 3)
+        launch.signal(signal.SIGTERM, [1])
+        done = launch.finish(timeout=60)
+    finally:
+        launch.kill()
+    assert [rank.code for rank in done] == [75, 75], done[0].err
+    assert counters(run).images_seen == 24
