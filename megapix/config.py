@@ -157,6 +157,8 @@ class MachineConfig:
     """Activation checkpointing of the pixel pathway: 'full' recomputes each PiT block in backward."""
     ds_config: str = _machine("zero2")
     """DeepSpeed-only knobs: a name in ds_configs/, or the path of a JSON file."""
+    watchdog: float = _machine(60.0)
+    """Seconds after which a silent rank counts as dead and one without progress as hung, and the job ends; 0 is off."""
 
 
 @dataclass(frozen=True)
@@ -462,6 +464,11 @@ def validate(config: Config) -> None:
     need(o.grad_clip >= 0, "optim.grad_clip", "0 (off) or more")
     need(0 <= o.ema_decay < 1, "optim.ema_decay", "0 <= decay < 1")
     need(config.machine.micro_batch >= 0, "machine.micro_batch", "0 (global batch / ranks) or more")
+    need(
+        config.machine.watchdog == 0 or config.machine.watchdog >= 2,
+        "machine.watchdog",
+        "0 (off) or at least 2 seconds, twice the time between heartbeats",
+    )
     need(config.checkpoint.keep >= 0, "checkpoint.keep", "0 (all) or more")
     need(config.checkpoint.keep_best >= 0, "checkpoint.keep_best", "0 (none) or more")
     h = config.health

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from megapix import checkpoint, config, dist, engine, flow, metrics, recovery, retention, sample, weights
+from megapix import checkpoint, config, dist, engine, flow, metrics, recovery, retention, sample, storage, weights
 from megapix.checkpoint import Counters, State
 from megapix.config import Config
 from megapix.data import loader, order
@@ -25,6 +25,7 @@ from megapix.model import PixelDiT
 from megapix.prepare import Plan, plan, same_everywhere, write_config
 from megapix.saver import Saver
 from megapix.stopping import StopRequest, StopRequested
+from megapix.watchdog import Watchdog
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Run:
     engine: Any
     saver: Saver
     stop: StopRequest
+    watch: Watchdog
 
     @property
     def config(self) -> Config:
@@ -83,7 +85,15 @@ def train(asked: Config, world: World) -> None:
     if p.saved and p.finished:
         world.say(f"{folder} is finished: {p.saved.state.counters.images_seen:,} images seen, {p.saved.folder}")
         return
+    with Watchdog(world, c.machine.watchdog, _waits(c)) as watch:
+        _run(p, world, device, stop, watch)
+        dist.barrier(world)  # nobody says goodbye while another still works
+    world.say(f"finished: {p.end:,} images seen; {checkpoint.latest(folder)}")
 
+
+def _run(p: Plan, world: World, device: torch.device, stop: StopRequest, watch: Watchdog) -> None:
+    """Build the engine, load the checkpoint, and train to the end."""
+    c, folder = p.config, Path(p.config.out)
     if c.data.workers:
         loader.start_workers()
     net = engine.build_network(c.model, c.seed, engine.pixel_checkpoint(c.machine.pixel_checkpointing))
@@ -101,8 +111,7 @@ def train(asked: Config, world: World) -> None:
     if world.main:
         retention.clean(folder)
     with closing(Saver(folder, c.checkpoint, world)) as saver:
-        _until_the_end(Run(p, world, device, e, saver, stop), state)
-    world.say(f"finished: {p.end:,} images seen; {checkpoint.latest(folder)}")
+        _until_the_end(Run(p, world, device, e, saver, stop, watch), state)
 
 
 def _until_the_end(run: Run, state: State) -> None:
@@ -114,11 +123,11 @@ def _until_the_end(run: Run, state: State) -> None:
         try:
             return _steps(run, state)
         except Rollback as back:
-            run.saver.finish()
             if back.state.rollbacks >= h.max_rollbacks:
                 raise Trouble(
                     f"{back}; the run has been rolled back {back.state.rollbacks} times (health.max_rollbacks)"
                 ) from None
+            run.watch.note(back.state.counters.drawn // run.plan.layout.total, "load")
             skip = h.skip * run.plan.layout.total
             saved = recovery.roll_back(run.folder, back.spike, back.state, skip, run.world)
             engine.load(run.engine, saved, run.world)
@@ -128,7 +137,7 @@ def _until_the_end(run: Run, state: State) -> None:
 
 
 def _steps(run: Run, state: State) -> None:
-    p, c, e, world, saver = run.plan, run.config, run.engine, run.world, run.saver
+    p, c, e, world, saver, watch = run.plan, run.config, run.engine, run.world, run.saver, run.watch
     total, counters, skipped = p.layout.total, state.counters, state.counters.skipped
     schedule, position, logged, saved = e.lr_scheduler, counters.position, counters.position, counters
     batches = loader.batches(c.data, p.located, c.seed, p.layout, world.rank, position, skipped)
@@ -154,7 +163,9 @@ def _steps(run: Run, state: State) -> None:
     with bar, closing(board):
         while schedule.images_seen < p.end:
             before, lr, step_loss = counters, schedule.get_last_lr()[0], torch.zeros((), device=run.device)
+            at = before.drawn // total + 1
             for _ in range(p.layout.accumulation):
+                watch.note(at, "data")
                 with clock.waiting():
                     batch = next(batches)
                 spent.add(batch.spent)
@@ -162,8 +173,10 @@ def _steps(run: Run, state: State) -> None:
                 for fault in batch.replaced:
                     dist.warn(f"rank {world.rank} replaced a damaged sample: {fault}")
                 images, labels = (x.to(run.device, non_blocking=True) for x in (batch.images, batch.labels))
+                watch.note(at, "backward")
                 loss, t = flow.training_loss(e, images, labels, batch.positions, c.seed, c.flow)
                 e.backward(loss.mean())
+                watch.note(at, "step")
                 e.step()
                 meter.add(loss, t)
                 step_loss += loss.detach().mean() / p.layout.accumulation
@@ -171,6 +184,7 @@ def _steps(run: Run, state: State) -> None:
             _, position = order.take(position, total, skipped)
             counters = Counters(position, schedule.images_seen, skipped)
             now, step, applied = counters.images_seen, counters.drawn // total, e.was_step_applied()
+            watch.note(at, "agree")
             heard = _agreed(run, step_loss)
             grad_norm = float(e.get_global_grad_norm()) if applied else math.nan
             if heard.save_failed:
@@ -187,6 +201,7 @@ def _steps(run: Run, state: State) -> None:
             bar.update(now - before.images_seen)
 
             if _due(c.log.every, before.images_seen, now, p.end):
+                watch.note(at, "log")
                 row = meter.read(world.size) | clock.read(position - logged) | metrics.memory(run.device)
                 row |= {"schedule/lr": lr, "schedule/images_seen": now}
                 row |= {"health/grad_norm": grad_norm} if applied else {}
@@ -199,17 +214,20 @@ def _steps(run: Run, state: State) -> None:
                 bar.set_postfix(loss=f"{heard.loss:.4f}", lr=f"{lr:.1e}", refresh=False)
                 board.scalars(step, row)
             if _due(c.checkpoint.every, before.images_seen, now, p.end):
+                watch.note(at, "save")
                 saver.save(here(), _share(run, state), prune=not sentinel.suspicious)
                 saved = counters
             try:
                 if heard.stop:
                     raise StopRequested
                 if _due(c.log.samples_every, before.images_seen, now, p.end):
-                    board.image(step, "samples/ema", ema_grid(run))
+                    board.image(step, "samples/ema", ema_grid(run, at))
             except StopRequested:
+                watch.note(at, "save")
                 if saved != counters:
                     saver.save(here(), _share(run, state), prune=not sentinel.suspicious)
                 _stop(run)
+        watch.note(counters.drawn // total + 1, "save")
         saver.finish()
 
 
@@ -243,7 +261,8 @@ def _agreed(run: Run, loss: torch.Tensor) -> Heard:
 
 def _on_spike(run: Run, spike: Spike, state: State) -> None:
     """Say so, keep the last healthy checkpoint, and do what health.on_spike says."""
-    run.saver.finish()
+    run.watch.note(spike.step, "save")
+    run.saver.finish()  # the last healthy one may still be on its way
     run.world.say(f"spike: {spike.reason}")
     if run.config.health.on_spike == "rollback":
         raise Rollback(spike, state)
@@ -266,7 +285,7 @@ def _share(run: Run, state: State) -> dict[str, torch.Tensor]:
     return engine.share(run.engine, state.layout, run.world)
 
 
-def ema_grid(run: Run) -> np.ndarray:
+def ema_grid(run: Run, step: int) -> np.ndarray:
     """A grid of EMA samples, one class a row: uint8 [H, W, 3]. Each rank draws its share; every rank gets the grid.
 
     Raises:
@@ -280,6 +299,7 @@ def ema_grid(run: Run) -> np.ndarray:
     labels = torch.tensor([n // columns for n in mine], dtype=torch.int64, device=run.device)
 
     def listen() -> None:
+        run.watch.note(step, "sample")  # each evaluation of the velocity is news: a long grid is no hang
         asked = torch.tensor([float(run.stop.reason is not None)], dtype=torch.float64, device=run.device)
         if dist.total(world, asked)[0]:
             raise StopRequested
@@ -296,6 +316,12 @@ def ema_grid(run: Run) -> np.ndarray:
     for rank, share in enumerate(shares):
         grid[rank :: world.size] = share
     return sample.grid(grid, columns)
+
+
+def _waits(c: Config) -> dict[str, float]:
+    """Phase -> seconds it may take beyond the watchdog's: a remote read is tried again before it fails by itself."""
+    each = c.data.timeout + 10  # up to 10 s lie between two tries
+    return {"data": (1 + c.data.retries) * each} if storage.is_url(c.data.path) else {}
 
 
 def _due(every: Any, before: int, now: int, end: int) -> bool:

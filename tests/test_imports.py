@@ -33,6 +33,7 @@ ALLOWED = {
     "megapix.retention": {"megapix.checkpoint", "megapix.config", "megapix.errors"},
     "megapix.images": {"megapix.errors"},
     "megapix.storage": {"megapix.errors"},
+    "megapix.watchdog": {"megapix.dist", "megapix.errors", "megapix.stopping"},
     "megapix.data": {"megapix.data", "megapix.config", "megapix.draws", *CONTRACT},
     "data_prep": {"data_prep", *CONTRACT},
 }

@@ -1,0 +1,367 @@
+"""Who died, and who hangs: heartbeats over TCP, beside the collectives that a lost rank would block for ever.
+
+    rank 1 ──beat──▶           ┌ a connection closes without a goodbye    that process died
+    rank 2 ──beat──▶  rank 0 ──┤ no beat for `seconds`                    it was stopped, or its host or link is gone
+    rank 3 ◀──beat──           └ beats, but the rank that is furthest     it hangs, and those ahead of it wait for it
+                                 behind says nothing new for `seconds`
+
+Rank 0 finds it, prints one block with the last word of every rank, tells the others, and every rank ends with EXIT_LOST
+without waiting for a collective. Beats go both ways, so every other rank finds the loss of rank 0 by itself.
+
+A word is what the training loop noted last: step, phase, time. All ranks note the same phases in the same order, so
+their words can be compared; noting the same phase again only renews the time. Nothing is written to any folder: a
+shared one may stay reachable for a host whose link to the others is cut.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import selectors
+import socket
+import threading
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+from megapix import dist
+from megapix.dist import World
+from megapix.errors import InputError, Trouble
+from megapix.stopping import StopRequested
+
+EXIT_LOST = 69
+"""Exit code of every rank that is left when one died or hangs; the same command goes on from the last checkpoint."""
+BEAT = 1.0
+"""Seconds between heartbeats."""
+LONG = ("start", "save", "load")
+"""Phases that are long and say nothing new meanwhile: building, loading and compiling; writing a checkpoint; going back
+to one."""
+PATIENCE = 10.0
+"""`seconds` times this may pass without news in the phases of LONG, and in the whole first step, which compiles."""
+GRACE = 2.0
+"""Seconds that the others have to end by themselves once a rank has ended in order with an error."""
+VERDICT = 4.0
+"""Seconds that a failing rank waits for the news that another was lost before it; then the failure is its own."""
+
+
+@dataclass(frozen=True)
+class Word:
+    """The last word of a rank."""
+
+    step: int = 0
+    phase: str = "start"
+    turn: int = 0
+    """Phases noted in this step before this one: (step, turn) says how far the rank is."""
+    patience: float = 0.0
+    """Seconds that may pass until the next word."""
+    when: float = field(default_factory=time.time)
+    """Wall clock of its host, in seconds since 1970."""
+    at: float = field(default_factory=time.monotonic)
+    """The same moment on the monotonic clock of the process that holds this object."""
+
+
+class Link:
+    """A TCP connection that carries one JSON message a line and never blocks."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        connection.setblocking(False)
+        self.socket = connection
+        self.closed = False
+        self._half = b""
+
+    def send(self, message: Mapping[str, Any]) -> None:
+        """Hand a message to the kernel; one for which there is no room is for a rank that stopped reading long ago."""
+        with suppress(OSError):  # a broken connection is found by reading, behind what the other end said last
+            self.socket.send(json.dumps(message).encode() + b"\n")
+
+    def finish(self) -> None:
+        """Say that nothing more will be sent."""
+        with suppress(OSError):
+            self.socket.shutdown(socket.SHUT_WR)
+
+    def read(self) -> list[dict[str, Any]]:
+        """Every whole message that has come; afterwards `closed` says whether the other end is gone.
+
+        Raises:
+            ValueError: a line that is not JSON.
+        """
+        data = self._half
+        try:
+            while more := self.socket.recv(1 << 16):
+                data += more
+            self.closed = True
+        except BlockingIOError:
+            pass
+        except OSError:
+            self.closed = True
+        *lines, self._half = data.split(b"\n")
+        return [json.loads(line) for line in lines]
+
+
+@dataclass
+class Peer:
+    """What this rank knows of another."""
+
+    host: str
+    word: Word
+    heard: float
+    """When its last message came (monotonic)."""
+    link: Link | None = None
+    left: bool = False
+    """Whether it has said goodbye."""
+
+
+class Watchdog:
+    """Around the training on every rank, once the process group stands: `with Watchdog(world, seconds) as watch`.
+
+    Args:
+        seconds: after which silence is a death and no news a hang; 0 watches nothing.
+        longer: phase -> seconds that may pass there beyond `seconds`, where a phase may wait for something slow.
+
+    Raises (on entering):
+        Agreed: a rank cannot reach rank 0 at MASTER_ADDR.
+    """
+
+    def __init__(self, world: World, seconds: float, longer: Mapping[str, float] | None = None) -> None:
+        self._world, self._seconds, self._longer = world, seconds, {"error": VERDICT, **(longer or {})}
+        self._host = socket.gethostname()
+        self._word = Word(patience=seconds * PATIENCE)
+        self._first: int | None = None
+        self._peers: dict[int, Peer] = {}
+        self._leaving: dict[str, Any] | None = None
+        self._failed: tuple[float, int, str] | None = None
+        self._selector = selectors.DefaultSelector()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def note(self, step: int, phase: str) -> None:
+        """Say where this rank is: the step it is at, and what it does next. Takes microseconds."""
+        last = self._word
+        if self._first is None:
+            self._first = step
+        turn = 0 if step != last.step else last.turn + (phase != last.phase)
+        long = phase in LONG or step == self._first
+        patience = self._seconds * (PATIENCE if long else 1.0) + self._longer.get(phase, 0.0)
+        self._word = Word(step, phase, turn, patience)  # one assignment, so that the thread never sees half a word
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # In and out
+    # -----------------------------------------------------------------------------------------------------------------
+
+    def __enter__(self) -> Watchdog:
+        if not self._seconds:
+            return self
+        server = _listen(self._world.size) if self._world.main else None
+        mine = (self._host, server.getsockname()[1] if server else 0, secrets.token_hex(16))
+        everyone = dist.gather(self._world, mine)
+        _, port, self._token = everyone[0]
+        for rank, (host, *_) in enumerate(everyone):
+            if rank != self._world.rank and (self._world.main or rank == 0):
+                self._peers[rank] = Peer(host, Word(patience=self._seconds * PATIENCE), time.monotonic())
+        self._wake, woken = socket.socketpair()
+        self._selector.register(woken, selectors.EVENT_READ)
+        if server:
+            self._selector.register(server, selectors.EVENT_READ, self._accept)
+        dist.together(self._world, lambda: None if server else self._connect(port))
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if not self._seconds:
+            return
+        if error and not isinstance(error, (InputError, Trouble, StopRequested, KeyboardInterrupt, SystemExit)):
+            # Most likely a collective that broke because another rank is lost: then the thread ends this process now.
+            self.note(self._word.step, "error")
+            self._thread.join(VERDICT)
+        code = 0 if error is None or isinstance(error, StopRequested) else 2 if isinstance(error, InputError) else 1
+        reason = f"{kind.__name__}: {' '.join(str(error).split())}" if kind else ""
+        self._leaving = {"left": code, "reason": reason}
+        self._wake.send(b"!")
+        self._thread.join(2 * GRACE)
+
+    def _connect(self, port: int) -> None:
+        address = os.environ["MASTER_ADDR"]
+        try:
+            connection = socket.create_connection((address, port), timeout=self._seconds)
+        except OSError as error:
+            raise InputError(
+                f"machine.watchdog = {self._seconds:g}: rank 0 cannot be reached at {address}:{port} ({error}); "
+                "expected TCP between the nodes, or 0 (off)"
+            ) from error
+        link = Link(connection)
+        link.send({"token": self._token, "rank": self._world.rank})
+        self._adopt(0, link)
+
+    def _accept(self, server: socket.socket) -> None:
+        link = Link(server.accept()[0])
+        self._selector.register(link.socket, selectors.EVENT_READ, lambda _: self._welcome(link))
+
+    def _welcome(self, link: Link) -> None:
+        """The first line of a connection must come from a rank of this run; whoever else calls is not listened to."""
+        try:
+            messages = link.read()
+            if not messages and not link.closed:
+                return
+            rank = messages[0]["rank"] if messages and messages[0]["token"] == self._token else None
+        except (ValueError, TypeError, KeyError):
+            rank, messages = None, []
+        self._selector.unregister(link.socket)
+        if rank is None:
+            link.socket.close()
+            return
+        self._adopt(rank, link)
+        for message in messages[1:]:
+            self._hear(rank, message)
+
+    def _adopt(self, rank: int, link: Link) -> None:
+        self._peers[rank].link = link
+        self._selector.register(link.socket, selectors.EVENT_READ, lambda _: self._read(rank, link))
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # The thread
+    # -----------------------------------------------------------------------------------------------------------------
+
+    def _watch(self) -> None:
+        beat, round_ = min(BEAT, self._seconds / 4), time.monotonic()
+        due = round_
+        while self._leaving is None:
+            for key, _ in self._selector.select(max(0.0, due - time.monotonic())):
+                if key.data:
+                    key.data(key.fileobj)
+            before, round_ = round_, time.monotonic()
+            if round_ >= due:
+                due = round_ + beat
+                self._beat()
+            # After a pause of its own (the process was stopped, the machine slept) others first get time to be heard.
+            if round_ - before < self._seconds / 2:
+                self._judge(round_)
+        self._beat()
+        self._tell(self._leaving)
+        self._hang_up()
+
+    def _beat(self) -> None:
+        w = self._word
+        word = {"step": w.step, "phase": w.phase, "turn": w.turn, "patience": w.patience, "when": w.when}
+        self._tell({"word": word, "idle": time.monotonic() - w.at})
+
+    def _read(self, rank: int, link: Link) -> None:
+        for message in link.read():
+            self._hear(rank, message)
+        if link.closed:
+            self._selector.unregister(link.socket)
+
+    def _hear(self, rank: int, message: dict[str, Any]) -> None:
+        peer, peer.heard = self._peers[rank], time.monotonic()
+        if "word" in message:
+            peer.word = Word(**message["word"], at=peer.heard - message["idle"])
+        elif "left" in message:
+            peer.left = True
+            if message["left"] and not self._failed:
+                about = f"rank {rank} on {peer.host} ended with an error: {message['reason']}"
+                self._failed = (peer.heard + GRACE, message["left"], about)
+            if peer.link:
+                peer.link.finish()
+        elif "end" in message:
+            if self._world.local_rank == 0 and self._host != peer.host:  # there, rank 0 has said it already
+                os.write(2, f"\nmegapix: error: {message['reason']} (rank 0 on {peer.host} says more)\n".encode())
+            os._exit(message["end"])
+
+    def _judge(self, now: float) -> None:
+        """End this rank, and tell the others to, if a rank is lost."""
+        watched = {rank: peer for rank, peer in self._peers.items() if not peer.left}
+        dead = [
+            f"rank {rank} on {peer.host} is lost: its process ended without a goodbye"
+            for rank, peer in watched.items()
+            if peer.link and peer.link.closed
+        ]
+        if dead:
+            self._end(EXIT_LOST, dead)
+        silent = {rank: now - peer.heard for rank, peer in watched.items()}
+        if max(silent.values(), default=0.0) > self._seconds:
+            self._end(
+                EXIT_LOST,
+                [
+                    f"rank {rank} on {watched[rank].host} is lost: no heartbeat for {seconds:.1f} s "
+                    "(stopped, or its host or its link is gone)"
+                    for rank, seconds in silent.items()
+                    if seconds > self._seconds / 2  # the others of a lost host are as good as over the limit
+                ],
+            )
+        if self._failed:
+            at, code, reason = self._failed
+            if now > at:
+                self._end(code, [reason])
+        elif self._world.main:
+            self._judge_progress(now, {self._world.rank: self._word} | {r: peer.word for r, peer in watched.items()})
+
+    def _judge_progress(self, now: float, words: dict[int, Word]) -> None:
+        """A rank with others ahead of it waits for nobody: its own last word decides. Equal ones may wait together."""
+        behind = min((w.step, w.turn) for w in words.values())
+        last = {rank: w for rank, w in words.items() if (w.step, w.turn) == behind}
+        if any(now - w.at <= w.patience for w in last.values()):
+            return
+        if len(last) < len(words) or len(words) == 1:
+            reasons = [
+                f"rank {rank} on {self._host_of(rank)} hangs: nothing new for {now - w.at:.1f} s"
+                for rank, w in last.items()
+            ]
+        else:
+            longest = max(now - w.at for w in last.values())
+            reasons = [f"all ranks hang, in a collective or at a disk: nothing new for {longest:.1f} s"]
+        self._end(EXIT_LOST, reasons)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # The end
+    # -----------------------------------------------------------------------------------------------------------------
+
+    def _end(self, code: int, reasons: list[str]) -> None:
+        """Tell the ranks and the user, and end this process, whatever its other threads wait for."""
+        self._tell({"end": code, "reason": reasons[0]})
+        last_resort = threading.Timer(GRACE, os._exit, (code,))  # stderr may be a pipe that nobody reads any more
+        last_resort.daemon = True
+        last_resort.start()
+        now = time.monotonic()
+        words = {self._world.rank: self._word} | {rank: peer.word for rank, peer in self._peers.items()}
+        lines = [f"megapix: error: {reason}" for reason in reasons]
+        lines.append("megapix: the last word of each rank, as its last heartbeat told it:")
+        for rank, w in sorted(words.items()):
+            clock = time.strftime("%H:%M:%S", time.localtime(w.when))
+            lines.append(
+                f"megapix:   rank {rank} on {self._host_of(rank)}: step {w.step}, {w.phase}, {clock}, "
+                f"{now - w.at:.1f} s ago"
+            )
+        goes_on = "; the same command goes on from the last checkpoint" if code == EXIT_LOST else ""
+        lines.append(f"megapix: every rank ends with code {code}{goes_on}")
+        os.write(2, ("\n" + "\n".join(lines) + "\n").encode())
+        self._hang_up()
+        os._exit(code)
+
+    def _tell(self, message: Mapping[str, Any]) -> None:
+        for peer in self._peers.values():
+            if peer.link and not peer.left:
+                peer.link.send(message)
+
+    def _hang_up(self) -> None:
+        """Wait until the others close their ends: to close first, with beats unread, could take back what was said."""
+        links = [peer.link for peer in self._peers.values() if peer.link and not peer.link.closed and not peer.left]
+        until = time.monotonic() + GRACE / 2
+        for link in links:
+            link.finish()
+        for link in links:
+            link.socket.settimeout(max(0.01, until - time.monotonic()))
+            with suppress(OSError):
+                while link.socket.recv(1 << 16):
+                    pass
+
+    def _host_of(self, rank: int) -> str:
+        return self._peers[rank].host if rank in self._peers else self._host
+
+
+def _listen(ranks: int) -> socket.socket:
+    """A listening socket on a free port of every interface, with room for all ranks to call at once."""
+    if socket.has_dualstack_ipv6():
+        return socket.create_server(("", 0), family=socket.AF_INET6, backlog=ranks, dualstack_ipv6=True)
+    return socket.create_server(("", 0), backlog=ranks)
