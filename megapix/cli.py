@@ -1,4 +1,4 @@
-"""The command line: `megapix train | sample | export | reshard`. Parses, calls, and turns bad input into one line."""
+"""The command line: `megapix COMMAND`. Parses, calls, and turns bad input into one line and exit code 2."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ Pretraining of PixelDiT, the pixel-space diffusion transformer, on DeepSpeed.
   sample    draw images from a run, a checkpoint or an exported file
   export    write the EMA or raw weights of a run as one safetensors file, with their configuration
   reshard   write a checkpoint anew for another number of ranks
+  doctor    with --parity: compare ZeRO-2 on these machines with plain PyTorch
 
 'megapix COMMAND --help' documents each.
 """
@@ -250,6 +251,20 @@ def reshard(arguments: list[str], world: World) -> int:
     return 0
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# doctor
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def doctor(arguments: list[str], world: World) -> int:
+    """Examine the machines: with --parity, whether ZeRO-2 computes on them what plain PyTorch computes."""
+    if "--parity" not in arguments:
+        raise InputError("doctor: expected --parity (megapix doctor --parity --help lists its options)")
+    from megapix import parity
+
+    return parity.main([a for a in arguments if a != "--parity"], world)
+
+
 def _check_file(option: str, path: Path) -> None:
     """Find out before the work whether a file can be written there."""
     if path.is_dir():
@@ -260,7 +275,7 @@ def _check_file(option: str, path: Path) -> None:
         raise InputError(f"{option} {str(path)!r}: its folder cannot be made: {error.strerror}") from error
 
 
-COMMANDS = {"train": train, "sample": sample, "export": export, "reshard": reshard}
+COMMANDS = {"train": train, "sample": sample, "export": export, "reshard": reshard, "doctor": doctor}
 
 
 def main(argv: list[str] | None = None) -> int:

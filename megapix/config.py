@@ -155,10 +155,16 @@ class MachineConfig:
     """Images in one forward pass of one rank; 0 takes global_batch / ranks, without accumulation."""
     pixel_checkpointing: Literal["none", "full"] = _machine("full")
     """Activation checkpointing of the pixel pathway: 'full' recomputes each PiT block in backward."""
+    patch_checkpointing: Literal["none", "full"] = _machine("none")
+    """Activation checkpointing of the patch pathway: 'full' recomputes each of its blocks in backward."""
+    compile: bool = _machine(False)
+    """Compile the network's blocks with torch.compile; on CPUs this needs a C++ compiler."""
     ds_config: str = _machine("zero2")
     """DeepSpeed-only knobs: a name in ds_configs/, or the path of a JSON file."""
     watchdog: float = _machine(60.0)
     """Seconds after which a silent rank counts as dead and one without progress as hung, and the job ends; 0 is off."""
+    unproven: bool = _machine(False)
+    """Let knobs in that docs/parity.md does not prove on GPUs, with a warning."""
 
 
 @dataclass(frozen=True)

@@ -50,9 +50,9 @@ ZERO_KNOBS = (
     "contiguous_gradients",
     "reduce_scatter",
     "reduce_bucket_size",
-    "allgather_partitions",
     "allgather_bucket_size",
     "overlap_comm",
+    "offload_optimizer",
 )
 """Keys of its `zero_optimization` that change speed and memory only; others could change what a resume restores."""
 

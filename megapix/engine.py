@@ -22,7 +22,7 @@ from torch import Tensor
 
 from megapix import flat
 from megapix.checkpoint import PARTS, Layout, Saved
-from megapix.config import BatchLayout, Config, ModelConfig
+from megapix.config import BatchLayout, Config, MachineConfig, ModelConfig
 from megapix.dist import World, agree, together
 from megapix.ds_config import deepspeed_config
 from megapix.errors import InputError
@@ -38,7 +38,7 @@ import deepspeed
 import deepspeed.comm
 from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import logger as deepspeed_logger
-from deepspeed.utils import safe_get_full_optimizer_state, safe_set_full_fp32_param
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state, safe_set_full_fp32_param
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Processes
@@ -108,26 +108,44 @@ def leave(world: World, code: int) -> int:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def build_network(config: ModelConfig, seed: int, checkpoint: Checkpoint | None = None) -> PixelDiT:
-    """The network with its initial weights, a function of the seed; the global generator is left as it was."""
+def build_network(config: ModelConfig, seed: int, machine: MachineConfig | None = None) -> PixelDiT:
+    """The network with its initial weights, a function of the seed; the global generator is left as it was.
+
+    `machine` says which blocks are recomputed in backward and whether they are compiled; without it none is.
+    """
+    pixel, patch = (machine.pixel_checkpointing, machine.patch_checkpointing) if machine else ("none", "none")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return PixelDiT(config, checkpoint)
+        network = PixelDiT(config, checkpoint_function(pixel), checkpoint_function(patch))
+    if machine and machine.compile:
+        compile_blocks(network)
+    return network
 
 
-def pixel_checkpoint(policy: str) -> Checkpoint | None:
-    """The checkpoint function of a `machine.pixel_checkpointing` policy (torch's non-reentrant one, or none)."""
+def compile_blocks(network: PixelDiT) -> None:
+    """Compile the forward pass of each block, at its first call; names of parameters and hooks stay as they are.
+
+    Blocks of one kind share their code, so each kind is compiled once and not once for each layer, as compiling the
+    whole network would.
+    """
+    for block in (*network.patch_blocks, *network.pixel_blocks, network.final_layer):
+        block.forward = torch.compile(block.forward)
+
+
+def checkpoint_function(policy: str) -> Checkpoint | None:
+    """The checkpoint function of a checkpointing policy: torch's non-reentrant one for 'full', none for 'none'."""
     if policy == "none":
         return None
     # No dropout in the network, so there is no generator state to keep for the recomputation.
     return functools.partial(torch.utils.checkpoint.checkpoint, use_reentrant=False, preserve_rng_state=False)
 
 
-def build(config: Config, layout: BatchLayout, network: PixelDiT) -> Any:
+def build(config: Config, layout: BatchLayout, network: PixelDiT, knobs: dict[str, Any] | None = None) -> Any:
     """DeepSpeed's engine around `network`, with our optimizer and our schedule. Call it on every rank.
 
     In bf16 the fp32 masters, and so the EMA, start from the network's fp32 weights; DeepSpeed alone would start them
-    from weights already rounded to bf16.
+    from weights already rounded to bf16. `knobs` is DeepSpeed's whole configuration where it is not the one that
+    follows from `config`.
 
     Raises:
         InputError: DeepSpeed refuses a knob of the JSON.
@@ -142,7 +160,7 @@ def build(config: Config, layout: BatchLayout, network: PixelDiT) -> Any:
             model=network,
             optimizer=optimizer,
             lr_scheduler=lambda base: ImagesSeenSchedule(base, o),
-            config=deepspeed_config(config, layout),
+            config=knobs or deepspeed_config(config, layout),
             dist_init_required=False,
         )
     except pydantic.ValidationError as error:
@@ -229,3 +247,14 @@ def ema_weights(engine: Any) -> Iterator[PixelDiT]:
             for p, saved in zip(parameters, training, strict=True):
                 p.copy_(saved)
         network.train()
+
+
+def gathered(engine: Any, what: str) -> dict[str, torch.Tensor]:
+    """A state of every parameter in fp32, by name, gathered from all shards after a step. Call it on every rank.
+
+    `what` is 'master', `optim.EMA`, or one of Adam's, 'exp_avg' and 'exp_avg_sq'.
+    """
+    return {
+        name: safe_get_full_fp32_param(p) if what == "master" else safe_get_full_optimizer_state(p, what)
+        for name, p in engine.module.named_parameters()
+    }

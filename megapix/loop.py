@@ -96,7 +96,7 @@ def _run(p: Plan, world: World, device: torch.device, stop: StopRequest, watch: 
     c, folder = p.config, Path(p.config.out)
     if c.data.workers:
         loader.start_workers()
-    net = engine.build_network(c.model, c.seed, engine.pixel_checkpoint(c.machine.pixel_checkpointing))
+    net = engine.build_network(c.model, c.seed, c.machine)
     if c.init and not p.saved:
         initial = weights.load_weights(c.init, world=world)
         dist.together(world, lambda: weights.assign(net, initial))

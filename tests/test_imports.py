@@ -31,6 +31,8 @@ ALLOWED = {
     "megapix.checkpoint": {"megapix.config", "megapix.dist", "megapix.errors", "megapix.shards"},
     "megapix.flat": {"megapix.checkpoint", "megapix.errors"},
     "megapix.retention": {"megapix.checkpoint", "megapix.config", "megapix.errors"},
+    "megapix.plain": {"megapix.config", "megapix.flow", "megapix.model", "megapix.schedule"},
+    "megapix.cover": set(),
     "megapix.images": {"megapix.errors"},
     "megapix.storage": {"megapix.errors"},
     "megapix.watchdog": {"megapix.dist", "megapix.errors", "megapix.stopping"},

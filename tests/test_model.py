@@ -11,17 +11,22 @@ import torch.utils.checkpoint
 from torch import nn
 
 from megapix.config import ModelConfig, pixeldit_b, pixeldit_l, pixeldit_xl, preset
-from megapix.engine import pixel_checkpoint
+from megapix.engine import checkpoint_function
 from megapix.model import PixelDiT, embed, layers, pixeldit
 from tests import reference
 
 SMALL = ModelConfig(patch_size=4, width=32, depth=2, heads=2, pixel_width=8, pixel_depth=2, num_classes=3)
 
 
-def randomised(config: ModelConfig, seed: int = 0, checkpoint: pixeldit.Checkpoint | None = None) -> PixelDiT:
-    """A network none of whose parameters is at its (often zero) initial value."""
+def randomised(
+    config: ModelConfig,
+    seed: int = 0,
+    pixel: pixeldit.Checkpoint | None = None,
+    patch: pixeldit.Checkpoint | None = None,
+) -> PixelDiT:
+    """A network none of whose parameters is at its (often zero) initial value; the two wrap each pathway's blocks."""
     torch.manual_seed(seed)
-    net = PixelDiT(config, checkpoint)
+    net = PixelDiT(config, pixel, patch)
     with torch.no_grad():
         for p in net.parameters():
             p.add_(torch.randn_like(p) * 0.1)
@@ -206,11 +211,12 @@ def test_position_tables_are_computed_once_for_a_size() -> None:
 
 
 @pytest.mark.parametrize("modulation", ["pre", "post"])
-def test_pixel_checkpointing_gives_the_same_gradients_and_recomputes_each_block_once(modulation: str) -> None:
+def test_checkpointing_gives_the_same_gradients_and_recomputes_each_block_once(modulation: str) -> None:
     config = ModelConfig(**{**SMALL.__dict__, "modulation": modulation})
     gradients, forwards = {}, {}
-    for policy in ("none", "full"):
-        net = randomised(config, checkpoint=pixel_checkpoint(policy))
+    policies = [("none", "none"), ("full", "none"), ("none", "full"), ("full", "full")]
+    for policy in policies:
+        net = randomised(config, pixel=checkpoint_function(policy[0]), patch=checkpoint_function(policy[1]))
         calls = dict.fromkeys(["pixel", "patch"], 0)
 
         def count(_module: nn.Module, _args: object, calls: dict[str, int] = calls, kind: str = "") -> None:
@@ -223,33 +229,37 @@ def test_pixel_checkpointing_gives_the_same_gradients_and_recomputes_each_block_
         net(*inputs()).square().mean().backward()
         gradients[policy] = {name: p.grad.clone() for name, p in net.named_parameters()}
         forwards[policy] = calls
-    assert forwards["none"] == {"pixel": 2, "patch": 2}
-    assert forwards["full"] == {"pixel": 4, "patch": 2}
-    for name, gradient in gradients["none"].items():
-        assert torch.equal(gradient, gradients["full"][name]), name
+    for pixel, patch in policies:
+        assert forwards[pixel, patch] == {"pixel": 4 if pixel == "full" else 2, "patch": 4 if patch == "full" else 2}
+        for name, gradient in gradients["none", "none"].items():
+            assert torch.equal(gradient, gradients[pixel, patch][name]), name
 
 
 def test_checkpointing_is_off_when_evaluating() -> None:
     def never(*_: object) -> None:
         raise AssertionError("no activation is kept in eval mode")
 
-    net = randomised(SMALL, checkpoint=never).eval()
+    net = randomised(SMALL, pixel=never, patch=never).eval()
     net(*inputs())
-    with pytest.raises(AssertionError):
-        net.train()(*inputs())
+    for wrapped in ({"pixel": never}, {"patch": never}):
+        with pytest.raises(AssertionError):
+            randomised(SMALL, **wrapped)(*inputs())
 
 
-def test_pixel_checkpointing_holds_little_memory_at_xl() -> None:
-    """Four PiT blocks and the output layer of XL, one image at 256 x 256 in bf16 (figures: docs/architecture.md)."""
-    from bench.pixel_memory import pixel_pathway_bytes
+def test_checkpointing_holds_little_memory_at_xl() -> None:
+    """One image at 256 x 256 in bf16 (figures: docs/architecture.md); of the patch pathway two blocks of XL's 26."""
+    from bench.activation_memory import patch_pathway_bytes, pixel_pathway_bytes
 
     held = {policy: pixel_pathway_bytes(pixeldit_xl(), policy) / 2**20 for policy in ("none", "full")}
     assert held["full"] <= 15.0
     assert held["none"] <= 260.0, "no more than keeping every intermediate of a plain implementation"
+    two = ModelConfig(**{**pixeldit_xl().__dict__, "depth": 2})
+    patch = {policy: patch_pathway_bytes(two, policy) / 2**20 for policy in ("none", "full")}
+    assert patch["full"] < 0.25 * patch["none"]
 
 
 def test_held_memory_is_counted_by_hand() -> None:
-    from bench.pixel_memory import held_by
+    from bench.activation_memory import held_by
 
     x, weight = torch.randn(1000), torch.randn(1000, requires_grad=True)
     # exp keeps its result (4,000 bytes); the product by 2 keeps nothing and its result is the one returned (4,000).

@@ -33,13 +33,20 @@ class PixelDiT(nn.Module):
 
     Args:
         config: sizes and the two choices (patch FFN, pixel modulation).
-        checkpoint: wraps each PiT block and the output layer in training; None keeps their activations.
+        pixel_checkpoint: wraps each PiT block and the output layer in training; None keeps their activations.
+        patch_checkpoint: wraps each block of the patch pathway likewise.
     """
 
-    def __init__(self, config: ModelConfig, checkpoint: Checkpoint | None = None) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        pixel_checkpoint: Checkpoint | None = None,
+        patch_checkpoint: Checkpoint | None = None,
+    ) -> None:
         super().__init__()
         self.config = config
-        self.checkpoint = checkpoint
+        self.pixel_checkpoint = pixel_checkpoint
+        self.patch_checkpoint = patch_checkpoint
         patch = config.patch_size
         self.s_embedder = PatchEmbedder(CHANNELS * patch * patch, config.width)
         self.t_embedder = TimestepEmbedder(config.width)
@@ -84,7 +91,7 @@ class PixelDiT(nn.Module):
         t_emb = self.t_embedder(t)[:, None]  # [B, 1, D]
         c = F.silu(t_emb + self.y_embedder(y)[:, None])  # [B, 1, D]
         for block in self.patch_blocks:
-            s = block(s, c, rope)  # [B, L, D]
+            s = self._run(self.patch_checkpoint, block, s, c, rope)  # [B, L, D]
         return F.silu(t_emb + s)  # [B, L, D]
 
     def pixel_pathway(self, x: Tensor, s: Tensor, rope: Rope) -> Tensor:
@@ -94,11 +101,11 @@ class PixelDiT(nn.Module):
         pixels = rearrange(x, "b c (r i) (q j) -> b (r q) (i j) c", i=patch, j=patch)
         tokens = (self.pixel_embedder(pixels) + positions.to(x.dtype)).flatten(0, 1)  # [N, P, d]
         for block in self.pixel_blocks:
-            tokens = self._run(block, tokens, s, rope)  # [N, P, d]
-        out = self._run(self.final_layer, tokens)  # [N, P, C]
+            tokens = self._run(self.pixel_checkpoint, block, tokens, s, rope)  # [N, P, d]
+        out = self._run(self.pixel_checkpoint, self.final_layer, tokens)  # [N, P, C]
         return rearrange(out, "(b r q) (i j) c -> b c (r i) (q j)", r=height // patch, q=width // patch, i=patch)
 
-    def _run(self, layer: nn.Module, *args: Any) -> Tensor:
-        if self.checkpoint is None or not self.training:
+    def _run(self, checkpoint: Checkpoint | None, layer: nn.Module, *args: Any) -> Tensor:
+        if checkpoint is None or not self.training:
             return layer(*args)
-        return self.checkpoint(layer, *args)
+        return checkpoint(layer, *args)
