@@ -164,7 +164,7 @@ class MachineConfig:
     watchdog: float = _machine(60.0)
     """Seconds after which a silent rank counts as dead and one without progress as hung, and the job ends; 0 is off."""
     unproven: bool = _machine(False)
-    """Let knobs in that docs/parity.md does not prove on GPUs, with a warning."""
+    """Let overlap_comm in, which docs/parity.md proves on CPU ranks only; `megapix doctor --parity` proves it here."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """DeepSpeed's configuration: a JSON of DeepSpeed-only knobs, and the keys that follow from our options.
 
 What is ours (batch sizes, learning rate, clipping, precision, checkpointing) is refused in the JSON, so that each
-option has one owner; keys that DeepSpeed would silently ignore are refused too.
+option has one owner; keys that DeepSpeed would silently ignore are refused too, and what docs/parity.md does not prove.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ OWNED = {
     "amp": "precision",
     "data_types": "precision",
     "communication_data_type": "precision",
-    "activation_checkpointing": "machine.pixel_checkpointing",
+    "activation_checkpointing": "machine.pixel_checkpointing and machine.patch_checkpointing",
+    "compile": "machine.compile",
     "tensorboard": "log.every",
 }
 """Keys of DeepSpeed's JSON that are ours, and the option that sets each."""
@@ -41,10 +42,16 @@ KNOBS = (
     "dump_state",
     "comms_logger",
     "flops_profiler",
-    "prescale_gradients",
-    "gradient_predivide_factor",
 )
 """Keys that are DeepSpeed's own business."""
+REFUSED = {
+    "prescale_gradients": "gradients are reduced in fp32, where scaling them first gains nothing",
+    "gradient_predivide_factor": "gradients are reduced in fp32, where scaling them first gains nothing",
+    "zero_optimization.allgather_partitions": "DeepSpeed's ZeRO-2 does not read it",
+    "zero_optimization.round_robin_gradients": "docs/parity.md does not prove it",
+    "zero_optimization.use_multi_rank_bucket_allreduce": "docs/parity.md does not prove it",
+}
+"""Keys that a reader of DeepSpeed's manual may try, and why they are not taken."""
 ZERO_KNOBS = (
     "stage",
     "contiguous_gradients",
@@ -54,11 +61,16 @@ ZERO_KNOBS = (
     "overlap_comm",
     "offload_optimizer",
 )
-"""Keys of its `zero_optimization` that change speed and memory only; others could change what a resume restores."""
+"""Keys of its `zero_optimization` that change speed and memory only, as docs/parity.md shows; others could change what
+a step computes or what a resume restores."""
+OFFLOAD_KNOBS = ("device", "pin_memory")
+"""Keys of `offload_optimizer`."""
 
 
-def read_knobs(name: str) -> dict[str, Any]:
+def read_knobs(name: str, unproven: bool = False) -> dict[str, Any]:
     """Read a JSON of DeepSpeed-only knobs: a file, or a name in ds_configs/.
+
+    `unproven` lets in what docs/parity.md proves on CPU ranks while GPUs are known to have gone wrong.
 
     Raises:
         InputError: no such file, not JSON, a key that is ours (names our option), an unknown key, or not ZeRO-2.
@@ -77,22 +89,54 @@ def read_knobs(name: str) -> dict[str, Any]:
     for key in knobs:
         if key in OWNED:
             raise InputError(f"{path}: {key!r} does not belong here; it is set by {OWNED[key]}")
+        if key in REFUSED:
+            raise InputError(f"{path}: {key!r} is refused: {REFUSED[key]}")
         if key not in KNOBS:
             raise InputError(f"{path}: unknown key {key!r}{one_of(key, KNOBS)}")
     for key in zero:
+        if (full := f"zero_optimization.{key}") in REFUSED:
+            raise InputError(f"{path}: {full!r} is refused: {REFUSED[full]}")
         if key not in ZERO_KNOBS:
             raise InputError(f"{path}: zero_optimization: unknown or refused key {key!r}{one_of(key, ZERO_KNOBS)}")
-    if zero.get("overlap_comm", False) is not False:
+    if zero.get("overlap_comm", False) is not False and not unproven:
         raise InputError(
-            f"{path}: zero_optimization.overlap_comm = {zero['overlap_comm']!r}: expected false; "
-            "it has given wrong gradients in several DeepSpeed releases"
+            f"{path}: zero_optimization.overlap_comm = {zero['overlap_comm']!r}: expected false; it has given wrong "
+            "gradients on GPUs in several DeepSpeed releases, and docs/parity.md proves it on CPU ranks only; if "
+            "`megapix doctor --parity` proves it on your GPUs, --machine.unproven lets it in"
         )
+    _check_offload(path, knobs, zero)
     if zero.get("stage") != 2:
         raise InputError(
             f"{path}: zero_optimization.stage = {zero.get('stage')!r}: expected 2 "
             "(the EMA lives in ZeRO-2's fp32 partition)"
         )
     return knobs
+
+
+def _check_offload(path: Path, knobs: dict[str, Any], zero: dict[str, Any]) -> None:
+    """The optimizer may live in host memory, in the way that our own optimizer needs."""
+    if "offload_optimizer" not in zero:
+        return
+    offload, where = zero["offload_optimizer"], f"{path}: zero_optimization.offload_optimizer"
+    if not isinstance(offload, dict):
+        raise InputError(f"{where} = {offload!r}: expected a table with 'device' and 'pin_memory'")
+    for key in offload:
+        if key not in OFFLOAD_KNOBS:
+            raise InputError(f"{where}: unknown or refused key {key!r}{one_of(key, OFFLOAD_KNOBS)}")
+    if offload.get("device") != "cpu":
+        raise InputError(f"{where}.device = {offload.get('device')!r}: expected 'cpu'")
+    if knobs.get("zero_force_ds_cpu_optimizer") is not False:
+        raise InputError(
+            f"{path}: zero_force_ds_cpu_optimizer = {knobs.get('zero_force_ds_cpu_optimizer')!r}: expected false "
+            "beside offload_optimizer (the optimizer is ours, with the EMA in its state)"
+        )
+
+
+def unproven(config: Config) -> list[str]:
+    """What this configuration switches on that docs/parity.md proves on CPU ranks only, a key each."""
+    zero = read_knobs(config.machine.ds_config, config.machine.unproven)["zero_optimization"]
+    found = [f"zero_optimization.{key}" for key in ("overlap_comm", "offload_optimizer") if zero.get(key)]
+    return found + ["machine.compile"] * config.machine.compile
 
 
 def deepspeed_config(config: Config, layout: BatchLayout) -> dict[str, Any]:
@@ -113,4 +157,4 @@ def deepspeed_config(config: Config, layout: BatchLayout) -> dict[str, Any]:
             "data_types": {"grad_accum_dtype": "fp32"},
             "communication_data_type": "fp32",
         }
-    return read_knobs(config.machine.ds_config) | ours
+    return read_knobs(config.machine.ds_config, config.machine.unproven) | ours

@@ -112,6 +112,9 @@ def build_network(config: ModelConfig, seed: int, machine: MachineConfig | None 
     """The network with its initial weights, a function of the seed; the global generator is left as it was.
 
     `machine` says which blocks are recomputed in backward and whether they are compiled; without it none is.
+
+    Raises:
+        InputError: the blocks are to be compiled, and the machine cannot.
     """
     pixel, patch = (machine.pixel_checkpointing, machine.patch_checkpointing) if machine else ("none", "none")
     with torch.random.fork_rng(devices=[]):
@@ -126,10 +129,22 @@ def compile_blocks(network: PixelDiT) -> None:
     """Compile the forward pass of each block, at its first call; names of parameters and hooks stay as they are.
 
     Blocks of one kind share their code, so each kind is compiled once and not once for each layer, as compiling the
-    whole network would.
+    whole network would. What cannot be compiled is an error and not a slow step.
+
+    Raises:
+        InputError: there is no C++ compiler, which CPU ranks need.
     """
+    from torch._inductor import cpp_builder, exc  # late: a second of imports that only compiled runs need
+
+    if get_accelerator().device_name() == "cpu":
+        try:
+            cpp_builder.get_cpp_compiler()
+        except exc.InvalidCxxCompiler as error:
+            raise InputError(
+                "machine.compile = True: torch.compile finds no C++ compiler; expected g++, or another one in CXX"
+            ) from error
     for block in (*network.patch_blocks, *network.pixel_blocks, network.final_layer):
-        block.forward = torch.compile(block.forward)
+        block.forward = torch.compile(block.forward, fullgraph=True)
 
 
 def checkpoint_function(policy: str) -> Checkpoint | None:

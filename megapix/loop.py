@@ -19,6 +19,7 @@ from megapix.config import Config
 from megapix.data import loader, order
 from megapix.data.loader import Spent
 from megapix.dist import World
+from megapix.ds_config import unproven
 from megapix.errors import Trouble
 from megapix.health import Sentinel, Skips, Spike
 from megapix.model import PixelDiT
@@ -335,6 +336,10 @@ def _announce(p: Plan, world: World, net: PixelDiT) -> None:
     classes = f"{p.located.index.samples:,} images in {len(p.located.index.classes)} classes"
     world.say(f"run {c.out}: {millions:.1f} M parameters, {c.precision}, {classes}")
     world.say(f"global batch {layout}")
+    for key in unproven(c) if world.main and torch.cuda.is_available() else ():
+        dist.warn(
+            f"{key}: docs/parity.md proves it on CPU ranks only; `megapix doctor --parity` proves it on these GPUs"
+        )
     for fault in p.located.faults:
         world.say(f"its samples will be replaced: {fault}")
     if p.saved:

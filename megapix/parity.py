@@ -175,9 +175,11 @@ def zero2(case: Case, world: World, device: torch.device, types: dict[str, Any] 
     trace.weights = {name: master.cpu() for name, master in engine.gathered(e, "master").items()}
     trace.ema = {name: ema.cpu() for name, ema in engine.gathered(e, EMA).items()}
     e.destroy()
-    # Engine and network hold each other through hooks; the next case gets the memory back only from the collector.
+    # Engine and network hold each other through hooks, and compiled code is kept for the next network of its kind:
+    # each case starts without what the last one left.
     del e
     gc.collect()
+    torch.compiler.reset()
     return trace
 
 
@@ -376,7 +378,7 @@ def main(arguments: list[str], world: World) -> int:
         raise InputError(f"--ranks {' '.join(map(str, options.ranks))}: expected numbers of at least 1")
     if "RANK" not in os.environ:
         results = _on_local_ranks(options)
-        return _finish(results, options)
+        return finish(results, options)
     if options.ranks and world.size not in options.ranks:
         raise InputError(f"--ranks {' '.join(map(str, options.ranks))}: expected this launch's {world.size} among them")
     device = engine.start(world)
@@ -387,11 +389,12 @@ def main(arguments: list[str], world: World) -> int:
     if world.main and options.results:
         options.results.write_text(json.dumps([asdict(r) for r in results]))
     elif world.main:
-        code = _finish(results, options)
+        code = finish(results, options)
     return engine.leave(world, dist.gather(world, code)[0])
 
 
-def _finish(results: list[Result], options: ParityOptions) -> int:
+def finish(results: list[Result], options: ParityOptions) -> int:
+    """Print the table and write it where it was asked for; name what differs. Returns the exit code."""
     text = table(results)
     print(text, end="")
     if options.out:

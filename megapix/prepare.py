@@ -58,7 +58,7 @@ def plan(asked: Config, ranks: int, choice: Choice | None = None) -> Plan:
     """
     config.validate(asked)
     layout = config.batch_layout(asked, ranks)
-    read_knobs(asked.machine.ds_config)
+    read_knobs(asked.machine.ds_config, asked.machine.unproven)
     located = locate(asked.data)
     index = located.index
     _check_sizes(asked, Policy.from_dict(index.image_policy))

@@ -1,6 +1,6 @@
 """One rank of the EMA test: trains with DeepSpeed and keeps a dense fp32 EMA of the gathered masters beside it.
 
-usage: python -m tests.worker_ema PRECISION SHARDS
+usage: python -m tests.worker_ema PRECISION SHARDS [DS_CONFIG]
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ from tests.runs import SMALL, STEP_BATCH
 STEPS, SKIPPED, LR_STEP = 8, (0, 4), 3
 
 
-def main(precision: str, shards: str) -> None:
+def main(precision: str, shards: str, ds_config: str = "zero2") -> None:
     world = dist.from_environment()
     engine.start(world)
     c = config.replace(config.replace(SMALL, "precision", precision), "optim.lr_step_at", LR_STEP * STEP_BATCH)
+    c = config.replace(c, "machine.ds_config", ds_config)
     layout = config.batch_layout(c, world.size)
     net = engine.build_network(c.model, seed=1)
     initial = {name: p.detach().clone() for name, p in net.named_parameters()}
