@@ -188,7 +188,26 @@ def build(config: Config, layout: BatchLayout, network: PixelDiT, knobs: dict[st
     # Links parameters to their optimizer state at once, so that the EMA can be gathered; DeepSpeed would do it at the
     # first step. The state's tensors are filled in place from here on.
     engine.optimizer._lazy_init_hp_params_optimizer_state()
+    if engine.optimizer.cpu_offload:
+        _forget_skipped_gradients(engine.optimizer)
     return engine
+
+
+def _forget_skipped_gradients(optimizer: Any) -> None:
+    """Let a skipped step leave no gradient behind in ZeRO-Offload.
+
+    In bf16 DeepSpeed 0.19.8 keeps the summed gradients of a skipped step if the optimizer is offloaded, and adds the
+    next step's to them: after one that is not finite every step would be skipped. Without offload it drops them.
+    """
+    reset = optimizer.reset_cpu_buffers  # called at the end of every step, skipped or not
+
+    def reset_all() -> None:
+        reset()
+        for kept in (optimizer.averaged_gradients, optimizer.all_grad_tensors):
+            for group in kept:
+                kept[group] = None
+
+    optimizer.reset_cpu_buffers = reset_all
 
 
 # ---------------------------------------------------------------------------------------------------------------------
