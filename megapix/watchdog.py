@@ -294,7 +294,8 @@ class Watchdog:
             at, code, reason = self._failed
             if now > at:
                 self._end(code, [reason])
-        elif self._world.main:
+        elif self._world.main and max(silent.values(), default=0.0) < 3 * BEAT:
+            # Ranks that wait for a silent one say nothing new either; whether it is lost shows in a while.
             self._judge_progress(now, {self._world.rank: self._word} | {r: peer.word for r, peer in watched.items()})
 
     def _judge_progress(self, now: float, words: dict[int, Word]) -> None:
