@@ -153,6 +153,20 @@ def test_a_cut_link_then_a_killed_rank_then_one_host(pair: list[Host], shards: P
     assert images_seen(run) == end
 
 
+def test_a_stopped_rank_of_another_host_is_ended_too(pair: list[Host], shards: Path, tmp_path: Path) -> None:
+    """Its launcher waits for it and ssh for the launcher: launch.sh has to end them on that host."""
+    run = tmp_path / "run"
+    process = pair[0].popen([*by_ssh(tmp_path), *command(shards, run, *LONG)])
+    wait_for_checkpoint(run, process)
+    stopped = rank_process(run, 1)
+    stopped.suspend()
+    ((code, _, err),) = finish(process)
+    assert code == EXIT_LOST, err
+    assert re.search(r"megapix: error: rank 1 on nodeb is lost: no heartbeat for \d+\.\d s", err)
+    assert "launch.sh: error: ranks of other nodes have not ended: ending them" in err
+    assert not stopped.is_running() or stopped.status() == psutil.STATUS_ZOMBIE
+
+
 def test_without_ssh(pair: list[Host], shards: Path, tmp_path: Path) -> None:
     """The same command on each host, but for its number."""
     run = tmp_path / "run"
@@ -199,7 +213,7 @@ def test_under_srun(lost: bool, pair: list[Host], shards: Path, tmp_path: Path) 
         ended = finish(*tasks)
         assert [code for code, _, _ in ended[:3]] == [EXIT_LOST] * 3
         assert "rank 3 on nodeb is lost" in ended[0][2]
-        assert ended[1][2] == "", "rank 0 of this host has said it"
+        assert "is lost" not in ended[1][2], "rank 0 of this host has said it"
         assert "rank 3 on nodeb is lost: its process ended without a goodbye (rank 0 on nodea says more)" in ended[2][2]
     else:
         ended = finish(*tasks)
