@@ -165,6 +165,8 @@ class MachineConfig:
     """Seconds after which a silent rank counts as dead and one without progress as hung, and the job ends; 0 is off."""
     unproven: bool = _machine(False)
     """Let overlap_comm in, which docs/parity.md proves on CPU ranks only; `megapix doctor --parity` proves it here."""
+    peak_tflops: float = _machine(0.0)
+    """Peak of one rank in TFLOP/s, for MFU; 0 takes a known GPU's dense bf16 peak, and logs no MFU without one."""
 
 
 @dataclass(frozen=True)
@@ -211,6 +213,8 @@ class LogConfig:
 
     every: Images = _machine(25_600)
     """Distance between rows of scalars in images seen, or epochs."""
+    blocks_every: Images = _machine(256_000)
+    """Distance between gradient and modulation norms of each block, in images seen or epochs; 'never' is off."""
     samples_every: Images = _machine("5ep")
     """Distance between EMA sample grids in images seen, or epochs; 'never' switches them off."""
     grid_classes: int = _machine(8)
@@ -313,7 +317,7 @@ def tiny() -> Config:
         ),
         machine=MachineConfig(pixel_checkpointing="none"),
         checkpoint=CheckpointConfig(every=8_000),
-        log=LogConfig(every=640, samples_every=16_000),
+        log=LogConfig(every=640, blocks_every=6_400, samples_every=16_000),
         sampling=SamplingConfig(steps=50, guidance=2.5, guidance_from=0.0, guidance_to=1.0),
     )
 
@@ -404,9 +408,10 @@ SPANS = (
     "checkpoint.every",
     "checkpoint.keep_every",
     "log.every",
+    "log.blocks_every",
     "log.samples_every",
 )
-MAY_BE_NEVER = ("optim.lr_step_at", "checkpoint.keep_every", "log.samples_every")
+MAY_BE_NEVER = ("optim.lr_step_at", "checkpoint.keep_every", "log.blocks_every", "log.samples_every")
 
 
 def freeze(config: Config, epoch: int) -> Config:
@@ -475,6 +480,7 @@ def validate(config: Config) -> None:
         "machine.watchdog",
         "0 (off) or at least 2 seconds, twice the time between heartbeats",
     )
+    need(config.machine.peak_tflops >= 0, "machine.peak_tflops", "0 (by the GPU's name) or more")
     need(config.checkpoint.keep >= 0, "checkpoint.keep", "0 (all) or more")
     need(config.checkpoint.keep_best >= 0, "checkpoint.keep_best", "0 (none) or more")
     h = config.health

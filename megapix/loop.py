@@ -13,7 +13,21 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from megapix import checkpoint, config, dist, engine, flow, metrics, recovery, retention, sample, storage, weights
+from megapix import (
+    blocks,
+    checkpoint,
+    config,
+    dist,
+    engine,
+    flops,
+    flow,
+    metrics,
+    recovery,
+    retention,
+    sample,
+    storage,
+    weights,
+)
 from megapix.checkpoint import Counters, State
 from megapix.config import Config
 from megapix.data import loader, order
@@ -145,6 +159,7 @@ def _steps(run: Run, state: State) -> None:
     sentinel, skips, spikes = Sentinel(c.health, state.recent), Skips(c.health.max_skipped), state.spikes
     meter, clock, spent, replaced = metrics.LossMeter(run.device), metrics.Clock(), Spent(), 0
     mean, stalled = metrics.Mean(), saver.stall
+    cost, peak = flops.training(c.model, c.data.image_size), flops.peak_of(c, run.device)
     bar = tqdm(total=p.end, initial=schedule.images_seen, unit="img", disable=not world.main, **_bar_style())
     board = metrics.Writer(run.folder / "tensorboard", counters.drawn // total, enabled=world.main)
     board.configuration(counters.drawn // total, config.to_dict(c))
@@ -164,7 +179,8 @@ def _steps(run: Run, state: State) -> None:
     with bar, closing(board):
         while schedule.images_seen < p.end:
             before, lr, step_loss = counters, schedule.get_last_lr()[0], torch.zeros((), device=run.device)
-            at = before.drawn // total + 1
+            at, after = before.drawn // total + 1, before.images_seen + total
+            norms = blocks.Watch(e) if _due(c.log.blocks_every, before.images_seen, after, p.end) else None
             for _ in range(p.layout.accumulation):
                 watch.note(at, "data")
                 with clock.waiting():
@@ -201,9 +217,12 @@ def _steps(run: Run, state: State) -> None:
             mean.add(heard.loss)
             bar.update(now - before.images_seen)
 
+            if norms:
+                board.scalars(step, norms.read(world.size))
             if _due(c.log.every, before.images_seen, now, p.end):
                 watch.note(at, "log")
                 row = meter.read(world.size) | clock.read(position - logged) | metrics.memory(run.device)
+                row |= flops.speed(row["speed/images_per_s"], cost, world.size, peak)
                 row |= {"schedule/lr": lr, "schedule/images_seen": now}
                 row |= {"health/grad_norm": grad_norm} if applied else {}
                 row |= {"health/skipped_steps": (counters.drawn - now) // total}

@@ -17,6 +17,32 @@ import torch.distributed
 from torch import Tensor
 
 QUARTERS = 4
+LAYOUT = {
+    "loss": {
+        "loss": ["Multiline", ["^loss/train$"]],
+        "loss by quarter of t": ["Multiline", [rf"^loss/t_\d_of_{QUARTERS}$"]],
+    },
+    "health": {
+        "gradient norm, before clipping": ["Multiline", ["^health/grad_norm$"]],
+        "skipped steps, spikes, rollbacks": ["Multiline", ["^health/(skipped_steps|spikes|rollbacks)$"]],
+        "replaced samples": ["Multiline", ["^health/replaced_samples$"]],
+        "gradient norm by patch block": ["Multiline", [r"^blocks/grad_norm/patch_\d+$"]],
+        "gradient norm by PiT block": ["Multiline", [r"^blocks/grad_norm/pit_\d+$"]],
+        "gradient norm of embedders and output": ["Multiline", [r"^blocks/grad_norm/\w+(embedder|layer)$"]],
+        "modulation of the patch blocks, RMS": ["Multiline", [r"^blocks/modulation_rms/patch_\d+$"]],
+        "modulation of the PiT blocks, RMS": ["Multiline", [r"^blocks/modulation_rms/pit_\d+/\w+$"]],
+    },
+    "speed": {
+        "images/s": ["Multiline", ["^speed/images_per_s$"]],
+        "MFU": ["Multiline", ["^speed/mfu$"]],
+        "TFLOP/s of a rank": ["Multiline", ["^speed/tflops_per_rank$"]],
+        "share of time waited for data": ["Multiline", ["^speed/data_wait_share$"]],
+        "save stall, s": ["Multiline", ["^speed/save_stall_s$"]],
+        "reading and decoding, ms of a worker an image": ["Multiline", ["^data/(read|decode)_ms$"]],
+    },
+    "memory": {"peak, GiB": ["Multiline", ["^memory/"]]},
+}
+"""TensorBoard's page "Custom Scalars": group -> chart -> tags, as regular expressions."""
 
 
 class LossMeter:
@@ -106,6 +132,7 @@ class Writer:
             from torch.utils.tensorboard import SummaryWriter
 
             self._board = SummaryWriter(str(folder), purge_step=first_step + 1 if first_step else None)
+            self._board.add_custom_scalars(LAYOUT)
 
     def scalars(self, step: int, row: dict[str, float]) -> None:
         """Write one row of scalars."""

@@ -33,6 +33,8 @@ ALLOWED = {
     "megapix.retention": {"megapix.checkpoint", "megapix.config", "megapix.errors"},
     "megapix.plain": {"megapix.config", "megapix.flow", "megapix.model", "megapix.schedule"},
     "megapix.cover": set(),
+    "megapix.flops": {"megapix.config"},
+    "megapix.blocks": {"megapix.config", "megapix.model"},
     "megapix.images": {"megapix.errors"},
     "megapix.storage": {"megapix.errors"},
     "megapix.watchdog": {"megapix.dist", "megapix.errors", "megapix.stopping"},

@@ -1,0 +1,88 @@
+"""Model FLOPs by hand against torch's counter on the real network, and the MFU made of them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from megapix import config, flops
+from megapix.config import ModelConfig
+from megapix.model import PixelDiT
+from megapix.model.embed import TIMESTEP_CHANNELS
+from megapix.model.pixeldit import CHANNELS
+
+SMALL = ModelConfig(patch_size=4, width=32, depth=2, heads=2, pixel_width=8, pixel_depth=2, num_classes=3)
+CASES = {
+    "small": (SMALL, 16),
+    "swiglu": (config.replace(SMALL, "mlp", "swiglu"), 24),
+    "post": (config.replace(SMALL, "modulation", "post"), 16),
+    "swiglu and post, deeper": (
+        ModelConfig(8, 64, 3, 4, 12, 3, mlp="swiglu", modulation="post", num_classes=2),
+        32,
+    ),
+    "tiny": (config.tiny().model, 32),
+}
+
+
+def counted(model: ModelConfig, size: int, batch: int = 2) -> tuple[int, int]:
+    """FLOPs of an image that torch counts: forward, and forward with backward."""
+    net = PixelDiT(model)
+    inputs = torch.randn(batch, CHANNELS, size, size), torch.rand(batch), torch.zeros(batch, dtype=torch.long)
+    # The plain attention: its backward is four products, where the fused one computes the first product again.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as forward:
+        loss = net(*inputs).square().mean()
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as backward:
+        loss.backward()
+    return forward.get_total_flops() // batch, (forward.get_total_flops() + backward.get_total_flops()) // batch
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_hand_count_is_what_torch_counts(case: str) -> None:
+    model, size = CASES[case]
+    forward, both = counted(model, size)
+    assert flops.forward(model, size) == forward
+    # Images and sinusoids need no gradient: that of the three layers which read them is the only product left out.
+    patches, pixels = (size // model.patch_size) ** 2, size**2
+    unneeded = 2 * patches * CHANNELS * model.patch_size**2 * model.width
+    unneeded += 2 * pixels * CHANNELS * model.pixel_width + 2 * TIMESTEP_CHANNELS * model.width
+    assert flops.training(model, size) - unneeded == both
+
+
+def test_the_paper_models_cost_what_is_known_of_them() -> None:
+    """XL at 256 pixels: 311 G forward, of which the patch pathway 220 G and each PiT block 22.6 G; 0.93 T a step."""
+    xl = config.pixeldit_xl()
+    without = config.replace(xl, "pixel_depth", 3)
+    assert flops.forward(xl, 256) / 1e9 == pytest.approx(311, abs=0.5)
+    assert (flops.forward(xl, 256) - flops.forward(without, 256)) / 1e9 == pytest.approx(22.6, abs=0.05)
+    assert flops.forward(config.replace(xl, "pixel_depth", 0), 256) / 1e9 == pytest.approx(220, abs=1)
+    assert flops.training(xl, 256) / 1e12 == pytest.approx(0.93, abs=0.005)
+
+
+def test_peaks_by_name() -> None:
+    peaks = {
+        "NVIDIA A100-SXM4-80GB": 312.0,
+        "NVIDIA H100 80GB HBM3": 989.0,
+        "NVIDIA H100 PCIe": 756.0,
+        "NVIDIA H200": 989.0,
+        "NVIDIA H200 NVL": 835.0,
+        "NVIDIA GH200 480GB": 989.0,
+        "NVIDIA B200": 2250.0,
+        "NVIDIA H100 80GB HBM3 MIG 1g.10gb": None,  # a slice of one
+        "NVIDIA GeForce RTX 4090": None,
+    }
+    assert {name: flops.peak_by_name(name) for name in peaks} == peaks
+
+
+def test_no_mfu_where_the_peak_is_unknown_and_the_option_has_the_last_word() -> None:
+    cpu = torch.device("cpu")
+    assert flops.peak_of(config.preset("xl-256"), cpu) is None
+    assert flops.peak_of(config.replace(config.tiny(), "machine.peak_tflops", 0.1), cpu) == 0.1
+
+
+def test_mfu_by_hand() -> None:
+    """1,000 images/s of 0.93 TFLOP on 8 ranks are 116.25 TFLOP/s on each: 37.26 % of an A100."""
+    row = flops.speed(1_000.0, 930_000_000_000, 8, 312.0)
+    assert row == {"speed/tflops_per_rank": pytest.approx(116.25), "speed/mfu": pytest.approx(0.37260, rel=1e-4)}
+    assert list(flops.speed(1.0, 1, 1, None)) == ["speed/tflops_per_rank"], "no peak, no MFU"
