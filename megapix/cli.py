@@ -23,7 +23,8 @@ Pretraining of PixelDiT, the pixel-space diffusion transformer, on DeepSpeed.
   sample    draw images from a run, a checkpoint or an exported file
   export    write the EMA or raw weights of a run as one safetensors file, with their configuration
   reshard   write a checkpoint anew for another number of ranks
-  doctor    with --parity: compare ZeRO-2 on these machines with plain PyTorch
+  doctor    look on every node for what would make a `train` command fail later; with --parity, compare ZeRO-2 on
+            these machines with plain PyTorch
 
 'megapix COMMAND --help' documents each.
 """
@@ -41,18 +42,26 @@ Starts a run, or goes on from its last checkpoint: the same command does both. P
 'megapix train PRESET --help' lists every option with that preset's values.
 """
 
+DOCTOR_USAGE = """usage: megapix doctor PRESET --data.path SHARDS --out RUN [--SECTION.OPTION VALUE ...]
+       megapix doctor --config FILE [--SECTION.OPTION VALUE ...]
+
+Takes the arguments of `megapix train`, starts no run, and checks on every rank what that run will need: versions,
+DeepSpeed's op, hosts, clocks, shared memory, GPUs, the run folder, free disk, shards, and how fast a collective is.
+Exit code 1 if the run would fail, 0 if not (there may be warnings), 2 for bad input. PRESET is one of
+
+{presets}
+"""
+
 
 # ---------------------------------------------------------------------------------------------------------------------
-# train
+# train, doctor
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def train(arguments: list[str], world: World) -> int:
     """Train a preset or a file's configuration on this rank."""
     if not arguments or arguments[0] in ("-h", "--help"):
-        presets = "\n".join(f"  {name:8} {about}" for name, (_, about) in PRESETS.items())
-        print(TRAIN_USAGE.format(presets=presets), end="", file=sys.stdout if arguments else sys.stderr)
-        return 0 if arguments else 2
+        return _print_usage(TRAIN_USAGE, arguments)
     dry_run = "--dry-run" in arguments
     asked = parse_run([a for a in arguments if a != "--dry-run" and not a.startswith("--local_rank=")], world)
     if dry_run:
@@ -84,7 +93,29 @@ def train(arguments: list[str], world: World) -> int:
     return engine.leave(world, 0)
 
 
-def parse_run(arguments: list[str], world: World) -> Config:
+def doctor(arguments: list[str], world: World) -> int:
+    """Look for what would make training fail, on this rank and with all others; with --parity, compare ZeRO-2."""
+    if "--parity" in arguments:
+        from megapix import parity
+
+        return parity.main([a for a in arguments if a != "--parity"], world)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        return _print_usage(DOCTOR_USAGE, arguments)
+    asked = parse_run([a for a in arguments if not a.startswith("--local_rank=")], world, "doctor")
+
+    from megapix.doctor.examine import examine
+
+    return examine(asked, world)
+
+
+def _print_usage(usage: str, arguments: list[str]) -> int:
+    """Print the usage with all presets: to stdout if it was asked for, to stderr (and code 2) without arguments."""
+    presets = "\n".join(f"  {name:8} {about}" for name, (_, about) in PRESETS.items())
+    print(usage.format(presets=presets), end="", file=sys.stdout if arguments else sys.stderr)
+    return 0 if arguments else 2
+
+
+def parse_run(arguments: list[str], world: World, command: str = "train") -> Config:
     """A configuration from `PRESET [OPTIONS]` or `--config FILE [OPTIONS]`; only rank 0 prints tyro's messages.
 
     Raises:
@@ -102,7 +133,7 @@ def parse_run(arguments: list[str], world: World) -> Config:
         )
     else:
         default, name = config.preset(first), first
-    return tyro.cli(Config, default=default, args=rest, prog=f"megapix train {name}", console_outputs=world.main)
+    return tyro.cli(Config, default=default, args=rest, prog=f"megapix {command} {name}", console_outputs=world.main)
 
 
 def _read_config(path: Path) -> Config:
@@ -249,20 +280,6 @@ def reshard(arguments: list[str], world: World) -> int:
     folder = reshard(saved, options.ranks, options.out)
     print(f"megapix: {folder}: {saved.folder} for {options.ranks} ranks")
     return 0
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# doctor
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def doctor(arguments: list[str], world: World) -> int:
-    """Examine the machines: with --parity, whether ZeRO-2 computes on them what plain PyTorch computes."""
-    if "--parity" not in arguments:
-        raise InputError("doctor: expected --parity (megapix doctor --parity --help lists its options)")
-    from megapix import parity
-
-    return parity.main([a for a in arguments if a != "--parity"], world)
 
 
 def _check_file(option: str, path: Path) -> None:

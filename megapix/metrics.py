@@ -16,6 +16,8 @@ import torch
 import torch.distributed
 from torch import Tensor
 
+from megapix import events
+
 QUARTERS = 4
 LAYOUT = {
     "loss": {
@@ -126,12 +128,14 @@ class Writer:
     """
 
     def __init__(self, folder: Path, first_step: int, enabled: bool) -> None:
-        """Open `folder`; events of an earlier process after `first_step` are superseded by this one's."""
+        """Open `folder`; what an earlier process has logged after `first_step` is dropped."""
         self._board = None
         if enabled:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(str(folder), purge_step=first_step + 1 if first_step else None)
+            events.purge(folder, first_step)
+            # A TensorBoard that has read those files already is told by its own mark.
+            self._board = SummaryWriter(str(folder), purge_step=first_step + 1)
             self._board.add_custom_scalars(LAYOUT)
 
     def scalars(self, step: int, row: dict[str, float]) -> None:

@@ -25,7 +25,6 @@ ALLOWED = {
     "megapix.flow": {"megapix.config", "megapix.draws"},
     "megapix.schedule": {"megapix.config"},
     "megapix.optim": {"megapix.config"},
-    "megapix.metrics": {"megapix.config"},
     "megapix.health": {"megapix.config", "megapix.errors"},
     "megapix.stopping": {"megapix.dist"},
     "megapix.checkpoint": {"megapix.config", "megapix.dist", "megapix.errors", "megapix.shards"},
@@ -33,11 +32,20 @@ ALLOWED = {
     "megapix.retention": {"megapix.checkpoint", "megapix.config", "megapix.errors"},
     "megapix.plain": {"megapix.config", "megapix.flow", "megapix.model", "megapix.schedule"},
     "megapix.cover": set(),
+    "megapix.metrics": {"megapix.config", "megapix.events"},
+    "megapix.events": set(),
     "megapix.flops": {"megapix.config"},
     "megapix.blocks": {"megapix.config", "megapix.model"},
     "megapix.images": {"megapix.errors"},
     "megapix.storage": {"megapix.errors"},
     "megapix.watchdog": {"megapix.dist", "megapix.errors", "megapix.stopping"},
+    "megapix.doctor": {
+        *(
+            f"megapix.{name}"
+            for name in ("checkpoint", "config", "data", "dist", "doctor", "ds_config", "engine", "model", "prepare")
+        ),
+        "megapix.errors",
+    },
     "megapix.data": {"megapix.data", "megapix.config", "megapix.draws", *CONTRACT},
     "data_prep": {"data_prep", *CONTRACT},
 }
@@ -108,7 +116,13 @@ def test_no_circles() -> None:
 
 
 @pytest.mark.parametrize(
-    "command", [["megapix", "--help"], ["megapix", "train", "tiny", "--help"], ["data_prep", "--help"]]
+    "command",
+    [
+        ["megapix", "--help"],
+        ["megapix", "train", "tiny", "--help"],
+        ["megapix", "doctor", "tiny", "--help"],
+        ["data_prep", "--help"],
+    ],
 )
 def test_help_imports_nothing_heavy(command: list[str]) -> None:
     code = (

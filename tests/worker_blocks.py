@@ -86,10 +86,8 @@ def reference(net: PixelDiT, batch: Batch, c: Config) -> dict[str, float]:
     for i in range(c.model.depth):
         row[f"blocks/grad_norm/patch_0{i}"] = norm(plain.patch_blocks[i])
         row[f"blocks/modulation_rms/patch_0{i}"] = rms(outputs[f"patch_blocks.{i}"])
-    pre = c.model.modulation == "pre"
-    parts = (
-        ("shift1", "scale1", "gate1", "shift2", "scale2", "gate2") if pre else ["scale1", "shift1", "scale2", "shift2"]
-    )
+    six, four = ["shift1", "scale1", "gate1", "shift2", "scale2", "gate2"], ["scale1", "shift1", "scale2", "shift2"]
+    parts = six if c.model.modulation == "pre" else four
     for i in range(c.model.pixel_depth):
         row[f"blocks/grad_norm/pit_{i}"] = norm(plain.pixel_blocks[i])
         numbers = outputs[f"pixel_blocks.{i}"].unflatten(-1, (c.model.patch_size**2, len(parts), c.model.pixel_width))

@@ -1,0 +1,106 @@
+"""What is installed on a node, and what its devices are: versions, DeepSpeed's op, GPUs, shared memory."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import shutil
+import sysconfig
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+import megapix
+from megapix import dist, engine
+from megapix.config import BatchLayout, Config
+from megapix.data.loader import PREFETCH
+from megapix.dist import World
+from megapix.doctor.verdict import Verdict
+
+SHM = Path("/dev/shm")
+OP_SHM = 66 * 2**20
+"""Bytes of /dev/shm that DeepSpeed's CPU communication op maps for each rank."""
+FREE_GPU = 0.9
+"""Share of a GPU's memory that should be free before a run."""
+
+
+def versions(world: World) -> Verdict:
+    """Python, torch, deepspeed and megapix, with a hash of its source files, must be rank 0's. Every rank calls it."""
+    packages = {name: version(name) for name in ("torch", "deepspeed", "megapix")}
+    packages["megapix's source"] = _source()
+    mine, python = packages, platform.python_version()
+    theirs, their_python = dist.gather(world, (mine, python))[0]
+    different = [f"{name} {mine[name]} (rank 0: {theirs[name]})" for name in mine if mine[name] != theirs[name]]
+    if different:
+        return Verdict("versions", "fail", "; ".join(different))
+    if python != their_python:
+        return Verdict("versions", "warn", f"Python {python} (rank 0: {their_python})")
+    return Verdict("versions", "ok", f"Python {python}, " + ", ".join(f"{name} {v}" for name, v in mine.items()))
+
+
+def _source() -> str:
+    """Hash of megapix's files, since a checkout that lags behind has the same version."""
+    root = Path(megapix.__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        digest.update(str(path.relative_to(root)).encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def communication_op() -> Verdict:
+    """DeepSpeed compiles its CPU communication op at the first use; GPUs need none."""
+    if torch.cuda.is_available():
+        return Verdict("op build", "ok", "GPUs need no op of DeepSpeed's")
+    if shutil.which("g++") is None:
+        return Verdict("op build", "fail", "no g++: DeepSpeed compiles its CPU communication op (apt install g++)")
+    if shutil.which("ninja") is None:
+        scripts = sysconfig.get_path("scripts")
+        return Verdict("op build", "fail", f"no ninja on the PATH: pip install ninja, and add {scripts} to PATH")
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    if not header.is_file():
+        return Verdict("op build", "fail", f"no {header}: the op needs Python's headers (apt install python3-dev)")
+    start = time.monotonic()
+    engine._load_comm_op()
+    return Verdict("op build", "ok", f"DeepSpeed's CPU communication op is there, {time.monotonic() - start:.0f} s")
+
+
+def shared_memory(config: Config, layout: BatchLayout, ranks_here: int) -> Verdict:
+    """/dev/shm holds the op's buffers and the batches on their way from the loader's workers."""
+    batches = config.data.workers * PREFETCH * layout.micro * 3 * config.data.image_size**2
+    need = ranks_here * (batches + (0 if torch.cuda.is_available() else OP_SHM))
+    free = shutil.disk_usage(SHM).free
+    detail = f"{free / 2**20:,.0f} MiB free in {SHM}, {ranks_here} ranks here need {need / 2**20:,.0f} MiB"
+    if free < need:
+        return Verdict("shared memory", "fail", f"{detail} (docker: --shm-size; or fewer data.workers)")
+    return Verdict("shared memory", "ok", detail)
+
+
+def gpus(config: Config, parameters: int, world: World) -> Verdict:
+    """A GPU for each rank, the same on all, free, and able to hold the states. Every rank calls it."""
+    there = torch.cuda.is_available()
+    name = torch.cuda.get_device_name(world.local_rank) if there and _own_gpu(world) else ""
+    first = dist.gather(world, (there, name))[0]
+    if there != first[0]:
+        return Verdict("GPU", "fail", f"{'a GPU' if there else 'no GPU'} here, but rank 0 has {first[1] or 'none'}")
+    if not there:
+        return Verdict("GPU", "ok", "none: CPU ranks with gloo")
+    if not name:
+        count = torch.cuda.device_count()
+        return Verdict("GPU", "fail", f"{count} GPUs are visible, none is left for local rank {world.local_rank}")
+    free, total = torch.cuda.mem_get_info(world.local_rank)
+    # Weights of the network on each rank; masters, moments, EMA and the averaged gradient in shards.
+    need = parameters * (2 if config.precision == "bf16" else 4) + parameters * 20 // world.size
+    detail = f"{torch.cuda.device_count()} x {name}, {total / 2**30:.0f} GiB, {free / 2**30:.0f} GiB free"
+    if total < need:
+        return Verdict("GPU", "fail", f"{detail}; weights and optimizer alone need {need / 2**30:.1f} GiB")
+    if free < FREE_GPU * total:
+        return Verdict("GPU", "warn", f"{detail}: another process holds the rest")
+    if name != first[1]:
+        return Verdict("GPU", "warn", f"{detail}, but rank 0 has {first[1]}: every step waits for the slowest")
+    return Verdict("GPU", "ok", detail)
+
+
+def _own_gpu(world: World) -> bool:
+    return world.local_rank < torch.cuda.device_count()
