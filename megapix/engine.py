@@ -73,6 +73,8 @@ def _load_comm_op() -> None:
     builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
     if builder is None:
         return
+    # torch calls ninja, which is installed beside the interpreter; another one would build everything again.
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     folder = Path(torch.utils.cpp_extension._get_build_directory(builder.name, verbose=False))
     with open(folder.parent / f".{builder.name}.flock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

@@ -40,6 +40,7 @@ ALLOWED = {
     "megapix.storage": {"megapix.errors"},
     "megapix.watchdog": {"megapix.dist", "megapix.errors", "megapix.stopping"},
     "megapix.doctor": {
+        "megapix",
         *(
             f"megapix.{name}"
             for name in ("checkpoint", "config", "data", "dist", "doctor", "ds_config", "engine", "model", "prepare")

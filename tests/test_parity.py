@@ -303,8 +303,3 @@ def test_a_launch_must_be_among_the_ranks_it_covers() -> None:
     ranks = start(2, "megapix", ["doctor", "--parity", "--ranks", "4", "1"])
     assert [rank.code for rank in ranks] == [2, 2]
     assert "--ranks 4 1: expected this launch's 2 among them" in ranks[0].err
-
-
-def test_doctor_alone_says_what_it_needs(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["doctor"]) == 2
-    assert "doctor: expected --parity" in capsys.readouterr().err

@@ -28,9 +28,10 @@ def main(precision: str, modulation: str, checkpointing: str, shards: str) -> No
     world = dist.from_environment()
     device = engine.start(world)
     c = config.replace(config.replace(SMALL, "precision", precision), "model.modulation", modulation)
+    c = config.replace(c, "machine.pixel_checkpointing", checkpointing)
     c = config.replace(c, "machine.micro_batch", STEP_BATCH // world.size // ACCUMULATION)
     layout = config.batch_layout(c, world.size)
-    e = engine.build(c, layout, engine.build_network(c.model, 1, engine.pixel_checkpoint(checkpointing)))
+    e = engine.build(c, layout, engine.build_network(c.model, 1, c.machine))
     reading = config.replace(c.data, "path", shards)
     data = MicroBatches(locate(reading), reading, 0, STEP_BATCH)
     for step in range(max(WATCHED) + 1):
