@@ -5,12 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 
-from megapix import blocks, config, engine
-from megapix.dist import World
 from tests.launch import succeed
-from tests.runs import SMALL, STEP_BATCH, arguments, scalars
+from tests.runs import STEP_BATCH, arguments, scalars
 
 
 @pytest.mark.parametrize(
@@ -38,18 +35,4 @@ def test_a_run_writes_them_where_it_was_asked_to(shards: Path, tmp_path: Path) -
 
 
 def test_a_compiled_block_is_watched_too() -> None:
-    """Its graph knows no hooks: on a watched step it runs as written, and afterwards compiled again."""
-    c = config.replace(SMALL, "machine.compile", True)
-    engine.start(World())
-    try:
-        net = engine.build_network(c.model, 0, c.machine)
-        e = engine.build(c, config.BatchLayout(2, 1, 1), net)
-        compiled = [block.forward for block in (*net.patch_blocks, *net.pixel_blocks)]
-        watch = blocks.Watch(e)
-        e.backward(e(torch.randn(2, 3, 16, 16), torch.rand(2), torch.tensor([0, 1])).square().mean())
-        e.step()
-        row = watch.read(1)
-        assert sum("modulation_rms/pit" in tag for tag in row) == 2 * 6
-        assert compiled == [block.forward for block in (*net.patch_blocks, *net.pixel_blocks)]
-    finally:
-        engine.stop()
+    succeed(1, "tests.worker_compiled", [])
