@@ -134,6 +134,9 @@ class Watchdog:
         self._peers: dict[int, Peer] = {}
         self._leaving: dict[str, Any] | None = None
         self._failed: tuple[float, int, str] | None = None
+        self._every = min(BEAT, seconds / 4)
+        self._stuck: set[tuple[int, int, int]] = set()
+        self._stuck_since = 0.0
         self._selector = selectors.DefaultSelector()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -225,15 +228,14 @@ class Watchdog:
     # -----------------------------------------------------------------------------------------------------------------
 
     def _watch(self) -> None:
-        beat, round_ = min(BEAT, self._seconds / 4), time.monotonic()
-        due = round_
+        due = round_ = time.monotonic()
         while self._leaving is None:
             for key, _ in self._selector.select(max(0.0, due - time.monotonic())):
                 if key.data:
                     key.data(key.fileobj)
             before, round_ = round_, time.monotonic()
             if round_ >= due:
-                due = round_ + beat
+                due = round_ + self._every
                 self._beat()
             # After a pause of its own (the process was stopped, the machine slept) others first get time to be heard.
             if round_ - before < self._seconds / 2:
@@ -299,10 +301,18 @@ class Watchdog:
             self._judge_progress(now, {self._world.rank: self._word} | {r: peer.word for r, peer in watched.items()})
 
     def _judge_progress(self, now: float, words: dict[int, Word]) -> None:
-        """A rank with others ahead of it waits for nobody: its own last word decides. Equal ones may wait together."""
+        """A rank with others ahead of it waits for nobody: its own last word decides. Equal ones may wait together.
+
+        A word from elsewhere is as old as its heartbeat, and the others may have moved on in that time: a rank hangs if
+        it is found behind with the same word for two heartbeats more.
+        """
         behind = min((w.step, w.turn) for w in words.values())
         last = {rank: w for rank, w in words.items() if (w.step, w.turn) == behind}
-        if any(now - w.at <= w.patience for w in last.values()):
+        stale = all(now - w.at > w.patience for w in last.values())
+        stuck = {(rank, w.step, w.turn) for rank, w in last.items()} if stale else set()
+        if stuck != self._stuck:
+            self._stuck, self._stuck_since = stuck, now
+        if not stuck or now - self._stuck_since < 2 * self._every:
             return
         if len(last) < len(words) or len(words) == 1:
             reasons = [
