@@ -27,8 +27,8 @@ SLACK = 10.0
 """Seconds of a loaded machine between a limit and the end of the ranks."""
 SSH_GIVES_UP = 20.0
 """Seconds after which launch.sh's ssh has given a dead host up."""
-LEFT = 2
-"""Ranks on the one host that is left: those of the checkpoint. Any divisor of the batch, once a run can change them."""
+LEFT = 1
+"""Ranks on the one host that is left; the checkpoint is of two."""
 LONG = ["--optim.end-at", "8000000", "--checkpoint.every", "80"]
 
 
