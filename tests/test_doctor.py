@@ -93,7 +93,7 @@ def test_everything_wrong_on_one_rank(shards: Path, tmp_path: Path) -> None:
     assert "FAIL" in found["run folder"]
     assert f"{runs}: what rank" in found["run folder"]
     assert "FAIL" in found["disk"]
-    assert re.search(r"rank 1: 0\.10 GiB free in .*runs, .* would not fit", found["disk"])
+    assert re.search(r"rank 1: 100\.0 MiB free in .*runs, .* would not fit", found["disk"])
     assert "FAIL" in found["shards"]
     assert "rank 1: " in found["shards"]
     assert "shard-000001.tar" in found["shards"]
@@ -192,7 +192,7 @@ def test_the_size_of_a_checkpoint(shards: Path, tmp_path: Path) -> None:
     asked = config.replace(config.replace(SMALL, "model.width", 128), "out", str(run))
     parameters = sum(p.numel() for p in engine.build_network(asked.model, 0).parameters())
     said = files.disk(asked, parameters).detail
-    assert said.endswith(f"a checkpoint takes {16 * parameters / 2**30:,.2f} GiB")
+    assert said.endswith(f"a checkpoint takes {16 * parameters / 2**20:,.1f} MiB")
     assert there == pytest.approx(16 * parameters, rel=0.03)
 
 

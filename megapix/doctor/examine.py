@@ -38,16 +38,16 @@ def examine(asked: Config, world: World) -> int:
     hosts = dist.gather(world, socket.gethostname())
     here = hosts.count(hosts[world.rank])
     op = tried("op build", software.communication_op)
-    gpus = software.gpus(asked, parameters, world)
+    gpus = tried("GPU", lambda: software.gpus(asked, parameters, world))
     verdicts = [
         met,
         network.names(hosts),
-        network.clock(world),
-        software.versions(world),
+        tried("clock", lambda: network.clock(world)),
+        tried("versions", lambda: software.versions(world)),
         op,
         gpus,
         tried("shared memory", lambda: software.shared_memory(asked, layout, here)),
-        files.run_folder(asked.out, world),
+        tried("run folder", lambda: files.run_folder(asked.out, world)),
         tried("disk", lambda: files.disk(asked, parameters)),
         tried("shards", lambda: files.shards(asked, world)),
     ]

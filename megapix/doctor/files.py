@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 import uuid
@@ -127,9 +128,9 @@ def disk(asked: Config, parameters: int) -> Verdict:
     """The next checkpoint must fit, and those that will be kept should."""
     folder = existing(Path(asked.out))
     one, free = 4 * len(PARTS) * parameters, shutil.disk_usage(folder).free
-    detail = f"{_gib(free)} free in {folder}, a checkpoint takes {_gib(one)}"
+    detail = f"{_size(free)} free in {folder}, a checkpoint takes {_size(one)}"
     if free < one + RESERVE:
-        return Verdict("disk", "fail", f"{detail}: the next one would not fit (with {_gib(RESERVE)} to spare)")
+        return Verdict("disk", "fail", f"{detail}: the next one would not fit (with {_size(RESERVE)} to spare)")
     held = len(complete(Path(asked.out)))
     more = max(0, asked.checkpoint.keep + 1 - held)  # the new one is complete before the oldest goes
     if free < more * one + RESERVE:
@@ -140,10 +141,10 @@ def disk(asked: Config, parameters: int) -> Verdict:
 
 def existing(path: Path) -> Path:
     """The path itself, or its nearest parent that exists."""
-    while not path.exists():
+    while not os.path.exists(path):  # False, too, where it may not be looked for
         path = path.parent
     return path
 
 
-def _gib(count: int) -> str:
-    return f"{count / 2**30:,.2f} GiB"
+def _size(count: int) -> str:
+    return f"{count / 2**30:,.1f} GiB" if count >= 2**30 else f"{count / 2**20:,.1f} MiB"

@@ -7,12 +7,11 @@ import platform
 import shutil
 import sysconfig
 import time
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
-import megapix
 from megapix import dist, engine
 from megapix.config import BatchLayout, Config
 from megapix.data.loader import PREFETCH
@@ -28,21 +27,28 @@ FREE_GPU = 0.9
 
 def versions(world: World) -> Verdict:
     """Python, torch, deepspeed and megapix, with a hash of its source files, must be rank 0's. Every rank calls it."""
-    packages = {name: version(name) for name in ("torch", "deepspeed", "megapix")}
+    packages = {name: _version(name) for name in ("torch", "deepspeed", "megapix")}
     packages["megapix's source"] = _source()
-    mine, python = packages, platform.python_version()
-    theirs, their_python = dist.gather(world, (mine, python))[0]
-    different = [f"{name} {mine[name]} (rank 0: {theirs[name]})" for name in mine if mine[name] != theirs[name]]
+    python = platform.python_version()
+    theirs, their_python = dist.gather(world, (packages, python))[0]
+    different = [f"{name} {v} (rank 0: {theirs[name]})" for name, v in packages.items() if v != theirs[name]]
     if different:
         return Verdict("versions", "fail", "; ".join(different))
     if python != their_python:
         return Verdict("versions", "warn", f"Python {python} (rank 0: {their_python})")
-    return Verdict("versions", "ok", f"Python {python}, " + ", ".join(f"{name} {v}" for name, v in mine.items()))
+    return Verdict("versions", "ok", f"Python {python}, " + ", ".join(f"{name} {v}" for name, v in packages.items()))
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # run from a checkout, perhaps
+        return "not installed"
 
 
 def _source() -> str:
     """Hash of megapix's files, since a checkout that lags behind has the same version."""
-    root = Path(megapix.__file__).parent
+    root = Path(__file__).resolve().parent.parent
     digest = hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
         digest.update(str(path.relative_to(root)).encode() + path.read_bytes())
@@ -71,7 +77,7 @@ def shared_memory(config: Config, layout: BatchLayout, ranks_here: int) -> Verdi
     batches = config.data.workers * PREFETCH * layout.micro * 3 * config.data.image_size**2
     need = ranks_here * (batches + (0 if torch.cuda.is_available() else OP_SHM))
     free = shutil.disk_usage(SHM).free
-    detail = f"{free / 2**20:,.0f} MiB free in {SHM}, {ranks_here} ranks here need {need / 2**20:,.0f} MiB"
+    detail = f"{free / 2**20:,.0f} MiB free in {SHM}, {need / 2**20:,.0f} MiB needed for {ranks_here} of the ranks"
     if free < need:
         return Verdict("shared memory", "fail", f"{detail} (docker: --shm-size; or fewer data.workers)")
     return Verdict("shared memory", "ok", detail)
