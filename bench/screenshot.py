@@ -20,7 +20,7 @@ from pathlib import Path
 
 from PIL import Image
 
-SIZE = (1500, 2300)
+SIZE = (1500, 2440)
 """Pixels of the page."""
 COLOURS = 64
 """Of the picture, so that it stays small."""
