@@ -12,7 +12,11 @@ from tests.runs import STEP_BATCH, arguments, scalars
 
 @pytest.mark.parametrize(
     ("ranks", "precision", "modulation", "checkpointing"),
-    [(1, "fp32", "post", "none"), (2, "fp32", "pre", "full"), (2, "bf16", "post", "full")],
+    [
+        pytest.param(1, "fp32", "post", "none", marks=pytest.mark.long),
+        (2, "fp32", "pre", "full"),
+        (2, "bf16", "post", "full"),
+    ],
 )
 def test_norms_are_those_of_a_plain_process(
     ranks: int, precision: str, modulation: str, checkpointing: str, shards: Path
