@@ -5,9 +5,12 @@ set -euo pipefail
 usage() {
   cat <<'EOT'
 usage: ./launch.sh [options] PRESET --data.path SHARDS --out RUN [megapix train options]
+       ./launch.sh [options] doctor PRESET --data.path SHARDS --out RUN [megapix train options]
+       ./launch.sh [options] doctor --parity
 
-Starts `megapix train` under the deepspeed launcher: one rank for each GPU of this machine, or, where there is none,
-CPU ranks with gloo (2 by default). Everything but these options goes to `megapix train`.
+The first starts `megapix train`, the others `megapix doctor` (is every node fit for that run?), under the deepspeed
+launcher: one rank for each GPU of this machine, or, where there is none, CPU ranks with gloo (2 by default). Everything
+but these options goes to megapix.
 
   --ranks N         ranks on each node (default: all GPUs, or those of CUDA_VISIBLE_DEVICES; without a GPU, 2 CPU ranks)
   --hostfile FILE   several nodes, started from this one by ssh and pdsh: a line 'HOST slots=RANKS' for each
@@ -61,6 +64,12 @@ while (($#)); do
   shift
 done
 ((${#arguments[@]})) || { usage >&2; exit 2; }
+command=train
+if [[ ${arguments[0]} == doctor ]]; then
+  command=doctor
+  arguments=("${arguments[@]:1}")
+  ((${#arguments[@]})) || arguments=(--help)
+fi
 [[ -z $ranks || $ranks =~ ^[1-9][0-9]*$ ]] || fail "--ranks = '$ranks': expected a number above 0"
 [[ -z $nnodes || $nnodes =~ ^[1-9][0-9]*$ ]] || fail "--nnodes = '$nnodes': expected a number above 0"
 [[ -z $hostfile || -z $ranks$nnodes ]] || fail "--hostfile says how many nodes and ranks: expected no --nnodes or --ranks"
@@ -76,7 +85,7 @@ python=${PYTHON:-$here/.venv/bin/python}
 [[ -x $python ]] || python=$(command -v python3) || fail "no python: make .venv with 'make quickstart', or set PYTHON"
 PATH=$(dirname "$python"):$PATH # deepspeed's op builder looks for ninja on the PATH
 export PATH
-[[ -z $help ]] || exec "$python" -m megapix train "${arguments[@]}"
+[[ -z $help ]] || exec "$python" -m megapix "$command" "${arguments[@]}"
 
 gpus=0
 devices=
@@ -109,7 +118,7 @@ if ((${SLURM_STEP_NUM_TASKS:-1} > 1)); then
   export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_STEP_NUM_TASKS LOCAL_RANK=$SLURM_LOCALID
   ((gpus != 1)) || LOCAL_RANK=0 # --gpus-per-task=1: a task sees its own card alone
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
-  exec "$python" -m megapix train "${arguments[@]}" # so that SLURM's signals reach the rank itself
+  exec "$python" -m megapix "$command" "${arguments[@]}" # so that SLURM's signals reach the rank itself
 fi
 
 hosts=()
@@ -138,9 +147,12 @@ fi
 cores=$(nproc)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > ranks ? cores / ranks : 1))}
 
-# The configuration is checked once here, so that a mistake is one line and not one from every rank.
-resolved=$(WORLD_SIZE=$world "$python" -m megapix train "${arguments[@]}" --dry-run)
-run=$("$python" -c 'import json, sys; print(json.loads(sys.argv[1])["out"])' "$resolved")
+run= # the run folder; the doctor has none
+if [[ $command == train ]]; then
+  # The configuration is checked once here, so that a mistake is one line and not one from every rank.
+  resolved=$(WORLD_SIZE=$world "$python" -m megapix train "${arguments[@]}" --dry-run)
+  run=$("$python" -c 'import json, sys; print(json.loads(sys.argv[1])["out"])' "$resolved")
+fi
 
 port=${MASTER_PORT:-}
 if [[ $no_ssh ]]; then
@@ -207,7 +219,7 @@ relay() {
 # The launcher gets a process group of its own, so that one signal ends every rank of this machine: deepspeed's runner
 # does not pass SIGTERM on, and its ranks would go on alone.
 start=("$python" -m deepspeed.launcher.runner --log_level error "${where[@]}" --master_port "$port")
-start+=(--no_local_rank --module megapix train "${arguments[@]}")
+start+=(--no_local_rank --module megapix "$command" "${arguments[@]}")
 set -m
 if [[ $scratch && -z $no_ssh ]]; then "${start[@]}" 2> >(relay) & else "${start[@]}" & fi
 group=$!
@@ -233,7 +245,7 @@ end_now() {
 
 # shellcheck disable=SC2329 # called by the traps below
 end_soon() {
-  if [[ $asked ]]; then
+  if [[ $asked || -z $run ]]; then
     echo "launch.sh: ending the ranks; the same command goes on from the last checkpoint" >&2
     end_now 130
   else
@@ -256,7 +268,7 @@ done
 code=0
 wait "$group" || code=$?
 while kill -0 -- "-$group" 2>/dev/null; do sleep 0.2; done
-[[ -z $asked ]] || rm -f "$run/stop" # if no rank has lived to obey it
+[[ -z $asked || -z $run ]] || rm -f "$run/stop" # if no rank has lived to obey it
 [[ -z $forced ]] || code=$forced
 ((code <= 128 || code == 130)) || code=69 # a rank ended by a signal, or a node that ssh has lost
 exit "$code"

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -17,27 +16,27 @@ from megapix import (
     blocks,
     checkpoint,
     config,
+    consensus,
     dist,
     engine,
-    flops,
     flow,
     metrics,
     recovery,
     retention,
-    sample,
     storage,
     weights,
 )
 from megapix.checkpoint import Counters, State
 from megapix.config import Config
 from megapix.data import loader, order
-from megapix.data.loader import Spent
 from megapix.dist import World
 from megapix.ds_config import unproven
 from megapix.errors import Trouble
+from megapix.grid import ema_grid
 from megapix.health import Sentinel, Skips, Spike
 from megapix.model import PixelDiT
 from megapix.prepare import Plan, plan, same_everywhere, write_config
+from megapix.report import Report
 from megapix.saver import Saver
 from megapix.stopping import StopRequest, StopRequested
 from megapix.watchdog import Watchdog
@@ -154,12 +153,10 @@ def _until_the_end(run: Run, state: State) -> None:
 def _steps(run: Run, state: State) -> None:
     p, c, e, world, saver, watch = run.plan, run.config, run.engine, run.world, run.saver, run.watch
     total, counters, skipped = p.layout.total, state.counters, state.counters.skipped
-    schedule, position, logged, saved = e.lr_scheduler, counters.position, counters.position, counters
+    schedule, position, saved, spikes = e.lr_scheduler, counters.position, counters, state.spikes
     batches = loader.batches(c.data, p.located, c.seed, p.layout, world.rank, position, skipped)
-    sentinel, skips, spikes = Sentinel(c.health, state.recent), Skips(c.health.max_skipped), state.spikes
-    meter, clock, spent, replaced = metrics.LossMeter(run.device), metrics.Clock(), Spent(), 0
-    mean, stalled = metrics.Mean(), saver.stall
-    cost, peak = flops.training(c.model, c.data.image_size), flops.peak_of(c, run.device)
+    sentinel, skips, mean = Sentinel(c.health, state.recent), Skips(c.health.max_skipped), metrics.Mean()
+    report = Report(c, p.layout, world, run.device, saver, position)
     bar = tqdm(total=p.end, initial=schedule.images_seen, unit="img", disable=not world.main, **_bar_style())
     board = metrics.Writer(run.folder / "tensorboard", counters.drawn // total, enabled=world.main)
     board.configuration(counters.drawn // total, config.to_dict(c))
@@ -176,107 +173,73 @@ def _steps(run: Run, state: State) -> None:
             spikes=spikes,
         )
 
+    def listen() -> None:
+        """Before each step of the sampler: a long grid is no hang, and ends when any rank was asked to stop."""
+        watch.note(step, "sample")
+        if consensus.any_rank(world, run.stop.asked, run.device):
+            raise StopRequested
+
     with bar, closing(board):
         while schedule.images_seen < p.end:
-            before, lr, step_loss = counters, schedule.get_last_lr()[0], torch.zeros((), device=run.device)
-            at, after = before.drawn // total + 1, before.images_seen + total
-            norms = blocks.Watch(e) if _due(c.log.blocks_every, before.images_seen, after, p.end) else None
+            seen, start, lr = schedule.images_seen, position, schedule.get_last_lr()[0]
+            step, step_loss = counters.drawn // total + 1, torch.zeros((), device=run.device)
+            norms = blocks.Watch(e) if _due(c.log.blocks_every, seen, seen + total, p.end) else None
             for _ in range(p.layout.accumulation):
-                watch.note(at, "data")
-                with clock.waiting():
-                    batch = next(batches)
-                spent.add(batch.spent)
-                replaced += len(batch.replaced)
-                for fault in batch.replaced:
-                    dist.warn(f"rank {world.rank} replaced a damaged sample: {fault}")
+                watch.note(step, "data")
+                batch = report.draw(batches)
                 images, labels = (x.to(run.device, non_blocking=True) for x in (batch.images, batch.labels))
-                watch.note(at, "backward")
+                watch.note(step, "backward")
                 loss, t = flow.training_loss(e, images, labels, batch.positions, c.seed, c.flow)
                 e.backward(loss.mean())
-                watch.note(at, "step")
+                watch.note(step, "step")
                 e.step()
-                meter.add(loss, t)
+                report.add(loss, t)
                 step_loss += loss.detach().mean() / p.layout.accumulation
 
             _, position = order.take(position, total, skipped)
-            counters = Counters(position, schedule.images_seen, skipped)
-            now, step, applied = counters.images_seen, counters.drawn // total, e.was_step_applied()
-            watch.note(at, "agree")
-            heard = _agreed(run, step_loss)
+            now, applied = schedule.images_seen, e.was_step_applied()
+            counters = Counters(position, now, skipped)
+
+            watch.note(step, "agree")
+            heard = consensus.after_step(world, step_loss, run.stop.asked, saver.failed)
             grad_norm = float(e.get_global_grad_norm()) if applied else math.nan
+            if norms:
+                board.scalars(step, norms.read(world.size))
             if heard.save_failed:
                 saver.finish()
             if not applied:
                 world.say(f"step {step} skipped: {heard.fault} ({skips.in_a_row + 1} in a row)")
                 board.event(step, f"skipped: {heard.fault}")
             skips.count(applied, step, heard.fault)
-            if applied and (spike := sentinel.look(heard.loss, grad_norm, before.position, step)):
+            if applied and (spike := sentinel.look(heard.loss, grad_norm, start, step)):
                 spikes += 1
                 board.event(step, f"spike: {spike.reason}; health.on_spike = {c.health.on_spike!r}")
                 _on_spike(run, spike, here())
             mean.add(heard.loss)
-            bar.update(now - before.images_seen)
+            bar.update(now - seen)
 
-            if norms:
-                board.scalars(step, norms.read(world.size))
-            if _due(c.log.every, before.images_seen, now, p.end):
-                watch.note(at, "log")
-                row = meter.read(world.size) | clock.read(position - logged) | metrics.memory(run.device)
-                row |= flops.speed(row["speed/images_per_s"], cost, world.size, peak)
-                row |= {"schedule/lr": lr, "schedule/images_seen": now}
-                row |= {"health/grad_norm": grad_norm} if applied else {}
-                row |= {"health/skipped_steps": (counters.drawn - now) // total}
+            if _due(c.log.every, seen, now, p.end):
+                watch.note(step, "log")
+                row = report.row(counters) | {"schedule/lr": lr, "health/grad_norm": grad_norm}
                 row |= {"health/spikes": spikes, "health/rollbacks": state.rollbacks}
-                row |= {"health/replaced_samples": sum(dist.gather(world, replaced))}
-                row |= {"speed/save_stall_s": saver.stall - stalled}
-                row |= spent.row((position - logged) // p.layout.ranks)
-                logged, spent, stalled = position, Spent(), saver.stall
                 bar.set_postfix(loss=f"{heard.loss:.4f}", lr=f"{lr:.1e}", refresh=False)
                 board.scalars(step, row)
-            if _due(c.checkpoint.every, before.images_seen, now, p.end):
-                watch.note(at, "save")
+            if _due(c.checkpoint.every, seen, now, p.end):
+                watch.note(step, "save")
                 saver.save(here(), _share(run, state), prune=not sentinel.suspicious)
                 saved = counters
             try:
                 if heard.stop:
                     raise StopRequested
-                if _due(c.log.samples_every, before.images_seen, now, p.end):
-                    board.image(step, "samples/ema", ema_grid(run, at))
+                if _due(c.log.samples_every, seen, now, p.end):
+                    board.image(step, "samples/ema", ema_grid(e, c, world, run.device, listen))
             except StopRequested:
-                watch.note(at, "save")
+                watch.note(step, "save")
                 if saved != counters:
                     saver.save(here(), _share(run, state), prune=not sentinel.suspicious)
                 _stop(run)
         watch.note(counters.drawn // total + 1, "save")
         saver.finish()
-
-
-@dataclass(frozen=True)
-class Heard:
-    """What all ranks know of a step after they have met."""
-
-    loss: float
-    """Mean over all ranks; NaN if it is not finite on one."""
-    fault: str
-    """Why the step's gradient is not finite, if it is not."""
-    stop: bool
-    """Whether any rank was asked to stop."""
-    save_failed: bool
-    """Whether a save in the background has failed."""
-
-
-def _agreed(run: Run, loss: torch.Tensor) -> Heard:
-    """Meet all ranks after a step: one all-reduce, and the one place in a step that waits for the device."""
-    ranks, finite = run.world.size, loss.isfinite()
-    mine = torch.zeros(3 + ranks, dtype=torch.float64, device=run.device)
-    mine[0] = loss.where(finite, 0.0)
-    mine[1] = float(run.stop.reason is not None)
-    mine[2] = float(run.saver.failed)
-    mine[3 + run.world.rank] = ~finite
-    loss_sum, stop, failed, *bad = dist.total(run.world, mine)
-    where = ", ".join(str(rank) for rank, count in enumerate(bad) if count)
-    fault = "the gradient is not finite" + (f", nor is the loss of rank {where}" if where else "")
-    return Heard(math.nan if where else loss_sum / ranks, fault, stop > 0, failed > 0)
 
 
 def _on_spike(run: Run, spike: Spike, state: State) -> None:
@@ -303,39 +266,6 @@ def _stop(run: Run) -> None:
 
 def _share(run: Run, state: State) -> dict[str, torch.Tensor]:
     return engine.share(run.engine, state.layout, run.world)
-
-
-def ema_grid(run: Run, step: int) -> np.ndarray:
-    """A grid of EMA samples, one class a row: uint8 [H, W, 3]. Each rank draws its share; every rank gets the grid.
-
-    Raises:
-        StopRequested: before a sampler step, on every rank, if any was asked to stop.
-    """
-    c, world = run.config, run.world
-    rows, columns, s = min(c.log.grid_classes, c.model.num_classes), c.log.grid_columns, c.sampling
-    numbers = list(range(rows * columns))
-    mine = numbers[world.rank :: world.size]
-    noise = sample.seeded_noise(c.seed, mine, (c.data.image_size, c.data.image_size), run.device)
-    labels = torch.tensor([n // columns for n in mine], dtype=torch.int64, device=run.device)
-
-    def listen() -> None:
-        run.watch.note(step, "sample")  # each evaluation of the velocity is news: a long grid is no hang
-        asked = torch.tensor([float(run.stop.reason is not None)], dtype=torch.float64, device=run.device)
-        if dist.total(world, asked)[0]:
-            raise StopRequested
-
-    with engine.ema_weights(run.engine) as net:
-        if mine:
-            images = sample.draw(net, noise, labels, s, listen)
-        else:  # more ranks than images: nothing to draw
-            images = noise
-            for _ in range(s.steps):
-                listen()
-    shares = dist.gather(world, sample.to_uint8(images))
-    grid = np.empty((len(numbers), *shares[0].shape[1:]), np.uint8)
-    for rank, share in enumerate(shares):
-        grid[rank :: world.size] = share
-    return sample.grid(grid, columns)
 
 
 def _waits(c: Config) -> dict[str, float]:

@@ -139,9 +139,11 @@ class Writer:
             self._board.add_custom_scalars(LAYOUT)
 
     def scalars(self, step: int, row: dict[str, float]) -> None:
-        """Write one row of scalars."""
+        """Write one row of scalars; NaN stands for a value that there is not, and is left out."""
         if self._board:
             for name, value in row.items():
+                if math.isnan(value):
+                    continue
                 self._board.add_scalar(name, value, step)
             self._board.flush()
 

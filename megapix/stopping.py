@@ -43,6 +43,11 @@ class StopRequest:
                 self._reason = str(self._file)
         return self._reason
 
+    @property
+    def asked(self) -> bool:
+        """Whether this rank was asked."""
+        return self.reason is not None
+
     def done(self) -> None:
         """Remove the file, so that the same command can go on."""
         if self._world.main:

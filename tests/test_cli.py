@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +26,7 @@ from megapix.errors import InputError
 from megapix.model import PixelDiT
 from megapix.prepare import plan
 from tests.launch import ROOT, start
-from tests.runs import SMALL, arguments, counters
+from tests.runs import SMALL, STEP_BATCH, arguments, counters, logged
 
 
 @dataclass
@@ -475,6 +476,42 @@ def test_launch_sh_trains_and_samples(own_shards: Path, tmp_path: Path) -> None:
     assert cli.main(["sample", str(exported), "--out", str(again), *options[:4], "--classes", "2", "0"]) == 0
     with Image.open(again) as image:
         assert np.array_equal(np.asarray(image), sheet)
+
+
+def test_launch_sh_asks_a_run_to_stop(own_shards: Path, tmp_path: Path) -> None:
+    """SIGTERM to the script, which DeepSpeed's launcher would not pass on: the run saves, and code 75 comes out."""
+    run = tmp_path / "run"
+    command = [*arguments(own_shards, run)[1:], "--optim.end-at", "1000000000", "--checkpoint.every", "1000000000"]
+    process = subprocess.Popen(
+        [str(ROOT / "launch.sh"), *command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHON": sys.executable},
+        cwd=tmp_path,
+    )
+    try:
+        deadline = time.monotonic() + 200
+        while len(logged(run)) < 3 and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+        process.terminate()
+        out, err = process.communicate(timeout=100)
+    finally:
+        process.kill()
+    assert process.returncode == 75, err
+    assert "asking the run to save and end" in err
+    assert f"stopped by {run / 'stop'}" in out
+    assert counters(run).images_seen >= 3 * STEP_BATCH
+    assert not (run / "stop").exists()
+
+
+def test_launch_sh_starts_the_doctor(own_shards: Path, tmp_path: Path) -> None:
+    done = launch(tmp_path, "doctor", *arguments(own_shards, tmp_path / "run")[1:])
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 ranks met at" in done.stdout
+    assert "nothing found that would stop this run" in done.stdout
+    assert not (tmp_path / "run").exists()
+    assert launch(tmp_path, "doctor", *arguments(own_shards / "none", tmp_path / "run")[1:]).returncode == 1
 
 
 def _exported(path: Path, c: config.ModelConfig = SMALL.model) -> Path:

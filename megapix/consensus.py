@@ -1,0 +1,50 @@
+"""What all ranks agree on after a step, in one all-reduce: was the loss finite, is the run to stop, did a save fail."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megapix import dist
+from megapix.dist import World
+
+
+@dataclass(frozen=True)
+class Heard:
+    """What every rank knows of a step after they have met."""
+
+    loss: float
+    """Mean over all ranks; NaN if it is not finite on one."""
+    fault: str
+    """Why the step's gradient is not finite, if it is not."""
+    stop: bool
+    """Whether any rank was asked to stop."""
+    save_failed: bool
+    """Whether a save in the background has failed."""
+
+
+def after_step(world: World, loss: Tensor, stop: bool, save_failed: bool) -> Heard:
+    """Meet all ranks after a step: the one place in it that waits for the device.
+
+    Args:
+        loss: this rank's mean loss, a scalar on its device.
+        stop: whether this rank was asked to stop.
+        save_failed: whether this rank knows of a save that failed.
+    """
+    finite = loss.isfinite()
+    mine = torch.zeros(3 + world.size, dtype=torch.float64, device=loss.device)
+    mine[0] = loss.where(finite, 0.0)
+    mine[1], mine[2] = float(stop), float(save_failed)
+    mine[3 + world.rank] = ~finite
+    loss_sum, stops, failures, *bad = dist.total(world, mine)
+    where = ", ".join(str(rank) for rank, count in enumerate(bad) if count)
+    fault = "the gradient is not finite" + (f", nor is the loss of rank {where}" if where else "")
+    return Heard(math.nan if where else loss_sum / world.size, fault, stops > 0, failures > 0)
+
+
+def any_rank(world: World, flag: bool, device: torch.device) -> bool:
+    """Whether `flag` is set on any rank. Every rank calls it."""
+    return dist.total(world, torch.tensor([float(flag)], dtype=torch.float64, device=device))[0] > 0
