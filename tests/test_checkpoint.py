@@ -252,6 +252,30 @@ def test_every_number_of_ranks_loads_the_same_bits(ranks: int, precision: str, s
     succeed(ranks, "tests.worker_elastic", [run])
 
 
+def test_loading_another_ranks_files_takes_little_memory(tmp_path: Path) -> None:
+    """Rank 1 of 3 fills its four vectors (85 MiB) from the files of 2 ranks: no more than such a share on top."""
+    shapes = {f"layer{i:02d}": (1024, 1024) for i in range(16)}
+    run = _synthetic(tmp_path / "run", shapes, ranks=2)
+    code = """
+import resource, sys, torch
+from pathlib import Path
+from megapix import checkpoint, flat
+from megapix.checkpoint import PARTS, Layout
+from megapix.dist import World
+saved = checkpoint.find(Path(sys.argv[1]), World())
+start, stop = Layout(saved.state.layout.shapes, 3).range_of(1)
+vectors = {part: torch.zeros(stop - start) for part in PARTS}
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for part, vector in vectors.items():
+    flat.fill(vector, saved.folder, saved.state.layout, part, start)
+    assert torch.equal(vector, torch.arange(start, stop, dtype=torch.float32) % 8191), part
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(run)], check=True, capture_output=True, text=True)
+    grown = int(done.stdout) / 1024
+    assert grown < 86 + 16, f"{grown} MiB"
+
+
 @pytest.mark.long
 def test_ranks_change_in_mid_run(shards: Path, tmp_path: Path) -> None:
     """2 -> 4 -> 1 -> 3 ranks by the same command: one line of losses, within 1e-5 of the run that never changed."""

@@ -97,6 +97,15 @@ def test_hostfile_trains_saves_and_resumes(pair: list[Host], shards: Path, tmp_p
     assert list(scalars(run, "loss/train")) == list(range(1, 21))
 
 
+def test_the_doctor_examines_both_hosts(pair: list[Host], shards: Path, tmp_path: Path) -> None:
+    hostfile = by_ssh(tmp_path)
+    ((code, out, err),) = finish(pair[0].popen([*hostfile, "doctor", *command(shards, tmp_path / "run")]))
+    assert code == 0, out + err
+    assert "2 ranks met at" in out
+    assert "nothing found that would stop this run" in out or "look at the warnings" in out
+    assert not (tmp_path / "run").exists()
+
+
 def test_bad_input_comes_through_with_its_code(pair: list[Host], shards: Path, tmp_path: Path) -> None:
     """Found on the nodes only: they hold other data than the first one has checked."""
     bad = command(shards, tmp_path / "run", "--optim.global-batch", "9")
