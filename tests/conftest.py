@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +21,15 @@ OPTIONS = Options(Policy.make("crop", 16), samples_per_shard=16)
 # Preparation's and the loader's workers share one server process in a test run: what the loader needs is loaded there.
 multiprocessing.get_context("forkserver").set_forkserver_preload(["megapix.data.loader"])
 CLASSES = ("blue", "green", "red")
+
+
+@pytest.fixture(autouse=True)
+def _environment() -> Iterator[None]:
+    """A rank that was played in this process leaves no RANK or MASTER_PORT to the tests after it."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.fixture(scope="session")
