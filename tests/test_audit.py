@@ -106,7 +106,7 @@ def test_the_turns_of_buckets_by_hand() -> None:
 
 
 @pytest.mark.parametrize("nodes", [8, 64])
-@pytest.mark.parametrize("window", [0, 4])
+@pytest.mark.parametrize("window", [pytest.param(0, marks=pytest.mark.long), 4])
 def test_a_node_reads_its_share_of_the_shards(nodes: int, window: int) -> None:
     """ImageNet's size, 64 reading groups: whole shards that each node must fetch in an epoch, with a cache that holds
     two windows of its groups; at most 1.1 times its share of the shards."""

@@ -244,7 +244,9 @@ def test_reshard_and_export_refuse_bad_input(trained: Path, tmp_path: Path, caps
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("ranks", "precision"), [(1, "fp32"), (4, "bf16")])
+@pytest.mark.parametrize(
+    ("ranks", "precision"), [(1, "fp32"), (1, "bf16"), pytest.param(4, "bf16", marks=pytest.mark.long)]
+)
 def test_every_number_of_ranks_loads_the_same_bits(ranks: int, precision: str, shards: Path, tmp_path: Path) -> None:
     """Two ranks save; others load, and gather masters, both moments and the EMA of every parameter."""
     run = tmp_path / "run"
@@ -328,7 +330,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(folder)], check=True)
 
 
-@pytest.mark.parametrize("background", [True, False])
+@pytest.mark.parametrize("background", [True, pytest.param(False, marks=pytest.mark.long)])
 def test_a_full_disk_in_mid_save_leaves_the_previous_one(background: bool, shards: Path, small_disk: Path) -> None:
     run = small_disk / "run"
     command = arguments(shards, run, "--checkpoint.every", str(4 * STEP_BATCH), "--log.every", "160")

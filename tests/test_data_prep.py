@@ -149,6 +149,7 @@ def test_an_interrupted_folder_is_finished_to_the_same_bytes(image_folder: Path,
     assert resume() == ()
 
 
+@pytest.mark.long
 def test_a_kill_at_any_moment_ends_in_the_same_bytes(tmp_path: Path) -> None:
     """SIGKILL to all of its processes when it has written so many shards, and again, until it finishes."""
     command = [sys.executable, "-m", "data_prep", "demo", "openmoji", "--size", "512", "--split", "heldout"]

@@ -177,6 +177,7 @@ def test_the_offloaded_ema_equals_a_dense_one_bit_for_bit(precision: str, shards
     succeed(2, "tests.worker_ema", [precision, shards, "zero2_offload"])
 
 
+@pytest.mark.long
 def test_an_offloaded_run_resumes_exactly(shards: Path, tmp_path: Path) -> None:
     """8 steps, against 4 steps, a new process, and 4 more; bf16, both pathways checkpointed."""
     options = ["--precision", "bf16", "--machine.ds-config", "zero2_offload", "--machine.patch-checkpointing", "full"]
