@@ -2,6 +2,7 @@
 # PYTHON=… makes .venv with another interpreter; RANKS=N starts the quickstart on N ranks (a divisor of its batch, 32).
 
 PYTHON ?= python3
+unexport PYTHON # launch.sh would take it, and not .venv
 VENV   := .venv
 BIN    := $(VENV)/bin
 DEMO   := runs/quickstart

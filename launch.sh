@@ -81,8 +81,12 @@ else
   [[ -z $node_rank$nnodes ]] || fail "--node-rank and --nnodes go with --no-ssh"
 fi
 
-python=${PYTHON:-$here/.venv/bin/python}
-[[ -x $python ]] || python=$(command -v python3) || fail "no python: make .venv with 'make quickstart', or set PYTHON"
+if [[ ${PYTHON:-} ]]; then
+  python=$(command -v "$PYTHON") || fail "PYTHON = '$PYTHON': expected an interpreter's name or path"
+else
+  python=$here/.venv/bin/python
+  [[ -x $python ]] || python=$(command -v python3) || fail "no python: make .venv with 'make quickstart', or set PYTHON"
+fi
 PATH=$(dirname "$python"):$PATH # deepspeed's op builder looks for ninja on the PATH
 export PATH
 [[ -z $help ]] || exec "$python" -m megapix "$command" "${arguments[@]}"
@@ -90,11 +94,10 @@ export PATH
 gpus=0
 devices=
 if command -v nvidia-smi >/dev/null; then
-  count=$(nvidia-smi --list-gpus 2>/dev/null | wc -l)
-  ((count == 0)) || devices=${CUDA_VISIBLE_DEVICES:-$(seq -s, 0 $((count - 1)))}
+  count=$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU ' || true) # slices of a GPU are listed below it
+  ((count == 0)) || devices=${CUDA_VISIBLE_DEVICES-$(seq -s, 0 $((count - 1)))}
 fi
 if [[ -n $devices ]]; then
-  [[ $devices =~ ^[0-9]+(,[0-9]+)*$ ]] || fail "CUDA_VISIBLE_DEVICES = '$devices': expected numbers such as 0,1"
   IFS=, read -r -a list <<<"$devices"
   gpus=${#list[@]}
 else
@@ -121,6 +124,11 @@ if ((${SLURM_STEP_NUM_TASKS:-1} > 1)); then
   exec "$python" -m megapix "$command" "${arguments[@]}" # so that SLURM's signals reach the rank itself
 fi
 
+if [[ $devices ]]; then
+  [[ $devices =~ ^[0-9]+(,[0-9]+)*$ ]] || fail "CUDA_VISIBLE_DEVICES = '$devices': expected numbers such as 0,1"
+  [[ -z $hostfile$no_ssh || $devices == "$(seq -s, 0 $((gpus - 1)))" ]] ||
+    fail "CUDA_VISIBLE_DEVICES = '$devices': on several nodes DeepSpeed takes the first GPUs of each: expected it unset"
+fi
 hosts=()
 scratch=
 trap 'rm -rf ${scratch:+"$scratch"} ${segments:-}' EXIT
@@ -186,6 +194,12 @@ if [[ $no_ssh ]]; then
   where=(--hostfile "$hostfile" --no_ssh --node_rank "$node_rank" --master_addr "$master")
 elif [[ $hostfile ]]; then
   command -v pdsh >/dev/null || fail "no pdsh: --hostfile starts the nodes with it (Debian: apt install pdsh); or --no-ssh"
+  for path in "$PWD" "$python"; do
+    [[ $path != *[[:space:]]* ]] || fail "'$path' holds white space, which does not survive ssh: expected a path without"
+  done
+  for i in "${!arguments[@]}"; do # a shell on each node reads them; DeepSpeed quotes those with a space
+    [[ ${arguments[i]} == *' '* ]] || arguments[i]=$(printf %q "${arguments[i]}")
+  done
   where=(--hostfile "$hostfile" --force_multi ${master:+--master_addr "$master"})
   # A dead host must not keep ssh, and so this script, waiting.
   alive='-o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=5 -o ServerAliveCountMax=3'
@@ -198,7 +212,7 @@ elif [[ $hostfile ]]; then
     esac
   done >"$scratch/env"
   for file in ~/.deepspeed_env .deepspeed_env; do
-    [[ ! -f $file ]] || grep -E '^[A-Za-z_]+[A-Za-z_0-9]*=' "$file" >>"$scratch/env"
+    [[ ! -f $file ]] || grep -E '^[A-Za-z_]+[A-Za-z_0-9]*=' "$file" >>"$scratch/env" || true
   done
   export DS_ENV_FILE=$scratch/env
 elif ((gpus)); then
@@ -246,12 +260,12 @@ end_now() {
 # shellcheck disable=SC2329 # called by the traps below
 end_soon() {
   if [[ $asked || -z $run ]]; then
-    echo "launch.sh: ending the ranks; the same command goes on from the last checkpoint" >&2
+    echo "launch.sh: ending the ranks; the same command goes on from the last checkpoint" >&2 || true
     end_now 130
   else
     asked=1
-    echo "launch.sh: asking the run to save and end; once more ends it now" >&2
     mkdir -p "$run" && : >"$run/stop" # neither deepspeed nor pdsh hands signals on to the ranks
+    echo "launch.sh: asking the run to save and end; once more ends it now" >&2 || true # the terminal may be gone
   fi
 }
 trap end_soon TERM USR1 HUP

@@ -190,6 +190,7 @@ def test_one_ranks_problem_reaches_every_rank(own_shards: Path, tmp_path: Path) 
     [
         ("--seed", "7", "rank 1 has seed = 7, but rank 0 has 1"),
         ("--optim.lr", "0.5", "rank 1 has optim.lr = 0.5, but rank 0 has 0.002"),
+        ("--checkpoint.every", "24", "rank 1 has checkpoint.every = 24, but rank 0 has 80"),
         ("--out", "elsewhere", "config.json is not what rank 0 wrote: the run folder (--out) must be on a file system"),
     ],
 )
@@ -405,6 +406,11 @@ def test_launcher_says_what_the_machine_lacks(
         (["--ranks=2"], "1,2,3", "--include localhost:1,2"),
         (["--ranks", "5"], "", "launch.sh: error: --ranks = 5: there are 4 GPUs (0,1,2,3)"),
         ([], "GPU-1f2e", "launch.sh: error: CUDA_VISIBLE_DEVICES = 'GPU-1f2e': expected numbers"),
+        (
+            ["--no-ssh", "--nnodes=1", "--node-rank=0", "--master-addr=a"],
+            "2,3",
+            "launch.sh: error: CUDA_VISIBLE_DEVICES = '2,3': on several nodes DeepSpeed takes the first GPUs of each",
+        ),
     ],
 )
 def test_launcher_on_a_machine_with_gpus(
@@ -413,7 +419,9 @@ def test_launcher_on_a_machine_with_gpus(
     """What launch.sh asks of DeepSpeed's launcher where nvidia-smi lists four GPUs (nothing is started on them)."""
     tools = tmp_path / "tools"
     tools.mkdir()
-    (tools / "nvidia-smi").write_text('#!/bin/sh\nfor i in 0 1 2 3; do echo "GPU $i: a card"; done\n')
+    (tools / "nvidia-smi").write_text(
+        '#!/bin/sh\nfor i in 0 1 2 3; do echo "GPU $i: a card"; echo "  MIG 1g.5gb Device 0: a slice"; done\n'
+    )
     (tools / "python").write_text(
         f'#!/bin/sh\ncase "$*" in *deepspeed.launcher*) echo "$@"; echo "visible=$CUDA_VISIBLE_DEVICES";; '
         f'*) exec "{sys.executable}" "$@";; esac\n'
@@ -432,6 +440,29 @@ def test_launcher_on_a_machine_with_gpus(
         assert done.returncode == 0, done.stderr
         assert "--module megapix train tiny" in done.stdout
         assert "visible=\n" in done.stdout, "the launcher sets it for each rank"
+
+
+@pytest.mark.parametrize("broken", [True, False])
+def test_launcher_without_a_gpu_that_works(broken: bool, own_shards: Path, tmp_path: Path) -> None:
+    """An nvidia-smi that finds no driver, and a user who wants none of the GPUs, give CPU ranks."""
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    (tools / "nvidia-smi").write_text("#!/bin/sh\n" + ("exit 9\n" if broken else 'echo "GPU 0: a card"\n'))
+    (tools / "python").write_text(
+        f'#!/bin/sh\ncase "$*" in *deepspeed.launcher*) echo "$@ $DS_ACCELERATOR";; '
+        f'*) exec "{sys.executable}" "$@";; esac\n'
+    )
+    for tool in tools.iterdir():
+        tool.chmod(0o755)
+    path = os.pathsep.join([str(tools), str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = {"PATH": path, "PYTHON": "python"} | ({} if broken else {"CUDA_VISIBLE_DEVICES": ""})
+    done = launch(tmp_path, *arguments(own_shards, tmp_path / "run")[1:], **environment)
+    assert done.returncode == 0, done.stderr
+    assert "--num_gpus 2 " in done.stdout
+    assert done.stdout.endswith(" cpu\n")
+    done = launch(tmp_path, "tiny", PYTHON="no-such-python")
+    assert done.returncode == 2
+    assert done.stderr.startswith("launch.sh: error: PYTHON = 'no-such-python': expected an interpreter")
 
 
 def test_torchrun_starts_it_too(own_shards: Path, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from tests.runs import arguments
 LAUNCHER = """#!/bin/sh
 case "$*" in
   *deepspeed.launcher*) {played} ;;
-  *"megapix train"*--dry-run) [ -z "$RANK" ] && exec "{python}" "$@" ;;
+  *"megapix train"*--dry-run) if [ "$checked" = false ]; then echo '{{"out": "run"}}'; else exec "{python}" "$@"; fi ;;
   *"megapix train"*) echo "rank $RANK of $WORLD_SIZE, local $LOCAL_RANK, at $MASTER_ADDR:$MASTER_PORT" ;;
   *) exec "{python}" "$@" ;;
 esac
@@ -97,6 +97,12 @@ def test_what_deepspeeds_launcher_is_asked(train: list[str], tmp_path: Path) -> 
     assert code == 0, err
     assert f"--hostfile {hostfile} --force_multi --master_addr 10.0.0.1 --master_port 4242 " in out
     assert {"GLOO_SOCKET_IFNAME=eth7", "DS_ACCELERATOR=cpu"} <= set(out.splitlines())
+    (tmp_path / ".deepspeed_env").write_text("# nothing yet\n")
+    odd = ["--data.path", "https://here/x?a=1&b=(2)", "--init", ""]
+    command = ["--hostfile", hostfile, "tiny", "--out", tmp_path / "run", *odd]
+    code, out, err = finish(start(tmp_path, 'echo "$@"', *command, HOME=str(tmp_path), checked="false"))
+    assert code == 0, err
+    assert r"--data.path https://here/x\?a=1\&b=\(2\) --init ''" in out, "shells on the nodes read them"
     without_ssh = ["--no-ssh", "--nnodes", "2", "--ranks", "2", "--node-rank", "1", "--master-addr", "10.0.0.1"]
     code, out, err = finish(start(tmp_path, 'echo "$@"; cat "$6"', *without_ssh, *train))
     assert code == 0, err
