@@ -21,7 +21,7 @@ import json
 import math
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -36,6 +36,8 @@ from megapix.shards import sha256_of, write_atomic
 VERSION = 2
 STATE_NAME = "state.json"
 LATEST_NAME = "latest"
+OLD = ".old"
+"""Suffix of a checkpoint while another of the same name takes its place."""
 KEEP_NAME, HEALTHY_NAME = "KEEP", "HEALTHY"
 """Files that keep the checkpoint they lie in from removal: KEEP is a person's, HEALTHY the spike sentinel's."""
 PARTS = ("weights", "exp_avg", "exp_avg_sq", "ema")
@@ -137,6 +139,10 @@ class State:
     """Spikes that the run has met."""
     rollbacks: int = 0
     """Times that it has gone back to an earlier checkpoint."""
+    standing_out: tuple[tuple[int, int, str], ...] = ()
+    """The last steps, if they stood out and may be the beginning of a spike: position, number, what was seen."""
+    skipped_in_a_row: int = 0
+    """Skipped steps since the last applied one."""
     files: dict[str, FileRecord] = field(default_factory=dict)
     """Each file beside state.json."""
 
@@ -172,6 +178,8 @@ def read_state(folder: Path) -> State:
             tuple((loss, norm) for loss, norm in data["recent"]),
             data["spikes"],
             data["rollbacks"],
+            tuple((position, step, seen) for position, step, seen in data["standing_out"]),
+            data["skipped_in_a_row"],
             {name: FileRecord(**record) for name, record in data["files"].items()},
         )
     except OSError as error:
@@ -227,8 +235,10 @@ def name_of(counters: Counters) -> str:
 
 
 def complete(run: Path) -> list[Path]:
-    """The checkpoints that were committed, oldest first; a name with a suffix (.tmp, .old) is not."""
-    return sorted(p for p in checkpoints_of(run).glob("images-*") if not p.suffix and (p / STATE_NAME).is_file())
+    """The checkpoints that were committed, oldest first. A name with a suffix is none, but for NAME.old without a NAME:
+    a process was killed while it put another in its place."""
+    found = {p for p in checkpoints_of(run).glob("images-*") if (p / STATE_NAME).is_file()}
+    return sorted(p for p in found if not p.suffix or (p.suffix == OLD and p.with_suffix("") not in found))
 
 
 def point_to(folder: Path) -> None:
@@ -237,13 +247,15 @@ def point_to(folder: Path) -> None:
 
 
 def latest(run: Path) -> Path | None:
-    """The checkpoint that `latest` names, whether it is there or not; None for a run without one."""
+    """The checkpoint that `latest` names, be it there or not (or its NAME.old, as in `complete`); None without one."""
     pointer = checkpoints_of(run) / LATEST_NAME
     try:
         name = pointer.read_text(errors="replace").strip()
     except OSError:
         return None
-    return pointer.parent / (Path(name).name or "(nothing)")
+    named = pointer.parent / (Path(name).name or "(nothing)")
+    left = named.with_name(named.name + OLD)
+    return left if left.is_dir() and not named.exists() else named
 
 
 def choose(run: Path, resume: str, world: World, hashed: bool = True) -> Choice:
@@ -287,8 +299,9 @@ def first_whole(folders: list[Path], world: World, hashed: bool = True) -> Choic
 def _whole(folder: Path, world: World, hashed: bool) -> Saved:
     if not (folder / STATE_NAME).is_file():
         raise InputError(f"{folder.parent / LATEST_NAME} names {folder.name!r}, but {folder / STATE_NAME} is missing")
-    state = read_state(folder)
-    check_files(folder, state, world, hashed)
+    with reading(folder):
+        state = read_state(folder)
+        check_files(folder, state, world, hashed)
     return Saved(folder, state)
 
 
@@ -357,16 +370,35 @@ def protected(folder: Path) -> bool:
 
 @contextmanager
 def reading(folder: Path) -> Iterator[None]:
-    """Hold a checkpoint while it is read: a run's retention leaves it alone (`unread`)."""
-    with open(folder / STATE_NAME, "rb") as file:
-        _lock(file.fileno(), fcntl.LOCK_SH)
+    """Hold a checkpoint while it is read: a run's retention leaves it alone (`unread`).
+
+    Raises:
+        InputError: it is not there any more, or cannot be read.
+    """
+    with ExitStack() as stack:
+        for path in _locked_file(folder):
+            try:
+                file = stack.enter_context(open(path, "rb"))
+            except OSError as error:
+                raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+            _lock(file.fileno(), fcntl.LOCK_SH)
         yield
 
 
 def unread(folder: Path) -> bool:
-    """Whether nobody holds this checkpoint with `reading`."""
-    with open(folder / STATE_NAME, "rb") as file:
-        return _lock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    """Whether nobody holds this checkpoint with `reading`; false too if that cannot be found out."""
+    for path in _locked_file(folder):
+        try:
+            with open(path, "r+b") as file:  # over NFS only a file that is open for writing can be locked exclusively
+                return _lock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return False
+    return True
+
+
+def _locked_file(folder: Path) -> list[Path]:
+    """The file whose lock stands for the checkpoint: the first rank's, never written again; empty if that is lost."""
+    return sorted(folder.glob("rank-*.safetensors"))[:1]
 
 
 def _lock(descriptor: int, kind: int) -> bool:

@@ -103,9 +103,13 @@ def doctor(arguments: list[str], world: World) -> int:
         return _print_usage(DOCTOR_USAGE, arguments)
     asked = parse_run([a for a in arguments if not a.startswith("--local_rank=")], world, "doctor")
 
-    from megapix.doctor.examine import examine
+    from megapix.doctor.examine import examine, leave
 
-    return examine(asked, world)
+    try:
+        return examine(asked, world)
+    except dist.Agreed as error:
+        _complain(error, world.main)
+        return leave(world, 2)
 
 
 def _print_usage(usage: str, arguments: list[str]) -> int:
@@ -308,7 +312,8 @@ def main(argv: list[str] | None = None) -> int:
         world = dist.from_environment()
         return COMMANDS[arguments[0]](arguments[1:], world)
     except InputError as error:
-        _complain(error, world.main)
+        # What the ranks have not agreed on may be wrong on one node alone: each node says it.
+        _complain(error, world.main or (world.local_rank == 0 and not isinstance(error, dist.Agreed)))
         return 2
     except KeyboardInterrupt:
         goes_on = "; the same command goes on from the last checkpoint" if arguments[0] == "train" else ""

@@ -7,6 +7,7 @@ import fcntl
 import functools
 import logging
 import os
+import resource
 import socket
 import sys
 import warnings
@@ -57,11 +58,19 @@ def start(world: World) -> torch.device:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     # Called by DeepSpeed; nothing that a user of megapix could change.
     warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)
+    _allow_connections()
     get_accelerator().set_device(world.local_rank)
     if get_accelerator().device_name() == "cpu":
         _load_comm_op()
     deepspeed.init_distributed(get_accelerator().communication_backend_name(), auto_mpi_discovery=False, verbose=False)
     return torch.device(get_accelerator().current_device_name())
+
+
+def _allow_connections() -> None:
+    """Each rank of a large run holds some connections for every other; the usual soft limit is 1,024 open files."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _load_comm_op() -> None:

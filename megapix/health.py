@@ -48,17 +48,23 @@ class Sentinel:
 
     Attributes:
         recent: (loss, gradient norm) of the last steps, at most `window`.
+        standing_out: position, number and reason of the last steps, if they stood out.
     """
 
-    def __init__(self, config: HealthConfig, recent: Sequence[tuple[float, float]] = ()) -> None:
+    def __init__(
+        self,
+        config: HealthConfig,
+        recent: Sequence[tuple[float, float]] = (),
+        standing_out: Sequence[tuple[int, int, str]] = (),
+    ) -> None:
         self.config = config
         self.recent: deque[tuple[float, float]] = deque(recent, maxlen=config.window)
-        self._standing_out: list[tuple[int, int, str]] = []
+        self.standing_out = list(standing_out)
 
     @property
     def suspicious(self) -> bool:
         """Whether the last step stood out."""
-        return bool(self._standing_out)
+        return bool(self.standing_out)
 
     def look(self, loss: float, grad_norm: float, position: int, step: int) -> Spike | None:
         """Take an applied step's mean loss and gradient norm before clipping; returns a spike when it is one.
@@ -79,14 +85,14 @@ class Sentinel:
         if norm_z > c.grad_norm_z:
             seen.append(f"gradient norm {grad_norm:.4g} is {norm_z:.1f} deviations above its median")
         if not seen:
-            self._standing_out.clear()
+            self.standing_out.clear()
             self.recent.append((loss, grad_norm))
             return None
-        self._standing_out.append((position, step, " and ".join(seen)))
-        if len(self._standing_out) < c.patience:
+        self.standing_out.append((position, step, " and ".join(seen)))
+        if len(self.standing_out) < c.patience:
             return None
-        start, first, reason = self._standing_out[0]
-        self._standing_out.clear()
+        start, first, reason = self.standing_out[0]
+        self.standing_out.clear()
         self.recent.clear()  # a run that goes on may have found a new level; it is learnt anew
         return Spike(start, first, f"steps {first} to {step}: {reason}, the last {c.window} steps'")
 
@@ -94,8 +100,8 @@ class Sentinel:
 class Skips:
     """Counts skipped steps in a row, and ends a run that applies none."""
 
-    def __init__(self, most: int) -> None:
-        self.most, self.in_a_row = most, 0
+    def __init__(self, most: int, in_a_row: int = 0) -> None:
+        self.most, self.in_a_row = most, in_a_row
 
     def count(self, applied: bool, step: int, reason: str) -> None:
         """Take a step's outcome.

@@ -27,6 +27,7 @@ from megapix import (
     weights,
 )
 from megapix.checkpoint import Counters, State
+from megapix.claim import claim
 from megapix.config import Config
 from megapix.data import loader, order
 from megapix.dist import World
@@ -99,7 +100,7 @@ def train(asked: Config, world: World) -> None:
     if p.saved and p.finished:
         world.say(f"{folder} is finished: {p.saved.state.counters.images_seen:,} images seen, {p.saved.folder}")
         return
-    with Watchdog(world, c.machine.watchdog, _waits(c)) as watch:
+    with claim(folder, world), Watchdog(world, c.machine.watchdog, _waits(c)) as watch:
         _run(p, world, device, stop, watch)
         dist.barrier(world)  # nobody says goodbye while another still works
     world.say(f"finished: {p.end:,} images seen; {checkpoint.latest(folder)}")
@@ -122,56 +123,71 @@ def _run(p: Plan, world: World, device: torch.device, stop: StopRequest, watch: 
     state = replace(state, config=c, layout=layout, files={})
     _announce(p, world, net)
     write_config(world, p)
-    if world.main:
-        retention.clean(folder)
+    for path in dist.together(world, lambda: retention.settle(folder, p.saved) if world.main else []):
+        dist.warn(f"set aside, because the run goes on from before it: {path}")
     with closing(Saver(folder, c.checkpoint, world)) as saver:
         _until_the_end(Run(p, world, device, e, saver, stop, watch), state)
 
 
 def _until_the_end(run: Run, state: State) -> None:
     """Step from `state` to the end, by way of rollbacks."""
-    h = run.config.health
+    h, happened = run.config.health, ""
     if h.on_spike == "rollback" and run.plan.saved is None:
         run.saver.save(state, _share(run, state))  # a spike before the first checkpoint needs one too
     while True:
         try:
-            return _steps(run, state)
+            return _steps(run, state, happened)
         except Rollback as back:
             if back.state.rollbacks >= h.max_rollbacks:
                 raise Trouble(
                     f"{back}; the run has been rolled back {back.state.rollbacks} times (health.max_rollbacks)"
                 ) from None
-            run.watch.note(back.state.counters.drawn // run.plan.layout.total, "load")
-            skip = h.skip * run.plan.layout.total
-            saved = recovery.roll_back(run.folder, back.spike, back.state, skip, run.world)
+            total = run.plan.layout.total
+            run.watch.note(back.state.counters.drawn // total, "load")
+            saved = recovery.roll_back(run.folder, back.spike, back.state, h.skip * total, run.world)
+            run.watch.note(saved.state.counters.drawn // total, "load")
             engine.load(run.engine, saved, run.world)
             state = replace(saved.state, config=state.config, layout=state.layout, files={})
             ranges = ", ".join(f"{start:,} to {stop:,}" for start, stop in state.counters.skipped)
+            happened = f"rolled back to {saved.folder.name}: {back}; positions never drawn: {ranges}"
             run.world.say(f"rolled back to {saved.folder}; positions never drawn: {ranges}")
 
 
-def _steps(run: Run, state: State) -> None:
+def _steps(run: Run, state: State, happened: str) -> None:
+    """Step from `state` to the end; TensorBoard is told what has `happened` before."""
     p, c, e, world, saver, watch = run.plan, run.config, run.engine, run.world, run.saver, run.watch
     total, counters, skipped = p.layout.total, state.counters, state.counters.skipped
-    schedule, position, saved, spikes = e.lr_scheduler, counters.position, counters, state.spikes
+    schedule, position, saved, spikes = e.lr_scheduler, counters.position, state, state.spikes
     batches = loader.batches(c.data, p.located, c.seed, p.layout, world.rank, position, skipped)
-    sentinel, skips, mean = Sentinel(c.health, state.recent), Skips(c.health.max_skipped), metrics.Mean()
-    report = Report(c, p.layout, world, run.device, saver, position)
+    sentinel = Sentinel(c.health, state.recent, state.standing_out)
+    skips, mean = Skips(c.health.max_skipped, state.skipped_in_a_row), metrics.Mean()
+    report = Report(c, p.layout, world, run.device, saver, counters.drawn)
     bar = tqdm(total=p.end, initial=schedule.images_seen, unit="img", disable=not world.main, **_bar_style())
     board = metrics.Writer(run.folder / "tensorboard", counters.drawn // total, enabled=world.main)
     board.configuration(counters.drawn // total, config.to_dict(c))
+    if happened:
+        board.event(counters.drawn // total, happened)
 
     def here() -> State:
-        """The state to save: where the run stands."""
+        """Where the run stands, to be saved. At no more images seen it takes the saved one's place."""
+        again = saved.counters.images_seen == counters.images_seen
         return replace(
             state,
             counters=counters,
             adam_steps=engine.adam_steps(e),
-            previous=saved.images_seen,
-            loss=mean.read(),
+            previous=saved.previous if again else saved.counters.images_seen,
+            loss=saved.loss if again else mean.value,
             recent=tuple(sentinel.recent),
             spikes=spikes,
+            standing_out=tuple(sentinel.standing_out),
+            skipped_in_a_row=skips.in_a_row,
         )
+
+    def save() -> None:
+        nonlocal saved, mean
+        watch.note(step, "save")
+        saved, mean = here(), metrics.Mean()
+        saver.save(saved, _share(run, state), prune=not sentinel.suspicious)
 
     def listen() -> None:
         """Before each step of the sampler: a long grid is no hang, and ends when any rank was asked to stop."""
@@ -225,18 +241,16 @@ def _steps(run: Run, state: State) -> None:
                 bar.set_postfix(loss=f"{heard.loss:.4f}", lr=f"{lr:.1e}", refresh=False)
                 board.scalars(step, row)
             if _due(c.checkpoint.every, seen, now, p.end):
-                watch.note(step, "save")
-                saver.save(here(), _share(run, state), prune=not sentinel.suspicious)
-                saved = counters
+                save()
             try:
                 if heard.stop:
                     raise StopRequested
                 if _due(c.log.samples_every, seen, now, p.end):
                     board.image(step, "samples/ema", ema_grid(e, c, world, run.device, listen))
             except StopRequested:
+                if saved.counters != counters:
+                    save()
                 watch.note(step, "save")
-                if saved != counters:
-                    saver.save(here(), _share(run, state), prune=not sentinel.suspicious)
                 _stop(run)
         watch.note(counters.drawn // total + 1, "save")
         saver.finish()

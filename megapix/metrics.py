@@ -6,7 +6,7 @@ import json
 import math
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from megapix import events
+from megapix import dist, events
 
 QUARTERS = 4
 LAYOUT = {
@@ -79,17 +79,16 @@ class Mean:
     def __init__(self) -> None:
         self._sum, self._count = 0.0, 0
 
+    @property
+    def value(self) -> float | None:
+        """The mean, or None without a number."""
+        return self._sum / self._count if self._count else None
+
     def add(self, value: float) -> None:
         """Take a number; one that is not finite is left out."""
         if math.isfinite(value):
             self._sum += value
             self._count += 1
-
-    def read(self) -> float | None:
-        """The mean since the last call, or None, and start again."""
-        mean = self._sum / self._count if self._count else None
-        self._sum, self._count = 0.0, 0
-        return mean
 
 
 class Clock:
@@ -129,43 +128,60 @@ class Writer:
 
     def __init__(self, folder: Path, first_step: int, enabled: bool) -> None:
         """Open `folder`; what an earlier process has logged after `first_step` is dropped."""
-        self._board = None
-        if enabled:
-            from torch.utils.tensorboard import SummaryWriter
-
-            events.purge(folder, first_step)
-            # A TensorBoard that has read those files already is told by its own mark.
-            self._board = SummaryWriter(str(folder), purge_step=first_step + 1)
-            self._board.add_custom_scalars(LAYOUT)
+        self._folder, self._first_step, self._enabled = folder, first_step, enabled
+        self._board: Any = None
+        self._purged = False
+        self._write(lambda board: board.add_custom_scalars(LAYOUT))
 
     def scalars(self, step: int, row: dict[str, float]) -> None:
         """Write one row of scalars; NaN stands for a value that there is not, and is left out."""
-        if self._board:
+
+        def add(board: Any) -> None:
             for name, value in row.items():
-                if math.isnan(value):
-                    continue
-                self._board.add_scalar(name, value, step)
-            self._board.flush()
+                if not math.isnan(value):
+                    board.add_scalar(name, value, step)
+
+        self._write(add)
 
     def image(self, step: int, name: str, image: np.ndarray) -> None:
         """Write a uint8 image [H, W, 3]."""
-        if self._board:
-            self._board.add_image(name, image, step, dataformats="HWC")
-            self._board.flush()
+        self._write(lambda board: board.add_image(name, image, step, dataformats="HWC"))
 
     def event(self, step: int, text: str) -> None:
         """Write something that happened, under the text tag `events`."""
-        if self._board:
-            self._board.add_text("events", text, step)
-            self._board.flush()
+        self._write(lambda board: board.add_text("events", text, step))
 
     def configuration(self, step: int, config: dict[str, Any]) -> None:
         """Write the resolved configuration as text."""
-        if self._board:
-            text = json.dumps(config, indent=2)
-            self._board.add_text("config", "\n".join("    " + line for line in text.splitlines()), step)
+        text = "\n".join("    " + line for line in json.dumps(config, indent=2).splitlines())
+        self._write(lambda board: board.add_text("config", text, step))
 
     def close(self) -> None:
         """Flush and close."""
         if self._board:
+            self._write(lambda board: board.flush())
+        if self._board:
             self._board.close()
+
+    def _write(self, add: Callable[[Any], None]) -> None:
+        """Add something and flush. A run does not end because of its log: what cannot be written is warned about."""
+        if not self._enabled:
+            return
+        try:
+            self._board = self._board or self._open()
+            add(self._board)
+            self._board.flush()
+        except OSError as error:
+            self._board = None  # its thread is dead; the next row opens another file
+            where = error.filename or self._folder
+            dist.warn(f"{where}: TensorBoard's rows are lost, they cannot be written: {error.strerror or error}")
+
+    def _open(self) -> Any:
+        from torch.utils.tensorboard import SummaryWriter
+
+        if self._purged:
+            return SummaryWriter(str(self._folder))
+        events.purge(self._folder, self._first_step)
+        self._purged = True
+        # A TensorBoard that has read those files already is told by its own mark.
+        return SummaryWriter(str(self._folder), purge_step=self._first_step + 1)

@@ -17,6 +17,9 @@ from megapix.errors import InputError
 from megapix.images import Policy
 from megapix.shards import write_atomic
 
+LOCAL = ("out", "data.path", "data.cache", "data.cache_gib", "data.workers", "machine.ds_config", "machine.peak_tflops")
+"""Options that may be others on another node. (`write_config` sees that `out` is the same folder.)"""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -107,7 +110,8 @@ def same_everywhere(world: World, p: Plan) -> None:
     Raises:
         Agreed: naming the first rank that differs from rank 0, and in what.
     """
-    mine = {key: repr(value) for key, value, mark in config.leaves(p.config) if mark != "machine"}
+    mine = {key: repr(value) for key, value, _ in config.leaves(p.config) if key not in LOCAL}
+    mine["machine.ds_config"] = repr(read_knobs(p.config.machine.ds_config, p.config.machine.unproven))
     mine |= {"data set": p.located.index.digest, "checkpoint": p.saved.folder.name if p.saved else "none"}
     mine |= {"counters": repr(p.saved.state.counters) if p.saved else "none", "batch": str(p.layout)}
     everyone = gather(world, mine)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from megapix import checkpoint, retention
 from megapix.checkpoint import Saved, State
-from megapix.dist import World, together
+from megapix.dist import World, together, warn
 from megapix.errors import InputError, Trouble
 from megapix.health import Spike
 
@@ -27,23 +27,21 @@ def newest_before(run: Path, position: int) -> list[Path]:
 
 
 def keep_healthy(run: Path, spike: Spike, world: World) -> Path | None:
-    """Protect the last checkpoint before a spike from removal; every rank calls it and gets its folder."""
+    """Protect the last checkpoint before a spike from removal, or warn if that fails; returns its folder."""
     healthy = newest_before(run, spike.start)
-
-    def keep() -> None:
+    if world.main and healthy:
         try:
             checkpoint.protect(run, healthy[0])
         except OSError as error:
-            raise InputError(f"{healthy[0]} cannot be protected: {error.strerror}") from error
-
-    together(world, lambda: keep() if world.main and healthy else None)
+            warn(f"{healthy[0]} cannot be marked, so it is removed when its time comes: {error.strerror}")
     return healthy[0] if healthy else None
 
 
 def roll_back(run: Path, spike: Spike, now: State, skip: int, world: World) -> Saved:
     """Make the last whole checkpoint before a spike the one to go on from, with the data window recorded in it.
 
-    The checkpoints after it are removed: they are of a course that is given up, and replaying to them is exact.
+    The checkpoints after it are of a course that is given up: they are removed, and any that is marked or being read is
+    set aside.
 
     Args:
         now: where the run stands; every rank gives the same.
@@ -53,7 +51,7 @@ def roll_back(run: Path, spike: Spike, now: State, skip: int, world: World) -> S
         That checkpoint; its state has the skipped window and the count of rollbacks.
 
     Raises:
-        Trouble: no whole checkpoint lies before the spike.
+        Trouble: no whole checkpoint lies before the spike, or going back could not be recorded in it.
     """
     saved = checkpoint.first_whole(newest_before(run, spike.start), world).saved
     if saved is None:
@@ -61,19 +59,20 @@ def roll_back(run: Path, spike: Spike, now: State, skip: int, world: World) -> S
     folder, before = saved.folder, saved.state.counters
     window = (max(before.position, spike.start - skip), now.counters.position)
     counters = replace(before, skipped=merged((*before.skipped, *now.counters.skipped, window)))
-    state = replace(saved.state, counters=counters, spikes=now.spikes, rollbacks=now.rollbacks + 1)
+    state = replace(saved.state, counters=counters, spikes=now.spikes, rollbacks=now.rollbacks + 1, standing_out=())
 
     def record() -> None:
         try:
             checkpoint.write_state(folder, state)
             checkpoint.point_to(folder)
-            for later in checkpoint.complete(run):
-                if later > folder:
-                    retention.remove(later)
+            retention.leave(run, folder, remove=True)
         except OSError as error:
             raise InputError(f"{error.filename or folder}: {error.strerror}") from error
 
-    together(world, lambda: record() if world.main else None)
+    try:
+        together(world, lambda: record() if world.main else None)
+    except InputError as error:
+        raise Trouble(f"{spike.reason}; going back failed: {error}") from error
     return Saved(folder, state)
 
 

@@ -19,16 +19,16 @@ class Report:
     """Collects on every rank what the next row says; `row` starts again.
 
     Args:
-        position: the run's position when it starts to collect.
+        drawn: samples drawn by the run when it starts to collect.
     """
 
     def __init__(
-        self, config: Config, layout: BatchLayout, world: World, device: torch.device, saver: Saver, position: int
+        self, config: Config, layout: BatchLayout, world: World, device: torch.device, saver: Saver, drawn: int
     ) -> None:
         self._layout, self._world, self._device, self._saver = layout, world, device, saver
         self._cost, self._peak = flops.training(config.model, config.data.image_size), flops.peak_of(config, device)
         self._losses, self._clock, self._spent = metrics.LossMeter(device), metrics.Clock(), Spent()
-        self._replaced, self._position, self._stall = 0, position, saver.stall
+        self._replaced, self._drawn, self._stall = 0, drawn, saver.stall
 
     def draw(self, batches: Iterator[Batch]) -> Batch:
         """The next micro batch; the wait for it is counted, and damaged samples that were replaced are said aloud."""
@@ -46,7 +46,7 @@ class Report:
 
     def row(self, counters: Counters) -> dict[str, float]:
         """Scalars of the steps since the last row, up to `counters`. Every rank calls it."""
-        drawn, self._position = counters.position - self._position, counters.position
+        drawn, self._drawn = counters.drawn - self._drawn, counters.drawn
         row = self._losses.read(self._world.size) | self._clock.read(drawn) | metrics.memory(self._device)
         row |= flops.speed(row["speed/images_per_s"], self._cost, self._world.size, self._peak)
         row |= self._spent.row(drawn // self._layout.ranks)

@@ -24,7 +24,7 @@ def reshard(saved: Saved, ranks: int, out: Path) -> Path:
     Raises:
         InputError: `out` has a checkpoint already, cannot be written, or a file of the source cannot be read.
     """
-    source, state = saved.folder, saved.state
+    source, state = saved.folder, replace(saved.state, config=replace(saved.state.config, out=str(out)))
     if checkpoint.latest(out) or checkpoint.complete(out):
         raise InputError(f"--out {str(out)!r} has checkpoints already; expected a new run folder")
     layout = Layout(state.layout.shapes, ranks)
@@ -51,4 +51,6 @@ def reshard(saved: Saved, ranks: int, out: Path) -> Path:
         write_atomic(out / "config.json", (json.dumps(config.to_dict(state.config), indent=1) + "\n").encode())
     except OSError as error:
         raise InputError(f"{error.filename or temporary}: cannot be written: {error.strerror}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
     return final

@@ -7,17 +7,17 @@ import shutil
 from pathlib import Path
 
 from megapix import checkpoint
-from megapix.checkpoint import STATE_NAME, State
+from megapix.checkpoint import OLD, STATE_NAME, Saved, State
 from megapix.config import CheckpointConfig
+from megapix.dist import warn
 from megapix.errors import InputError
+
+GONE, ASIDE = ".gone", ".aside"
+"""Suffixes of a checkpoint that is being removed, and of one that a run has left and that is its owner's to remove."""
 
 
 def prune(run: Path, newest: Path, config: CheckpointConfig) -> None:
-    """Remove the checkpoints before `newest` that no rule keeps. One that cannot be read is left for its owner.
-
-    Raises:
-        OSError: the file system refuses.
-    """
+    """Remove the checkpoints before `newest` that no rule keeps. One that cannot be read is left for its owner."""
     states = {path: state for path in checkpoint.complete(run) if path <= newest and (state := _state(path))}
     if not config.keep:
         return
@@ -26,30 +26,86 @@ def prune(run: Path, newest: Path, config: CheckpointConfig) -> None:
         kept |= {path for path, state in states.items() if _crosses(state, int(config.keep_every))}
     rated = sorted((state.loss, path) for path, state in states.items() if state.loss is not None)
     kept |= {path for _, path in rated[: config.keep_best]}
-    for path in states.keys() - kept:
-        if not checkpoint.protected(path) and checkpoint.unread(path):
-            remove(path)
+    for path in sorted(states.keys() - kept):
+        if _free(path):
+            try:
+                erase(_renamed(path, GONE))
+            except OSError as error:
+                warn(f"{path} could not be removed: {error.strerror}")
 
 
-def remove(path: Path) -> None:
-    """Remove a checkpoint; a crash on the way leaves none that looks complete."""
-    gone = path.with_name(f"{path.name}.gone")
-    os.replace(path, gone)
-    shutil.rmtree(gone)
+def settle(run: Path, start: Saved | None) -> list[Path]:
+    """Make a run folder ready for a run that goes on from `start`; returns the checkpoints that were set aside.
 
-
-def clean(run: Path) -> None:
-    """Put right what a killed process left: half-written and half-removed checkpoints, one that was being replaced.
+    What a killed process left is put right. Checkpoints after `start`, because `latest` was moved back or they are
+    damaged, are not of the course that begins, and nothing may go back to them.
 
     Raises:
-        OSError: the file system refuses.
+        InputError: the file system refuses.
     """
-    for path in checkpoint.checkpoints_of(run).glob("images-*.*"):
+    try:
+        _clean(run)
+        return leave(run, start.folder, remove=False) if start else []
+    except OSError as error:
+        raise InputError(f"{error.filename or run}: {error.strerror}") from error
+
+
+def leave(run: Path, last: Path, remove: bool) -> list[Path]:
+    """Take the checkpoints after `last` out of the run's course, which goes on from there.
+
+    Args:
+        remove: remove them, but for those that are marked or being read; or else set all aside under another name.
+
+    Returns:
+        Those that were set aside.
+
+    Raises:
+        OSError: one cannot be renamed.
+    """
+    later = [path for path in checkpoint.complete(run) if path > last]
+    gone = [_renamed(path, GONE) for path in later if remove and _free(path)]
+    aside = [_renamed(path, ASIDE) for path in later if path.exists()]
+    checkpoint.sync_folder(checkpoint.checkpoints_of(run))
+    for path in gone:
+        erase(path)
+    return aside
+
+
+def erase(folder: Path) -> None:
+    """Remove a folder that is out of the way already; what cannot be removed now is tried again at the next start."""
+    try:
+        shutil.rmtree(folder)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        warn(f"{error.filename or folder}: could not be removed: {error.strerror}")
+
+
+def _clean(run: Path) -> None:
+    """Half-written and half-removed checkpoints go, one that was being replaced comes back."""
+    parent = checkpoint.checkpoints_of(run)
+    for path in sorted(parent.glob("images-*")):
         final = path.with_suffix("")
-        if path.suffix == ".old" and not final.exists() and (path / STATE_NAME).is_file():
+        if path.suffix == OLD and not final.exists() and (path / STATE_NAME).is_file():
             os.replace(path, final)
-        else:
-            shutil.rmtree(path)
+        elif path.suffix in (".tmp", OLD, GONE):
+            erase(path)
+    for name in (checkpoint.LATEST_NAME, checkpoint.HEALTHY_NAME, STATE_NAME, "config.json"):
+        for folder in (run, parent, *checkpoint.complete(run)):
+            for path in folder.glob(f".{name}.*.tmp"):
+                path.unlink()
+
+
+def _free(path: Path) -> bool:
+    return not checkpoint.protected(path) and checkpoint.unread(path)
+
+
+def _renamed(path: Path, suffix: str) -> Path:
+    """Rename a checkpoint, so that a crash leaves none that looks complete; one of that name makes room."""
+    new = path.with_name(path.name + suffix)
+    erase(new)
+    os.replace(path, new)
+    return new
 
 
 def _crosses(state: State, every: int) -> bool:

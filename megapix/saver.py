@@ -110,10 +110,11 @@ class Saver:
         try:
             name = gather(self.world, name, self._group)[0]
             self._commit(name, replace(state, files=self._put(name, state, share)), prune)
-        except InputError as error:
+        except Exception as error:  # nobody else hears of what a thread raises
             left = checkpoint.latest(self.run)
             before = f"{left} is still whole" if left else "there is none before it"
-            self._problem = f"the checkpoint {name} could not be saved: {error}; {before}"
+            what = str(error) if isinstance(error, InputError) else repr(error)
+            self._problem = f"the checkpoint {name} could not be saved: {what}; {before}"
 
     def _put(self, name: str, state: State, share: Mapping[str, Tensor]) -> dict[str, FileRecord]:
         """Write this rank's file into NAME.tmp; returns what every rank has written."""
@@ -158,7 +159,7 @@ class Saver:
             os.replace(temporary, final)
             checkpoint.sync_folder(parent)
             checkpoint.point_to(final)
-            shutil.rmtree(replaced, ignore_errors=True)
+            retention.erase(replaced)
             if prune:
                 retention.prune(self.run, final, self.config)
 
@@ -166,8 +167,12 @@ class Saver:
 
 
 def _named(path: Path, work: Callable[[], T]) -> T:
-    """`work`, with an operating system's error as an InputError that names the file."""
+    """`work`, with any error of this rank's own as an InputError that names the file, for the others to hear."""
     try:
         return work()
+    except InputError:
+        raise
     except OSError as error:
-        raise InputError(f"{error.filename or path}: {error.strerror}") from error
+        raise InputError(f"{error.filename or path}: {error.strerror or error}") from error
+    except Exception as error:
+        raise InputError(f"{path}: {error!r}") from error

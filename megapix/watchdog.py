@@ -137,6 +137,8 @@ class Watchdog:
         self._every = min(BEAT, seconds / 4)
         self._stuck: set[tuple[int, int, int]] = set()
         self._stuck_since = 0.0
+        self._resumed = 0.0
+        self._entered = False
         self._selector = selectors.DefaultSelector()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -168,8 +170,18 @@ class Watchdog:
         self._selector.register(woken, selectors.EVENT_READ)
         if server:
             self._selector.register(server, selectors.EVENT_READ, self._accept)
-        dist.together(self._world, lambda: None if server else self._connect(port))
-        self._thread.start()
+        if server:
+            self._thread.start()  # it lets the others in, more of them than may wait at its door
+        try:
+            dist.together(self._world, lambda: None if server else self._connect(port))
+        except InputError:
+            self._leaving = {"left": 2, "reason": ""}
+            raise
+        for peer in self._peers.values():
+            peer.heard = time.monotonic()
+        self._entered = True
+        if not server:
+            self._thread.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
@@ -237,8 +249,10 @@ class Watchdog:
             if round_ >= due:
                 due = round_ + self._every
                 self._beat()
-            # After a pause of its own (the process was stopped, the machine slept) others first get time to be heard.
-            if round_ - before < self._seconds / 2:
+            # A pause of its own (the process was stopped, the machine slept) says nothing about others: time starts anew.
+            if round_ - before >= self._seconds / 2:
+                self._resumed = round_
+            if self._entered:
                 self._judge(round_)
         self._beat()
         self._tell(self._leaving)
@@ -247,7 +261,11 @@ class Watchdog:
     def _beat(self) -> None:
         w = self._word
         word = {"step": w.step, "phase": w.phase, "turn": w.turn, "patience": w.patience, "when": w.when}
-        self._tell({"word": word, "idle": time.monotonic() - w.at})
+        self._tell({"word": word, "idle": self._idle(w, time.monotonic())})
+
+    def _idle(self, word: Word, now: float) -> float:
+        """Seconds without news since a word, not counting those in which this process was stopped."""
+        return now - max(word.at, self._resumed)
 
     def _read(self, rank: int, link: Link) -> None:
         for message in link.read():
@@ -281,7 +299,7 @@ class Watchdog:
         ]
         if dead:
             self._end(EXIT_LOST, dead)
-        silent = {rank: now - peer.heard for rank, peer in watched.items()}
+        silent = {rank: now - max(peer.heard, self._resumed) for rank, peer in watched.items()}
         if max(silent.values(), default=0.0) > self._seconds:
             self._end(
                 EXIT_LOST,
@@ -308,7 +326,7 @@ class Watchdog:
         """
         behind = min((w.step, w.turn) for w in words.values())
         last = {rank: w for rank, w in words.items() if (w.step, w.turn) == behind}
-        stale = all(now - w.at > w.patience for w in last.values())
+        stale = all(self._idle(w, now) > w.patience for w in last.values())
         stuck = {(rank, w.step, w.turn) for rank, w in last.items()} if stale else set()
         if stuck != self._stuck:
             self._stuck, self._stuck_since = stuck, now
@@ -316,11 +334,11 @@ class Watchdog:
             return
         if len(last) < len(words) or len(words) == 1:
             reasons = [
-                f"rank {rank} on {self._host_of(rank)} hangs: nothing new for {now - w.at:.1f} s"
+                f"rank {rank} on {self._host_of(rank)} hangs: nothing new for {self._idle(w, now):.1f} s"
                 for rank, w in last.items()
             ]
         else:
-            longest = max(now - w.at for w in last.values())
+            longest = max(self._idle(w, now) for w in last.values())
             reasons = [f"all ranks hang, in a collective or at a disk: nothing new for {longest:.1f} s"]
         self._end(EXIT_LOST, reasons)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,8 +115,10 @@ def export(path: Path, out: Path, ema: bool = True) -> About:
         os.replace(temporary, out)
         checkpoint.sync_folder(out.parent)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise InputError(f"--out {str(out)!r} cannot be written: {error.strerror}") from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
     return about
 
 

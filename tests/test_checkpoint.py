@@ -18,9 +18,11 @@ from safetensors.torch import load_file
 
 from megapix import checkpoint, cli, config, flat, retention, weights
 from megapix.checkpoint import PARTS, Counters, FileRecord, Layout, State
+from megapix.claim import claim
 from megapix.dist import World
-from megapix.errors import InputError
+from megapix.errors import InputError, Trouble
 from megapix.reshard import reshard
+from megapix.saver import Saver
 from tests.launch import start, succeed
 from tests.runs import SMALL, STEP_BATCH, arguments, counters, flat_vectors, saved, scalars
 
@@ -389,6 +391,7 @@ def test_retention_rules(tmp_path: Path) -> None:
             loss = {3: 0.1, 7: 0.2}.get(step, 1.0)
             state = State(Counters(step * 8, step * 8), SMALL, "", (), layout, step, 8 * step - 8, loss)
             checkpoint.write_state(folder, replace(state, files={layout.file_of(0): FileRecord(1, "")}))
+            (folder / layout.file_of(0)).touch()
         return run
 
     def pruned(name: str, newest: int = 10, **rules: object) -> list[int]:
@@ -415,10 +418,116 @@ def test_retention_rules(tmp_path: Path) -> None:
 
 
 def test_leftovers_of_a_killed_process(run: Path) -> None:
+    """Killed between the two renames of a second save at the same images seen, and at other moments."""
     parent = run / "checkpoints"
-    os.replace(parent / SECOND, parent / f"{SECOND}.old")  # killed between two renames
+    os.replace(parent / SECOND, parent / f"{SECOND}.old")
+    left = checkpoint.choose(run, "require", World()).saved
+    assert left
+    assert left.folder.name == f"{SECOND}.old", (
+        "before anything is put right: the dry run of a launcher changes nothing"
+    )
     shutil.copytree(parent / FIRST, parent / f"{FIRST}.gone")
     (parent / "images-000000000999.tmp").mkdir()
-    retention.clean(run)
-    assert sorted(path.name for path in parent.glob("images-*")) == [FIRST, SECOND]
+    (parent / ".latest.4711.tmp").touch()
+    mine = parent / f"{FIRST}.bak", parent / "images-1.tar"
+    shutil.copytree(parent / FIRST, mine[0])
+    mine[1].touch()
+    assert retention.settle(run, left) == []
+    assert sorted(path.name for path in parent.iterdir()) == sorted([FIRST, SECOND, "latest", *(m.name for m in mine)])
     assert saved(run).folder.name == SECOND
+
+
+def test_going_back_by_hand_sets_the_later_ones_aside(
+    shards: Path, run: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing may fall back to a course that its owner has left; the same command replays it to the same bits."""
+    parent = run / "checkpoints"
+    (parent / "latest").write_text(f"{FIRST}\n")
+    done = succeed(2, "megapix", arguments(shards, run))
+    assert f"set aside, because the run goes on from before it: {parent / SECOND}.aside" in done[0].err
+    old, new = (flat_vectors(parent / name) for name in (f"{SECOND}.aside", SECOND))
+    assert all(torch.equal(old[part], new[part]) for part in PARTS)
+    assert checkpoint.complete(run) == [parent / FIRST, parent / SECOND]
+
+
+def test_a_rollback_leaves_what_is_marked_or_being_read(run: Path) -> None:
+    parent = run / "checkpoints"
+    third, fourth = (parent / f"images-{number:012d}" for number in (240, 320))
+    shutil.copytree(parent / SECOND, third)
+    shutil.copytree(parent / SECOND, fourth)
+    (third / "KEEP").touch()
+    with checkpoint.reading(fourth):
+        aside = retention.leave(run, parent / FIRST, remove=True)
+    assert [path.name for path in aside] == [f"{third.name}.aside", f"{fourth.name}.aside"]
+    assert checkpoint.complete(run) == [parent / FIRST], "and the second is removed"
+    assert not (parent / f"{SECOND}.gone").exists()
+
+
+def test_a_checkpoint_that_cannot_be_removed_ends_no_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    parent = run / "checkpoints"
+    command = ["chattr", "+i", str(rank_file(parent / FIRST))]
+    if shutil.which("chattr") is None or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("no file here can be made immutable")
+    try:
+        retention.prune(run, parent / SECOND, config.CheckpointConfig(keep=1))
+        assert "could not be removed: Operation not permitted" in capsys.readouterr().err
+        assert checkpoint.complete(run) == [parent / SECOND]
+        retention.settle(run, saved(run))
+        assert "could not be removed: Operation not permitted" in capsys.readouterr().err
+    finally:
+        subprocess.run(["chattr", "-R", "-i", str(parent)], check=True)
+    retention.settle(run, saved(run))
+    assert [path.name for path in parent.glob("images-*")] == [SECOND]
+
+
+def test_any_error_of_the_background_thread_is_told(tmp_path: Path) -> None:
+    """Here the state cannot be written as JSON, which no one has foreseen."""
+    saver = Saver(tmp_path, config.CheckpointConfig(), World())
+    layout = Layout({"a": (4,)}, 1)
+    state = State(Counters(8, 8), SMALL, b"no text", (), layout, 1)  # type: ignore[arg-type]
+    saver.save(state, {part: torch.zeros(4) for part in PARTS})
+    with pytest.raises(
+        Trouble, match=r"images-000000000008 could not be saved: .*TypeError.*; there is none before it"
+    ):
+        saver.finish()
+
+
+def test_a_second_run_in_the_same_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The lock ends with its process, and with its file."""
+    code = """
+import sys
+from pathlib import Path
+from megapix.claim import claim
+from megapix.dist import World
+with claim(Path(sys.argv[1]), World()):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+    command = [sys.executable, "-c", code, str(tmp_path / "run")]
+    other = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert other.stdout
+    assert other.stdout.readline() == "held\n"
+    with (
+        pytest.raises(InputError, match=rf"another run works there \(process {other.pid} on "),
+        claim(tmp_path / "run", World(), patience=0.5),
+    ):
+        pass
+    assert f"is held by process {other.pid} on" in capsys.readouterr().err
+    other.kill()
+    other.wait()
+    with claim(tmp_path / "run", World(), patience=10):
+        (tmp_path / "run" / "lock").unlink()
+        with claim(tmp_path / "run", World(), patience=0):
+            pass
+
+
+def test_a_checkpoint_that_vanishes_is_named(run: Path, tmp_path: Path) -> None:
+    """Removed by its run after it was found: one line, and no half-written file."""
+    found = checkpoint.find(run, World())
+    (found.folder / "rank-00001-of-00002.safetensors").unlink()
+    with pytest.raises(InputError, match=r"rank-00001-of-00002.safetensors"):
+        reshard(found, 3, tmp_path / "three")
+    assert not list((tmp_path / "three").rglob("*.tmp"))
+    shutil.rmtree(found.folder)
+    with pytest.raises(InputError, match=r"rank-00000-of-00002.safetensors"):
+        list(flat.read(found.folder, found.state.layout, "ema", 0, 4))

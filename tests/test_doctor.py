@@ -6,12 +6,13 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from megapix import config, engine
+from megapix import config, dist, engine
 from megapix.dist import World
 from megapix.doctor import files, network, software
 from megapix.doctor.verdict import Findings, Verdict, table
@@ -160,6 +161,34 @@ def test_an_address_that_does_not_resolve(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.delenv("MASTER_ADDR")
     with pytest.raises(InputError, match="environment variable MASTER_ADDR is missing"):
         network.meet(World(1, 2))
+
+
+def test_ranks_that_do_not_reach_each_other_end_in_time() -> None:
+    """Where packets are dropped gloo would wait for a quarter of an hour; here, for an event that never comes."""
+    code = """
+import threading
+from megapix.dist import World
+from megapix.doctor.network import _ends_after
+with _ends_after(0.2, World(3, 4), "hostb"):
+    threading.Event().wait()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert re.search(r"FAIL +hostb +hosts +all ranks appeared, but met no other within 0.2 s", done.stdout)
+
+
+def test_a_gpu_that_fails_is_told_after_the_ranks_have_met(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: int) -> str:
+        raise RuntimeError("CUDA error: uncorrectable ECC error\nmore")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", fail)
+    met = []
+    monkeypatch.setattr(dist, "gather", lambda world, value, group=None: met.append(value) or [value])
+    verdict = software.gpus(SMALL, 1000, World())
+    assert (verdict.status, verdict.detail) == ("fail", "CUDA error: uncorrectable ECC error")
+    assert len(met) == 1
 
 
 def test_no_compiler_or_no_ninja(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

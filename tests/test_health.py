@@ -48,6 +48,10 @@ def test_sentinel_by_hand() -> None:
     assert look is not sentinel.look
     assert sentinel.look(5.0, 1.0, 48, 6) is None
     assert sentinel.suspicious
+    later = Sentinel(sentinel.config, list(sentinel.recent), list(sentinel.standing_out))  # resumed within a spike
+    spike = later.look(6.0, 1.0, 56, 7)
+    assert spike
+    assert (spike.start, spike.step) == (48, 6)
     assert sentinel.look(1.0, 1.0, 56, 7) is None, "one step alone is no spike with patience 2"
     assert not sentinel.suspicious
     before = list(sentinel.recent)
@@ -65,6 +69,7 @@ def test_skips_in_a_row() -> None:
     skips = Skips(3)
     for applied in (False, False, True, False, False):
         skips.count(applied, 1, "why")
+    skips = Skips(3, skips.in_a_row)  # as after a resume
     with pytest.raises(Trouble, match="3 steps in a row were skipped, the last is step 7: why"):
         skips.count(False, 7, "why")
 
@@ -189,6 +194,12 @@ def test_rollback_never_draws_the_window_again(poisoned: Path, tmp_path: Path) -
     assert counters(run) == end
     assert end.drawn == 24 * STEP_BATCH
     assert saved(run).state.rollbacks == 1
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    (noted,) = [event.tensor_proto.string_val[0].decode() for event in events.Tensors("events/text_summary")]
+    assert noted.startswith(f"rolled back to images-{12 * STEP_BATCH:012d}: steps 14 to 15: loss")
+    speeds = scalars(run, "speed/images_per_s")
+    assert speeds[13] < 1.5 * max(speed for step, speed in speeds.items() if step != 13), "skipped samples do not count"
     lines = [line.split() for line in (record / "rank-0.txt").read_text().splitlines()]
     back = max(n for n in range(1, len(lines)) if int(lines[n][0]) < int(lines[n - 1][0]))
     assert int(lines[back][0]) == 12 * STEP_BATCH, "it went back to 96 images seen"

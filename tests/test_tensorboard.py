@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
+import numpy as np
 import pytest
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megapix import checkpoint
-from megapix.metrics import LAYOUT
+from megapix.metrics import LAYOUT, Writer
 from tests.launch import free_port, succeed
 from tests.runs import STEP_BATCH, arguments, scalars
 
@@ -143,3 +145,30 @@ def test_values_groups_and_a_picture_over_http(interrupted: Path) -> None:
                     assert answer["regex_valid"], pattern
                     shown |= answer["tag_to_events"].keys()
         assert scalar_tags - shown == {"schedule/lr", "schedule/images_seen"}, "logged, but on no chart"
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # of TensorBoard's own thread
+def test_a_full_disk_costs_rows_and_not_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A file system of 256 KiB that fills up and is cleared again; the writer goes on in another file."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("no right to mount a small file system")
+    try:
+        board = Writer(disk / "tensorboard", 0, enabled=True)
+        board.scalars(1, {"loss/train": 1.0})
+        (disk / "filler").write_bytes(bytes(200 * 2**10))
+        board.image(2, "samples/ema", np.random.default_rng(0).integers(0, 256, (256, 256, 3)).astype(np.uint8))
+        board.scalars(2, {"loss/train": 2.0})
+        assert "TensorBoard's rows are lost, they cannot be written: No space left on device" in capsys.readouterr().err
+        (disk / "filler").unlink()
+        board.scalars(3, {"loss/train": 3.0})
+        board.close()
+        events = EventAccumulator(str(disk / "tensorboard"))
+        events.Reload()
+        found = {event.step: event.value for event in events.Scalars("loss/train")}
+        assert found.pop(2, 2.0) == 2.0
+        assert found == {1: 1.0, 3: 3.0}
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)

@@ -3,8 +3,8 @@
 usage: python -m tests.worker_watched SECONDS FAULT RANK
 
 FAULT is kill or stop (a signal to itself), hang (waits for an event that never comes), everywhere (all ranks hang at
-the same place), hold (a phase that is allowed two more seconds), input or bug (an exception of this rank alone),
-disagree (one of all ranks), or none.
+the same place), hold (a phase that is allowed two more seconds), slow (a step of two thirds of the limit), input or bug
+(an exception of this rank alone), disagree (one of all ranks), or none.
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ def fault(name: str, seconds: float) -> None:
             threading.Event().wait()
         case "hold":
             threading.Event().wait(seconds + 1)
+        case "slow":
+            threading.Event().wait(seconds * 2 / 3)
         case "input" | "disagree":
             raise InputError("no such sample")
         case "bug":

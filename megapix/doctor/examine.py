@@ -8,7 +8,7 @@ import torch
 import torch.distributed
 
 from megapix import config, dist, engine
-from megapix.config import Config
+from megapix.config import BatchLayout, Config
 from megapix.dist import World
 from megapix.doctor import files, network, software
 from megapix.doctor.verdict import Findings, Verdict, table, tried, worst
@@ -22,18 +22,16 @@ def examine(asked: Config, world: World) -> int:
     Every rank calls it. One that cannot meet the others says what it knows on its own.
 
     Raises:
-        InputError: options that are wrong in themselves.
+        Agreed: options that are wrong in themselves, on any rank; `leave` then.
+        InputError: there is no launcher's address in the environment.
     """
-    config.validate(asked)
-    layout = config.batch_layout(asked, world.size)
-    read_knobs(asked.machine.ds_config, asked.machine.unproven)
-    with torch.device("meta"):
-        parameters = sum(p.numel() for p in PixelDiT(asked.model).parameters())
-
     met = network.meet(world)
     if met.status == "fail":
         print(table([Findings(world.rank, socket.gethostname(), [met])]), flush=True)
         return 1
+    layout = dist.together(world, lambda: _layout(asked, world))
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in PixelDiT(asked.model).parameters())
 
     hosts = dist.gather(world, socket.gethostname())
     here = hosts.count(hosts[world.rank])
@@ -67,7 +65,13 @@ def examine(asked: Config, world: World) -> int:
         print(table(everyone))
         print(sweep, end="\n" if sweep else "")
         print(f"megapix doctor: {_SUMMARY[status]}", flush=True)
-    return _leave(world, 1 if status == "fail" else 0)
+    return leave(world, 1 if status == "fail" else 0)
+
+
+def _layout(asked: Config, world: World) -> BatchLayout:
+    config.validate(asked)
+    read_knobs(asked.machine.ds_config, asked.machine.unproven)
+    return config.batch_layout(asked, world.size)
 
 
 _SUMMARY = {
@@ -77,7 +81,7 @@ _SUMMARY = {
 }
 
 
-def _leave(world: World, code: int) -> int:
+def leave(world: World, code: int) -> int:
     """Leave the doctor's group, which DeepSpeed knows nothing of, then end as a rank of training does."""
     if torch.distributed.is_initialized():
         torch.distributed.barrier()

@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 import socket
 import statistics
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
@@ -14,7 +17,7 @@ from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined
 
 from megapix import dist
 from megapix.dist import World
-from megapix.doctor.verdict import Verdict
+from megapix.doctor.verdict import Findings, Verdict, table
 from megapix.errors import InputError
 
 MEET_SECONDS = 60
@@ -61,18 +64,37 @@ def meet(world: World, seconds: float = MEET_SECONDS) -> Verdict:
         return Verdict("hosts", "fail", f"{_ranks(missing)} did not appear within {seconds:g} s (at {address}:{port})")
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     try:
-        torch.distributed.init_process_group(
-            backend,
-            store=PrefixStore("doctor/group", store),
-            rank=world.rank,
-            world_size=world.size,
-            timeout=timedelta(seconds=TALK_SECONDS),
-        )
+        with _ends_after(seconds, world, host):
+            torch.distributed.init_process_group(
+                backend,
+                store=PrefixStore("doctor/group", store),
+                rank=world.rank,
+                world_size=world.size,
+                timeout=timedelta(seconds=TALK_SECONDS),
+            )
     except RuntimeError as error:
         return Verdict(
             "hosts", "fail", f"all ranks appeared, but cannot reach each other (GLOO_SOCKET_IFNAME?): {_line(error)}"
         )
     return Verdict("hosts", "ok", f"{world.size} ranks met at {address}:{port} in {time.monotonic() - start:.1f} s")
+
+
+@contextmanager
+def _ends_after(seconds: float, world: World, host: str) -> Iterator[None]:
+    """End this rank with its verdict if what is inside takes longer: where packets are dropped, gloo waits long."""
+
+    def end() -> None:
+        detail = f"all ranks appeared, but met no other within {seconds:g} s (firewall? GLOO_SOCKET_IFNAME?)"
+        print(table([Findings(world.rank, host, [Verdict("hosts", "fail", detail)])]), flush=True)
+        os._exit(1)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def names(hosts: list[str]) -> Verdict:

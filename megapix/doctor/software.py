@@ -17,6 +17,7 @@ from megapix.config import BatchLayout, Config
 from megapix.data.loader import PREFETCH
 from megapix.dist import World
 from megapix.doctor.verdict import Verdict
+from megapix.ds_config import read_knobs
 
 SHM = Path("/dev/shm")
 OP_SHM = 66 * 2**20
@@ -50,8 +51,11 @@ def _source() -> str:
     """Hash of megapix's files, since a checkout that lags behind has the same version."""
     root = Path(__file__).resolve().parent.parent
     digest = hashlib.sha256()
-    for path in sorted(root.rglob("*.py")):
-        digest.update(str(path.relative_to(root)).encode() + path.read_bytes())
+    try:
+        for path in sorted(root.rglob("*.py")):
+            digest.update(str(path.relative_to(root)).encode() + path.read_bytes())
+    except OSError as error:
+        return f"unreadable ({error.strerror})"
     return digest.hexdigest()[:12]
 
 
@@ -85,9 +89,14 @@ def shared_memory(config: Config, layout: BatchLayout, ranks_here: int) -> Verdi
 
 def gpus(config: Config, parameters: int, world: World) -> Verdict:
     """A GPU for each rank, the same on all, free, and able to hold the states. Every rank calls it."""
-    there = torch.cuda.is_available()
-    name = torch.cuda.get_device_name(world.local_rank) if there and _own_gpu(world) else ""
+    there, name, broken = torch.cuda.is_available(), "", ""
+    try:
+        name = torch.cuda.get_device_name(world.local_rank) if there and _own_gpu(world) else ""
+    except Exception as error:  # to be told after the ranks have met
+        broken = str(error).strip() or type(error).__name__
     first = dist.gather(world, (there, name))[0]
+    if broken:
+        return Verdict("GPU", "fail", broken.splitlines()[0])
     if there != first[0]:
         return Verdict("GPU", "fail", f"{'a GPU' if there else 'no GPU'} here, but rank 0 has {first[1] or 'none'}")
     if not there:
@@ -96,8 +105,10 @@ def gpus(config: Config, parameters: int, world: World) -> Verdict:
         count = torch.cuda.device_count()
         return Verdict("GPU", "fail", f"{count} GPUs are visible, none is left for local rank {world.local_rank}")
     free, total = torch.cuda.mem_get_info(world.local_rank)
-    # Weights of the network on each rank; masters, moments, EMA and the averaged gradient in shards.
-    need = parameters * (2 if config.precision == "bf16" else 4) + parameters * 20 // world.size
+    # Weights of the network on each rank; in shards the averaged gradient and, unless offloaded, masters, moments, EMA.
+    zero = read_knobs(config.machine.ds_config, config.machine.unproven)["zero_optimization"]
+    shards = 4 if "offload_optimizer" in zero else 20
+    need = parameters * (2 if config.precision == "bf16" else 4) + parameters * shards // world.size
     detail = f"{torch.cuda.device_count()} x {name}, {total / 2**30:.0f} GiB, {free / 2**30:.0f} GiB free"
     if total < need:
         return Verdict("GPU", "fail", f"{detail}; weights and optimizer alone need {need / 2**30:.1f} GiB")

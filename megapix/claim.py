@@ -1,0 +1,73 @@
+"""One run a folder: rank 0 holds a lock on RUN/lock while a run works in it."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from megapix.dist import World, together, warn
+from megapix.errors import InputError
+
+LOCK_NAME = "lock"
+PATIENCE = 120.0
+"""Seconds that a start waits for the lock: a run before it may still be ending, and NFS gives up a lost host's locks
+after 90 s."""
+
+
+@contextmanager
+def claim(run: Path, world: World, patience: float = PATIENCE) -> Iterator[None]:
+    """Hold a run folder, so that a second run in it is refused; every rank enters it. The lock ends with its process.
+
+    Raises:
+        Agreed: another run holds it, or it cannot be written.
+    """
+    file = together(world, lambda: _lock(run, patience) if world.main else None)
+    try:
+        yield
+    finally:
+        if file:
+            file.close()
+
+
+def _lock(run: Path, patience: float) -> IO[str]:
+    path = run / LOCK_NAME
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        file = open(path, "a+")  # noqa: SIM115 - it stays open, and so locked, while the run lasts
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written: {error.strerror}") from error
+    file.seek(0)
+    holder, end = file.read().strip(), time.monotonic() + patience
+    waiting = False
+    while not _try(file):
+        if time.monotonic() >= end:
+            file.close()
+            raise InputError(
+                f"out = {str(run)!r}: another run works there ({holder}); expected one run a folder. "
+                f"If that process is gone for certain, remove {path}"
+            )
+        if not waiting:
+            waiting = True
+            warn(f"{path} is held by {holder}: waiting up to {patience:.0f} s for its end")
+        time.sleep(0.2)
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    return file
+
+
+def _try(file: IO[str]) -> bool:
+    """Lock it if nobody has; where the file system knows no locks, go on without."""
+    try:
+        fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        warn(f"{file.name}: cannot be locked ({error.strerror}): nothing keeps a second run out of this folder")
+    return True
