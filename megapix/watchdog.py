@@ -249,7 +249,7 @@ class Watchdog:
             if round_ >= due:
                 due = round_ + self._every
                 self._beat()
-            # A pause of its own (the process was stopped, the machine slept) says nothing about others: time starts anew.
+            # A pause of its own (the process was stopped, the machine slept) says nothing of others: time starts anew.
             if round_ - before >= self._seconds / 2:
                 self._resumed = round_
             if self._entered:
