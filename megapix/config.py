@@ -224,6 +224,18 @@ class LogConfig:
 
 
 @dataclass(frozen=True)
+class ValidationConfig:
+    """Loss on held-out images, of raw and EMA weights, at fixed noise and eight fixed times."""
+
+    path: str = _machine("")
+    """Shard folder or index of images that are not trained on, like data.path; empty is off."""
+    every: Images = _machine("5ep")
+    """Distance between measurements in images seen, or epochs of the training set."""
+    samples: int = _machine(1024)
+    """Images of it that are used, the same ones each time; 0 is all."""
+
+
+@dataclass(frozen=True)
 class SamplingConfig:
     """How samples are drawn in training, and the defaults of `megapix sample` for this run."""
 
@@ -263,6 +275,7 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     health: HealthConfig = field(default_factory=HealthConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
 
 
@@ -410,8 +423,15 @@ SPANS = (
     "log.every",
     "log.blocks_every",
     "log.samples_every",
+    "validation.every",
 )
-MAY_BE_NEVER = ("optim.lr_step_at", "checkpoint.keep_every", "log.blocks_every", "log.samples_every")
+MAY_BE_NEVER = (
+    "optim.lr_step_at",
+    "checkpoint.keep_every",
+    "log.blocks_every",
+    "log.samples_every",
+    "validation.every",
+)
 
 
 def freeze(config: Config, epoch: int) -> Config:
@@ -491,6 +511,7 @@ def validate(config: Config) -> None:
     need(h.patience >= 1, "health.patience", "at least 1")
     need(h.skip >= 0, "health.skip", "0 (the spike's own steps) or more")
     need(h.max_rollbacks >= 0, "health.max_rollbacks", "0 or more")
+    need(config.validation.samples >= 0, "validation.samples", "0 (all) or more")
     need(config.log.grid_classes >= 1, "log.grid_classes", "at least 1")
     need(config.log.grid_columns >= 1, "log.grid_columns", "at least 1")
     validate_sampling(config.sampling)

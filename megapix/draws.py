@@ -29,6 +29,7 @@ class Purpose(IntEnum):
     SAMPLE_NOISE = 6
     REPLACEMENT = 7
     BUCKET = 8
+    VALIDATION_NOISE = 9
 
 
 def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:

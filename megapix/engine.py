@@ -273,25 +273,31 @@ def load(engine: Any, saved: Saved, world: World) -> None:
 
 
 @contextmanager
+def raw_weights(engine: Any) -> Iterator[PixelDiT]:
+    """The network with the weights as they are trained, in eval mode."""
+    network: PixelDiT = engine.module
+    network.eval()
+    try:
+        yield network
+    finally:
+        network.train()
+
+
+@contextmanager
 def ema_weights(engine: Any) -> Iterator[PixelDiT]:
     """The network with the EMA gathered into its weights, in eval mode; the training weights come back at the end.
 
-    Call it on every rank: each parameter's EMA is gathered from all shards. Needs one spare copy of the weights.
+    Call it on every rank: each parameter's EMA is gathered from all shards, and afterwards its weight is made from the
+    masters again, as after a step; no second copy of the weights is held.
     """
-    network: PixelDiT = engine.module
-    parameters = list(network.parameters())
-    training = [p.detach().clone() for p in parameters]
-    try:
-        with torch.no_grad():
-            for p in parameters:
-                p.copy_(safe_get_full_optimizer_state(p, EMA))
-        network.eval()
-        yield network
-    finally:
-        with torch.no_grad():
-            for p, saved in zip(parameters, training, strict=True):
-                p.copy_(saved)
-        network.train()
+    with raw_weights(engine) as network:
+        try:
+            with torch.no_grad():
+                for p in network.parameters():
+                    p.copy_(safe_get_full_optimizer_state(p, EMA))
+            yield network
+        finally:
+            engine.optimizer.update_lp_params()
 
 
 def gathered(engine: Any, what: str) -> dict[str, torch.Tensor]:

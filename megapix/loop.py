@@ -6,6 +6,7 @@ import math
 import os
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ from megapix.prepare import Plan, plan, same_everywhere, write_config
 from megapix.report import Report
 from megapix.saver import Saver
 from megapix.stopping import StopRequest, StopRequested
+from megapix.validation import HeldOut
 from megapix.watchdog import Watchdog
 
 
@@ -161,6 +163,7 @@ def _steps(run: Run, state: State, happened: str) -> None:
     batches = loader.batches(c.data, p.located, c.seed, p.layout, world.rank, position, skipped)
     sentinel = Sentinel(c.health, state.recent, state.standing_out)
     skips, mean = Skips(c.health.max_skipped, state.skipped_in_a_row), metrics.Mean()
+    held_out = HeldOut(p.validation, c, world, run.device) if p.validation else None
     report = Report(c, p.layout, world, run.device, saver, counters.drawn)
     bar = tqdm(total=p.end, initial=schedule.images_seen, unit="img", disable=not world.main, **_bar_style())
     board = metrics.Writer(run.folder / "tensorboard", counters.drawn // total, enabled=world.main)
@@ -189,9 +192,9 @@ def _steps(run: Run, state: State, happened: str) -> None:
         saved, mean = here(), metrics.Mean()
         saver.save(saved, _share(run, state), prune=not sentinel.suspicious)
 
-    def listen() -> None:
-        """Before each step of the sampler: a long grid is no hang, and ends when any rank was asked to stop."""
-        watch.note(step, "sample")
+    def listen(phase: str) -> None:
+        """Between the parts of work that takes long: it is no hang, and ends when any rank was asked to stop."""
+        watch.note(step, phase)
         if consensus.any_rank(world, run.stop.asked, run.device):
             raise StopRequested
 
@@ -246,7 +249,9 @@ def _steps(run: Run, state: State, happened: str) -> None:
                 if heard.stop:
                     raise StopRequested
                 if _due(c.log.samples_every, seen, now, p.end):
-                    board.image(step, "samples/ema", ema_grid(e, c, world, run.device, listen))
+                    board.image(step, "samples/ema", ema_grid(e, c, world, run.device, partial(listen, "sample")))
+                if held_out and _due(c.validation.every, seen, now, p.end):
+                    board.scalars(step, held_out.losses(e, partial(listen, "validate")))
             except StopRequested:
                 if saved.counters != counters:
                     save()

@@ -22,6 +22,8 @@ QUARTERS = 4
 LAYOUT = {
     "loss": {
         "loss": ["Multiline", ["^loss/train$"]],
+        "held-out loss": ["Multiline", ["^validation/loss_(raw|ema)$"]],
+        "held-out loss of the EMA by t": ["Multiline", [r"^validation/ema_t_[\d.]+$"]],
         "loss by quarter of t": ["Multiline", [rf"^loss/t_\d_of_{QUARTERS}$"]],
     },
     "health": {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megapix import checkpoint, config
@@ -15,9 +15,18 @@ from megapix.dist import World, agree, gather, together
 from megapix.ds_config import read_knobs
 from megapix.errors import InputError
 from megapix.images import Policy
-from megapix.shards import write_atomic
+from megapix.shards import Index, write_atomic
 
-LOCAL = ("out", "data.path", "data.cache", "data.cache_gib", "data.workers", "machine.ds_config", "machine.peak_tflops")
+LOCAL = (
+    "out",
+    "data.path",
+    "validation.path",
+    "data.cache",
+    "data.cache_gib",
+    "data.workers",
+    "machine.ds_config",
+    "machine.peak_tflops",
+)
 """Options that may be others on another node. (`write_config` sees that `out` is the same folder.)"""
 
 
@@ -30,6 +39,8 @@ class Plan:
     layout: BatchLayout
     choice: Choice
     """The checkpoint to go on from, and those that were refused."""
+    validation: Located | None
+    """The held-out data, if there are any."""
     changes: list[str]
     """Schedule options, and the number of ranks, where they differ from the checkpoint's."""
 
@@ -64,7 +75,7 @@ def plan(asked: Config, ranks: int, choice: Choice | None = None) -> Plan:
     read_knobs(asked.machine.ds_config, asked.machine.unproven)
     located = locate(asked.data)
     index = located.index
-    _check_sizes(asked, Policy.from_dict(index.image_policy))
+    _check_sizes(asked, asked.data.path, Policy.from_dict(index.image_policy))
     if len({shard.bucket for shard in index.shards}) > 1 and layout.total % asked.data.reading_groups:
         raise InputError(
             f"data.reading_groups = {asked.data.reading_groups}: with aspect buckets expected a divisor of "
@@ -74,6 +85,7 @@ def plan(asked: Config, ranks: int, choice: Choice | None = None) -> Plan:
         raise InputError(
             f"model.num_classes = {asked.model.num_classes}, but {asked.data.path!r} holds {len(index.classes)} classes"
         )
+    validation = _validation(asked, index)
     resolved = config.freeze(asked, index.samples)
     run = Path(asked.out)
     _check_writable(run)
@@ -81,7 +93,7 @@ def plan(asked: Config, ranks: int, choice: Choice | None = None) -> Plan:
     if choice.saved is None:
         if asked.init and not Path(asked.init).is_file():
             checkpoint.find(Path(asked.init), World(), hashed=False)
-        return Plan(resolved, located, layout, choice, [])
+        return Plan(resolved, located, layout, choice, validation, [])
     folder, state = choice.saved.folder, choice.saved.state
     _check_batch(state, layout, str(folder))
     changes = config.compare(state.config, resolved, str(folder))
@@ -92,7 +104,7 @@ def plan(asked: Config, ranks: int, choice: Choice | None = None) -> Plan:
         )
     if state.layout.ranks != ranks:
         changes.append(f"ranks: {state.layout.ranks} -> {ranks}")
-    return Plan(resolved, located, layout, choice, changes)
+    return Plan(resolved, located, layout, choice, validation, changes)
 
 
 def _check_batch(state: State, layout: BatchLayout, where: str) -> None:
@@ -112,6 +124,7 @@ def same_everywhere(world: World, p: Plan) -> None:
     """
     mine = {key: repr(value) for key, value, _ in config.leaves(p.config) if key not in LOCAL}
     mine["machine.ds_config"] = repr(read_knobs(p.config.machine.ds_config, p.config.machine.unproven))
+    mine["validation set"] = p.validation.index.digest if p.validation else "none"
     mine |= {"data set": p.located.index.digest, "checkpoint": p.saved.folder.name if p.saved else "none"}
     mine |= {"counters": repr(p.saved.state.counters) if p.saved else "none", "batch": str(p.layout)}
     everyone = gather(world, mine)
@@ -150,8 +163,23 @@ def write_config(world: World, p: Plan) -> None:
     )
 
 
-def _check_sizes(asked: Config, policy: Policy) -> None:
-    path, size, patch = asked.data.path, asked.data.image_size, asked.model.patch_size
+def _validation(asked: Config, training: Index) -> Located | None:
+    """The held-out data, with the training set's classes, and not the training set itself."""
+    path = asked.validation.path
+    if not path:
+        return None
+    located = locate(replace(asked.data, path=path))
+    index = located.index
+    _check_sizes(asked, path, Policy.from_dict(index.image_policy))
+    if index.digest == training.digest:
+        raise InputError(f"validation.path = {path!r} is the training set: expected images that are not trained on")
+    if index.class_names != training.class_names:
+        raise InputError(f"validation.path = {path!r} has other classes than {asked.data.path!r}")
+    return located
+
+
+def _check_sizes(asked: Config, path: str, policy: Policy) -> None:
+    size, patch = asked.data.image_size, asked.model.patch_size
     if policy.mode == "untouched":
         raise InputError(
             f"the images in {path!r} are untouched, of any size; give an index with a policy: "

@@ -1,0 +1,99 @@
+"""Held-out loss of a run at work: raw and EMA weights on the same images, noise and times whenever it is measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megapix import dist, draws, engine, flow
+from megapix.config import Config
+from megapix.data.loader import MicroBatches
+from megapix.data.locate import Located
+from megapix.dist import World
+from megapix.draws import Purpose
+from megapix.errors import InputError
+from megapix.flow import Network
+
+TIMES = tuple((i + 0.5) / 8 for i in range(8))
+"""The times at which the loss is measured."""
+SEED = 0
+"""Of the choice of images and their noise; not the run's, so that runs can be compared."""
+GROUP = 16
+"""Images of one forward pass, on any number of ranks: the sizes of matrix products must not change the rounding."""
+
+
+class HeldOut:
+    """The images of a validation index that are used, and this rank's share of them.
+
+    Args:
+        located: the validation data set.
+        config: the run's resolved configuration.
+    """
+
+    def __init__(self, located: Located, config: Config, world: World, device: torch.device) -> None:
+        self._world, self._device = world, device
+        total = located.index.samples
+        count = min(config.validation.samples or total, total)
+        groups = -(-count // GROUP)
+        if len({shard.bucket for shard in located.index.shards}) > 1:  # a group holds images of one size
+            groups = max(1, count // GROUP)
+            count = groups * GROUP
+        positions = np.arange(count, dtype=np.int64)
+        self._groups = [positions[i * GROUP : (i + 1) * GROUP] for i in range(groups)]
+        reading = replace(config.data, path=config.validation.path, flip=False, shuffle_window=0, reading_groups=1)
+        self._batches = MicroBatches(located, reading, SEED, GROUP)
+
+    def losses(self, engine_: Any, each_group: Callable[[], None]) -> dict[str, float]:
+        """Scalars: mean squared error of the velocity at TIMES, of raw and EMA weights. Every rank calls it.
+
+        Args:
+            each_group: called before each group of images, equally often on every rank; an exception ends it.
+
+        Raises:
+            InputError: an image that cannot be read.
+        """
+        row = {}
+        weights: dict[str, Callable[[Any], AbstractContextManager[Network]]]
+        weights = {"raw": engine.raw_weights, "ema": engine.ema_weights}
+        for kind, enter in weights.items():
+            with enter(engine_) as net:
+                means = self._means(net, each_group)
+            row[f"validation/loss_{kind}"] = sum(means) / len(TIMES)
+            row |= {f"validation/{kind}_t_{t:.4f}": mean for t, mean in zip(TIMES, means, strict=True)}
+        return row
+
+    @torch.no_grad()
+    def _means(self, net: Network, each_group: Callable[[], None]) -> list[float]:
+        """Mean over all images at each of TIMES; summed in the order of the groups, whoever has computed them."""
+        mine: list[list[float]] = []
+        turns = -(-len(self._groups) // self._world.size)
+        for turn in range(turns):
+            each_group()
+            number = turn * self._world.size + self._world.rank
+            if number < len(self._groups):
+                mine.append(self._sums(net, number).tolist())
+        shares = dist.gather(self._world, mine)
+        sums = [shares[number % len(shares)][number // len(shares)] for number in range(len(self._groups))]
+        images = sum(len(group) for group in self._groups)
+        return [sum(column) / images for column in zip(*sums, strict=True)]
+
+    def _sums(self, net: Network, number: int) -> Tensor:
+        """Sums over one group of images at each of TIMES: float64 [8]."""
+        batch = self._batches[self._groups[number]]
+        if isinstance(batch, InputError):
+            raise batch
+        x = flow.to_images(batch.images.to(self._device))
+        labels = batch.labels.to(self._device)
+        eps = flow.noise(draws.bits(SEED, Purpose.VALIDATION_NOISE, batch.positions), x.shape[1:], x.device)
+        found = []
+        for time in TIMES:
+            t = torch.full((len(x),), time, device=x.device)
+            prediction = net(flow.interpolate(x, eps, t), t, labels)
+            found.append(flow.squared_error(prediction, flow.velocity(x, eps)).double().sum())
+        return torch.stack(found)
