@@ -38,5 +38,6 @@ def test_a_run_writes_them_where_it_was_asked_to(shards: Path, tmp_path: Path) -
         scalars(tmp_path / "without", "blocks/grad_norm/patch_00")
 
 
+@pytest.mark.long
 def test_a_compiled_block_is_watched_too() -> None:
     succeed(1, "tests.worker_compiled", [])

@@ -509,6 +509,7 @@ def test_launch_sh_trains_and_samples(own_shards: Path, tmp_path: Path) -> None:
         assert np.array_equal(np.asarray(image), sheet)
 
 
+@pytest.mark.long
 def test_launch_sh_asks_a_run_to_stop(own_shards: Path, tmp_path: Path) -> None:
     """SIGTERM to the script, which DeepSpeed's launcher would not pass on: the run saves, and code 75 comes out."""
     run = tmp_path / "run"

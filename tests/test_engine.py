@@ -85,7 +85,7 @@ def test_losses_do_not_depend_on_the_number_of_ranks(trained: dict[int, Path]) -
     assert list(two.values()) == pytest.approx(list(one.values()), rel=1e-5)
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.long), 2])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_sharded_ema_equals_a_dense_one_bit_for_bit(ranks: int, precision: str, shards: Path) -> None:
     succeed(ranks, "tests.worker_ema", [precision, shards])
@@ -171,6 +171,7 @@ def test_an_error_inside_the_schedule_surfaces(one_rank: object, monkeypatch: py
     assert "a fault in the schedule" in chain
 
 
+@pytest.mark.long
 def test_bf16_with_pixel_checkpointing_and_accumulation(shards: Path, tmp_path: Path) -> None:
     """XL's mode on two ranks: bf16, checkpointed PiT blocks, two accumulation steps; then a resume, then weights."""
     run = tmp_path / "run"

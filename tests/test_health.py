@@ -225,6 +225,7 @@ def test_rollback_never_draws_the_window_again(poisoned: Path, tmp_path: Path) -
     assert scalars(again, "loss/train") == losses
 
 
+@pytest.mark.long
 def test_rollback_before_the_first_checkpoint_and_too_often(poisoned: Path, tmp_path: Path) -> None:
     """A run that rolls back saves before its first step; no rollback allowed means the first spike ends it."""
     run = tmp_path / "run"

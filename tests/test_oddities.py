@@ -192,6 +192,7 @@ def test_originals_are_kept_to_the_byte(tmp_path: Path) -> None:
         assert image.size == (20, 9)
 
 
+@pytest.mark.long
 def test_training_on_aspect_buckets(tmp_path: Path) -> None:
     """Two ranks on images of five sizes: every step runs, and a resume at another position goes on alike."""
     for label in range(3):

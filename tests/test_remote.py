@@ -216,7 +216,7 @@ def test_a_damaged_copy_is_fetched_again(web: Nginx, shards: Path, tmp_path: Pat
     assert not any(batch.replaced for batch in again)
 
 
-@pytest.mark.parametrize("what", ["breaks", "stalls"])
+@pytest.mark.parametrize("what", ["breaks", pytest.param("stalls", marks=pytest.mark.long)])
 def test_connections_that_fail_are_tried_again(what: str, shards: Path, tmp_path: Path) -> None:
     faults = Faults()
     with faulty(shards, faults) as url:

@@ -31,7 +31,9 @@ ASKS = {
 }
 
 
-@pytest.mark.parametrize("how", ASKS)
+@pytest.mark.parametrize(
+    "how", ["SIGTERM to every process", pytest.param("SIGUSR1 to one rank", marks=pytest.mark.long), "a file"]
+)
 def test_asked_to_stop(how: str, shards: Path, tmp_path: Path) -> None:
     """With a worker on each rank, which gets the signal too; once, 3 more steps, against a run of the same length."""
     ask, name = ASKS[how]

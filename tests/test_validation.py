@@ -72,6 +72,7 @@ def test_it_measures_both_weights_and_training_does_not_notice(shards: Path, hel
     assert scalars(run, "loss/train") == scalars(plain, "loss/train")
 
 
+@pytest.mark.long
 def test_bf16_training_does_not_notice_either(shards: Path, held_out: Path, tmp_path: Path) -> None:
     """Weights come back from the masters after the EMA has stood in their place."""
     options = ["--precision", "bf16", "--optim.end-at", str(8 * STEP_BATCH)]
