@@ -139,6 +139,18 @@ def test_a_signal_becomes_a_stop_file(sent: signal.Signals, train: list[str], tm
     assert not stop.exists(), "the next run must not stop at once"
 
 
+def test_a_hang_up_takes_the_terminal_with_it(train: list[str], tmp_path: Path) -> None:
+    """Nothing can be said any more, and the run is asked to save all the same."""
+    mute, stop = tmp_path / "mute", tmp_path / "run" / "stop"
+    mute.write_text(f'#!/bin/sh\nexec {ROOT}/launch.sh "$@" 2>/dev/full\n')
+    mute.chmod(0o755)
+    process = start(tmp_path, f"echo up; until [ -e {stop} ]; do sleep 0.1; done; exit 75", *train, script=mute)
+    assert process.stdout
+    assert process.stdout.readline() == "up\n"
+    process.send_signal(signal.SIGHUP)
+    assert finish(process)[0] == 75
+
+
 @pytest.mark.parametrize("sent", [[signal.SIGINT], [signal.SIGTERM, signal.SIGTERM]])
 def test_int_or_a_second_signal_ends_at_once(sent: list[signal.Signals], train: list[str], tmp_path: Path) -> None:
     process = start(tmp_path, "echo up; exec sleep 100", *train)
