@@ -18,6 +18,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import select
 import selectors
 import socket
 import threading
@@ -44,6 +45,8 @@ PATIENCE = 10.0
 """`seconds` times this may pass without news in the phases of LONG, and in the whole first step, which compiles."""
 GRACE = 2.0
 """Seconds that the others have to end by themselves once a rank has ended in order with an error."""
+CALL_AGAIN = 0.1
+"""Seconds between two calls to rank 0."""
 VERDICT = 4.0
 """Seconds that a failing rank waits for the news that another was lost before it; then the failure is its own."""
 
@@ -111,6 +114,8 @@ class Peer:
     heard: float
     """When its last message came (monotonic)."""
     link: Link | None = None
+    attempt: int = 0
+    """Which of its calls the link came from."""
     left: bool = False
     """Whether it has said goodbye."""
 
@@ -198,17 +203,32 @@ class Watchdog:
         self._thread.join(2 * GRACE)
 
     def _connect(self, port: int) -> None:
-        address = os.environ["MASTER_ADDR"]
-        try:
-            connection = socket.create_connection((address, port), timeout=self._seconds)
-        except OSError as error:
-            raise InputError(
-                f"machine.watchdog = {self._seconds:g}: rank 0 cannot be reached at {address}:{port} ({error}); "
-                "expected TCP between the nodes, or 0 (off)"
-            ) from error
+        """Call rank 0 until it answers: a kernel whose queue of callers is full breaks what seems to be connected."""
+        address, attempt, until = os.environ["MASTER_ADDR"], 0, time.monotonic() + self._seconds
+        while True:
+            attempt += 1
+            try:
+                return self._call(address, port, attempt)
+            except OSError as error:
+                if time.monotonic() > until:
+                    raise InputError(
+                        f"machine.watchdog = {self._seconds:g}: rank 0 cannot be reached at {address}:{port} "
+                        f"({error}); expected TCP between the nodes, or 0 (off)"
+                    ) from error
+                time.sleep(CALL_AGAIN)
+
+    def _call(self, address: str, port: int, attempt: int) -> None:
+        connection = socket.create_connection((address, port), timeout=self._seconds)
         link = Link(connection)
-        link.send({"token": self._token, "rank": self._world.rank})
+        link.send({"token": self._token, "rank": self._world.rank, "attempt": attempt})
+        select.select([connection], [], [], self._seconds / 4)
+        answer = link.read()
+        if not answer:
+            connection.close()
+            raise ConnectionError("no answer")
         self._adopt(0, link)
+        for message in answer:
+            self._hear(0, message)
 
     def _accept(self, server: socket.socket) -> None:
         link = Link(server.accept()[0])
@@ -220,14 +240,17 @@ class Watchdog:
             messages = link.read()
             if not messages and not link.closed:
                 return
-            rank = messages[0]["rank"] if messages and messages[0]["token"] == self._token else None
+            hello = messages[0] if messages and messages[0]["token"] == self._token else None
+            rank, attempt = (int(hello["rank"]), int(hello["attempt"])) if hello else (0, 0)
         except (ValueError, TypeError, KeyError):
-            rank, messages = None, []
+            hello = None
         self._selector.unregister(link.socket)
-        if rank is None:
+        if hello is None or attempt <= self._peers[rank].attempt:  # or it has called again since
             link.socket.close()
             return
+        self._peers[rank].attempt = attempt
         self._adopt(rank, link)
+        link.send({"welcome": rank})
         for message in messages[1:]:
             self._hear(rank, message)
 

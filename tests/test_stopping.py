@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import pytest
 import torch
 
 from megapix.checkpoint import PARTS
-from tests.launch import Launch, succeed
+from tests.launch import ROOT, Launch, succeed
 from tests.runs import STEP_BATCH, arguments, counters, flat_vectors, logged, saved, scalars
 
 ENDLESS = ["--optim.end-at", "1000000000", "--checkpoint.every", "1000000000"]
@@ -62,6 +64,22 @@ def test_asked_to_stop(how: str, shards: Path, tmp_path: Path) -> None:
     whole, parts = (flat_vectors(saved(tmp_path / name).folder) for name in ("still", "run"))
     assert all(torch.equal(whole[part], parts[part]) for part in PARTS)
     assert scalars(run, "loss/train") == scalars(tmp_path / "still", "loss/train")
+
+
+def test_workers_do_not_hear_what_asks_the_run_to_stop() -> None:
+    """In a new process, since the first one that Python starts of this kind has SIGTERM unblocked."""
+    code = """
+import signal
+from megapix.data import loader
+
+loader.start_workers()
+worker = loader._context().Process(target=signal.raise_signal, args=(signal.SIGTERM,))
+worker.start()
+worker.join()
+print(worker.exitcode)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "0\n", done.stderr
 
 
 def test_asked_while_sampling(shards: Path, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 from typing import Any
 
 import numpy as np
@@ -208,6 +208,7 @@ def start_workers() -> None:
     batches are needed until the ranks have agreed on a step to stop at. They end when the rank does.
     """
     _context()
+    resource_tracker.ensure_running()  # it is started first, and unblocks SIGTERM when it is
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGUSR1))
     forkserver.ensure_running()
     signal.pthread_sigmask(signal.SIG_SETMASK, before)
