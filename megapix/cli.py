@@ -175,7 +175,7 @@ class SampleOptions:
     seed: int = 0
     """Seed of the noise; an image depends on it and on its own number, not on the batch."""
     sampler: config.Sampler | None = None
-    """Euler, or two-step Adams-Bashforth; the run's."""
+    """Euler, Heun, or two-step Adams-Bashforth; the run's."""
     steps: int | None = None
     """Sampler steps; the run's."""
     guidance: float | None = None

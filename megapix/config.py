@@ -28,7 +28,7 @@ IMAGENET_IMAGES = 1_281_167
 Images = int | str
 """Images seen, epochs such as '160ep', or 'never'."""
 
-Sampler = Literal["euler", "ab2"]
+Sampler = Literal["euler", "heun", "ab2"]
 
 T = TypeVar("T")
 
@@ -228,9 +228,9 @@ class SamplingConfig:
     """How samples are drawn in training, and the defaults of `megapix sample` for this run."""
 
     sampler: Sampler = _machine("ab2")
-    """Euler, or the two-step Adams-Bashforth method that the authors released as FlowDPMSolver."""
+    """Euler, Heun, or the two-step Adams-Bashforth method that the authors released as FlowDPMSolver."""
     steps: int = _machine(100)
-    """Evaluations of the (guided) velocity for an image."""
+    """Steps of an image. Each evaluates the (guided) velocity once, of heun twice but for the last."""
     guidance: float = _machine(2.75)
     """Scale w of classifier-free guidance, v_u + w (v_c - v_u); 1 is off."""
     guidance_from: float = _machine(0.1)
