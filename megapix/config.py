@@ -250,7 +250,8 @@ class Config:
     seed: int = _identity(0)
     """Seed of the initial weights, sample order, flips, noise, timesteps and label dropout."""
     init: str = _identity("")
-    """Start from the EMA weights of this run, checkpoint or exported file; all other state starts fresh."""
+    """Start from the EMA of this run or checkpoint, or from an exported file or imported folder; all other state
+    starts fresh."""
     resume: Literal["auto", "require"] = _machine("auto")
     """'auto' goes on from the newest whole checkpoint, or starts; 'require' from the newest one or not at all."""
     precision: Literal["bf16", "fp32"] = _identity("bf16")
