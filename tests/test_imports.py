@@ -124,6 +124,7 @@ def test_no_circles() -> None:
         ["megapix", "--help"],
         ["megapix", "train", "tiny", "--help"],
         ["megapix", "doctor", "tiny", "--help"],
+        ["megapix", "import", "--help"],
         ["data_prep", "--help"],
     ],
 )

@@ -393,6 +393,8 @@ def test_training_starts_from_imported_weights_and_goes_back(shards: Path, tmp_p
     assert run("import", file, "--out", folder, "--image-size", "16") == 0
     command = arguments(shards, trained, "--init", str(folder), "--optim.end-at", "8", "--optim.lr", "1e-12")
     assert cli.main([*command, "--dry-run"]) == 0
+    as_imported = ["--config", str(folder / "config.json"), "--init", str(folder), "--data.path", str(shards)]
+    assert cli.main(["train", *as_imported, "--out", str(tmp_path / "other"), "--dry-run"]) == 0
     (rank,) = succeed(1, "megapix", command)
     assert f"starting from the raw weights of {folder}" in rank.out
     own = {kind: weights.load_weights(trained, kind).tensors for kind in (True, False)}
