@@ -348,6 +348,16 @@ def test_a_file_of_an_old_torch_is_read_too(tmp_path: Path) -> None:
     )
 
 
+def test_what_a_killed_import_left_is_cleared(tmp_path: Path) -> None:
+    file, left = released(tmp_path / "theirs.ckpt", both(small())), tmp_path / ".model.tmp"
+    left.mkdir()
+    (left / "model.safetensors").write_bytes(b"half")
+    (tmp_path / "model").mkdir()
+    assert run("import", file, "--out", tmp_path / "model") == 0
+    assert weights.load_weights(tmp_path / "model").about.ema
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "theirs.ckpt"]
+
+
 def test_what_cannot_be_written_leaves_the_old_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A limit on the size of files stands for a full disk."""
     file, folder, out = released(tmp_path / "theirs.ckpt", both(small())), tmp_path / "model", tmp_path / "out.ckpt"
