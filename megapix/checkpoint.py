@@ -36,6 +36,8 @@ from megapix.shards import sha256_of, write_atomic
 VERSION = 2
 STATE_NAME = "state.json"
 LATEST_NAME = "latest"
+MODEL_NAME = "model.safetensors"
+"""The exported weights in the folder of an imported model."""
 OLD = ".old"
 """Suffix of a checkpoint while another of the same name takes its place."""
 KEEP_NAME, HEALTHY_NAME = "KEEP", "HEALTHY"
@@ -343,7 +345,15 @@ def find(path: Path, world: World, hashed: bool = True) -> Saved:
     return choice.saved
 
 
-EXPECTED = "expected a run, a checkpoint (images-…, with state.json), or a file made by 'megapix export'"
+EXPECTED = (
+    "expected a run, a checkpoint (images-…, with state.json), a file made by 'megapix export', or a folder made by "
+    "'megapix import'"
+)
+
+
+def exported_file(path: Path) -> Path | None:
+    """The exported weights at `path`: the file itself, or the one in a folder of an imported model; None without."""
+    return next((file for file in (path, path / MODEL_NAME) if file.is_file()), None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

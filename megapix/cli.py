@@ -7,6 +7,7 @@ import os
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import tyro
 
@@ -20,8 +21,9 @@ USAGE = """usage: megapix COMMAND ...
 Pretraining of PixelDiT, the pixel-space diffusion transformer, on DeepSpeed.
 
   train     train a preset, or go on with an interrupted run (several ranks: launch.sh)
-  sample    draw images from a run, a checkpoint or an exported file
-  export    write the EMA or raw weights of a run as one safetensors file, with their configuration
+  sample    draw images from a run, a checkpoint, an exported file or an imported folder
+  export    write the EMA or raw weights of a run as one safetensors file with their configuration, or as the authors do
+  import    make a folder that the other commands take from a checkpoint that the authors released
   reshard   write a checkpoint anew for another number of ranks
   doctor    look on every node for what would make a `train` command fail later; with --parity, compare ZeRO-2 on
             these machines with plain PyTorch
@@ -151,23 +153,23 @@ def _read_config(path: Path) -> Config:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# sample, export, reshard
+# sample, export, import, reshard
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class SampleOptions:
-    """Draw images from a run, a checkpoint or an exported file, on one process. Defaults marked 'the run's' come
-    from the configuration stored with the weights."""
+    """Draw images from a run, a checkpoint, an exported file or an imported folder, on one process. Defaults marked
+    'the run's' come from the configuration stored with the weights."""
 
     path: tyro.conf.Positional[Path]
-    """Run folder (its newest whole checkpoint), checkpoint folder, or exported file."""
+    """Run folder (its newest whole checkpoint), checkpoint folder, exported file, or imported folder."""
     out: Path = Path("samples.png")
     """PNG file of the grid: one class a row."""
     singles: Path | None = None
     """Folder that also gets every image as its own PNG, CLASS-NUMBER.png."""
     raw: bool = False
-    """Use the raw weights instead of the EMA."""
+    """Use the raw weights of a run or checkpoint instead of the EMA."""
     classes: tuple[int, ...] = ()
     """Class numbers; the default is all, but no more than 16."""
     per_class: int = 8
@@ -175,7 +177,7 @@ class SampleOptions:
     seed: int = 0
     """Seed of the noise; an image depends on it and on its own number, not on the batch."""
     sampler: config.Sampler | None = None
-    """Euler, or two-step Adams-Bashforth; the run's."""
+    """Euler, Heun, or two-step Adams-Bashforth; the run's."""
     steps: int | None = None
     """Sampler steps; the run's."""
     guidance: float | None = None
@@ -204,7 +206,7 @@ def sample(arguments: list[str], world: World) -> int:
     _check_file("--out", options.out)
     if options.singles and options.singles.exists() and not options.singles.is_dir():
         raise InputError(f"--singles {str(options.singles)!r} is not a folder")
-    weights = load_weights(options.path, not options.raw)
+    weights = load_weights(options.path, False if options.raw else None)
     low, high = options.interval or (weights.about.sampling.guidance_from, weights.about.sampling.guidance_to)
     asked = {
         k: getattr(options, k) for k in ("sampler", "steps", "guidance", "shift") if getattr(options, k) is not None
@@ -225,8 +227,8 @@ def sample(arguments: list[str], world: World) -> int:
         options.singles,
         options.zoom,
     )
-    kind = "EMA" if weights.about.ema else "raw weights"
-    print(f"megapix: {options.out}: {options.per_class} samples a row, from the {kind} of {weights.about.source}")
+    about = weights.about
+    print(f"megapix: {options.out}: {options.per_class} samples a row, from the {about.kind} of {about.source}")
     print(f"megapix: rows: {', '.join(weights.about.classes[c] for c in classes)}")
     return 0
 
@@ -234,28 +236,84 @@ def sample(arguments: list[str], world: World) -> int:
 @dataclass(frozen=True)
 class ExportOptions:
     """Write the EMA (or raw) weights of a run or checkpoint as one safetensors file, a chunk at a time; the
-    configuration lies in its metadata."""
+    configuration lies in its metadata. Or write a torch file as the authors of PixelDiT do."""
 
     path: tyro.conf.Positional[Path]
-    """Run folder (its newest whole checkpoint) or checkpoint folder."""
+    """Run folder (its newest whole checkpoint) or checkpoint folder; for nvlabs also an exported file or imported
+    folder."""
     out: Path
     """File to write, such as pixeldit.safetensors; `megapix sample`, `load_model` and `train --init` read it."""
+    format: Literal["safetensors", "nvlabs"] = "safetensors"
+    """'nvlabs' writes a torch file (.ckpt) with the authors' names: docs/weights.md."""
     raw: bool = False
     """Export the raw weights instead of the EMA (the default)."""
     ema: bool = False
-    """Export the EMA; the default, for a command that says so."""
+    """Export the EMA; the default, for a command that says so. With --raw, nvlabs writes both into one file."""
 
 
 def export(arguments: list[str], world: World) -> int:
     """Export weights for use outside training."""
     options = tyro.cli(ExportOptions, args=arguments, prog="megapix export", console_outputs=world.main)
-    if options.raw and options.ema:
+    theirs = options.format == "nvlabs"
+    if options.raw and options.ema and not theirs:
         raise InputError("--ema and --raw: expected one of them")
     _check_file("--out", options.out)
-    from megapix import weights
+    from megapix import nvlabs, weights
 
-    about = weights.export(options.path, options.out, not options.raw)
-    print(f"megapix: {options.out}: the {'EMA' if about.ema else 'raw'} weights of {about.source}")
+    if theirs:
+        asked = [kind for kind, flag in ((True, options.ema), (False, options.raw)) if flag]
+        written = nvlabs.export(options.path, options.out, asked or [None])
+    else:
+        written = [weights.export(options.path, options.out, not options.raw)]
+    for about in written:
+        print(f"megapix: {options.out}: the {about.kind} of {about.source}")
+    return 0
+
+
+@dataclass(frozen=True)
+class ImportOptions:
+    """Make a folder from a checkpoint that the authors of PixelDiT released: model.safetensors with the configuration
+    in its metadata, and config.json. The network is recognised from the shapes; the numbers stay as they are."""
+
+    checkpoint: tyro.conf.Positional[Path]
+    """Torch file (.ckpt) whose state_dict holds denoiser.… or ema_denoiser.…"""
+    out: Path
+    """New folder; `megapix sample`, `export`, `load_model` and `train --init` read it."""
+    ema: bool = False
+    """Take the EMA; the default is the EMA if there is one, else the raw weights."""
+    raw: bool = False
+    """Take the raw weights."""
+    trust: bool = False
+    """Load a file that holds more than tensors too, which may run code in it: only if you trust whom it is from."""
+    image_size: int = 256
+    """Height and width in pixels that the weights were trained at; the sampling defaults are that size's preset's."""
+    guidance: float | None = None
+    """Guidance scale to sample with by default, 1 is off; the preset's."""
+    interval: tuple[float, float] | None = None
+    """Guidance acts for t strictly between these; the preset's."""
+    shift: float | None = None
+    """Time shift of the sampler's grid; the preset's."""
+
+
+def import_(arguments: list[str], world: World) -> int:
+    """Import released weights."""
+    options = tyro.cli(ImportOptions, args=arguments, prog="megapix import", console_outputs=world.main)
+    if options.raw and options.ema:
+        raise InputError("--ema and --raw: expected one of them")
+    from megapix import nvlabs
+    from megapix.weights import first, write_model
+
+    released = nvlabs.read(options.checkpoint, options.ema if options.ema or options.raw else None, options.trust)
+    weights = nvlabs.weights_of(released, options.image_size, options.checkpoint)
+    low, high = options.interval or (weights.about.sampling.guidance_from, weights.about.sampling.guidance_to)
+    asked = {k: getattr(options, k) for k in ("guidance", "shift") if getattr(options, k) is not None}
+    sampling = replace(weights.about.sampling, guidance_from=low, guidance_to=high, **asked)
+    config.validate_sampling(sampling)
+    about = replace(weights.about, sampling=sampling)
+    write_model(options.out, replace(weights, about=about))
+    print(f"megapix: {options.out}: the {about.kind} of {about.source}: {nvlabs.describe(about.model)}")
+    if released.ignored:
+        print(f"megapix: not taken, as they belong to neither the EMA nor the raw weights: {first(released.ignored)}")
     return 0
 
 
@@ -296,7 +354,14 @@ def _check_file(option: str, path: Path) -> None:
         raise InputError(f"{option} {str(path)!r}: its folder cannot be made: {error.strerror}") from error
 
 
-COMMANDS = {"train": train, "sample": sample, "export": export, "reshard": reshard, "doctor": doctor}
+COMMANDS = {
+    "train": train,
+    "sample": sample,
+    "export": export,
+    "import": import_,
+    "reshard": reshard,
+    "doctor": doctor,
+}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -28,7 +28,7 @@ IMAGENET_IMAGES = 1_281_167
 Images = int | str
 """Images seen, epochs such as '160ep', or 'never'."""
 
-Sampler = Literal["euler", "ab2"]
+Sampler = Literal["euler", "heun", "ab2"]
 
 T = TypeVar("T")
 
@@ -240,9 +240,9 @@ class SamplingConfig:
     """How samples are drawn in training, and the defaults of `megapix sample` for this run."""
 
     sampler: Sampler = _machine("ab2")
-    """Euler, or the two-step Adams-Bashforth method that the authors released as FlowDPMSolver."""
+    """Euler, Heun, or the two-step Adams-Bashforth method that the authors released as FlowDPMSolver."""
     steps: int = _machine(100)
-    """Evaluations of the (guided) velocity for an image."""
+    """Steps of an image. Each evaluates the (guided) velocity once, of heun twice but for the last."""
     guidance: float = _machine(2.75)
     """Scale w of classifier-free guidance, v_u + w (v_c - v_u); 1 is off."""
     guidance_from: float = _machine(0.1)
@@ -262,7 +262,8 @@ class Config:
     seed: int = _identity(0)
     """Seed of the initial weights, sample order, flips, noise, timesteps and label dropout."""
     init: str = _identity("")
-    """Start from the EMA weights of this run, checkpoint or exported file; all other state starts fresh."""
+    """Start from the EMA of this run or checkpoint, or from an exported file or imported folder; all other state
+    starts fresh."""
     resume: Literal["auto", "require"] = _machine("auto")
     """'auto' goes on from the newest whole checkpoint, or starts; 'require' from the newest one or not at all."""
     precision: Literal["bf16", "fp32"] = _identity("bf16")

@@ -22,6 +22,8 @@ from megapix.errors import InputError
 
 CHUNK = 2**22
 """Numbers moved at a time: 16 MiB."""
+DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+"""The dtypes of weights, by safetensors' names."""
 
 
 def chunks(vector: Tensor) -> Iterator[Tensor]:
@@ -31,21 +33,27 @@ def chunks(vector: Tensor) -> Iterator[Tensor]:
 
 
 def write(
-    path: Path, tensors: Mapping[str, tuple[tuple[int, ...], Iterable[Tensor]]], metadata: dict[str, str] | None = None
+    path: Path,
+    tensors: Mapping[str, tuple[tuple[int, ...], Iterable[Tensor]]],
+    metadata: dict[str, str] | None = None,
+    dtypes: Mapping[str, torch.dtype] | None = None,
 ) -> FileRecord:
-    """Write a safetensors file of fp32 tensors, each given as its shape and pieces of its flat numbers in order.
+    """Write a safetensors file of tensors, each given as its shape and pieces of its flat numbers in order.
 
-    The file is synced to disk. Returns its size and hash.
+    They are fp32, but for those that `dtypes` names. The file is synced to disk. Returns its size and hash.
 
     Raises:
         OSError: it cannot be written.
         ValueError: the pieces of a tensor do not add up to its shape.
     """
     header: dict[str, object] = {"__metadata__": metadata} if metadata else {}
-    end = 0
-    for name, (shape, _) in tensors.items():
-        start, end = end, end + 4 * math.prod(shape)
-        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": (start, end)}
+    end, kinds = 0, {name: (dtypes or {}).get(name, torch.float32) for name in tensors}
+    # Wide numbers first, so that each lies where a view of the file may begin.
+    ordered = sorted(tensors, key=lambda name: -kinds[name].itemsize)
+    for name in ordered:
+        shape = tensors[name][0]
+        start, end = end, end + kinds[name].itemsize * math.prod(shape)
+        header[name] = {"dtype": DTYPES[kinds[name]], "shape": shape, "data_offsets": (start, end)}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     digest = hashlib.sha256()
@@ -56,10 +64,12 @@ def write(
             digest.update(data)
 
         put(len(text).to_bytes(8, "little") + text)
-        for name, (shape, pieces) in tensors.items():
+        for name in ordered:
+            shape, pieces = tensors[name]
             count = 0
             for piece in pieces:
-                put(piece.detach().float().contiguous().numpy().reshape(-1).data.cast("B") if piece.numel() else b"")
+                numbers = piece.detach().to(kinds[name]).flatten().contiguous()
+                put(numbers.view(torch.uint8).numpy().data)
                 count += piece.numel()
             if count != math.prod(shape):
                 raise ValueError(f"{name}: {count} numbers for the shape {shape}")

@@ -117,6 +117,7 @@ def _run(p: Plan, world: World, device: torch.device, stop: StopRequest, watch: 
     if c.init and not p.saved:
         initial = weights.load_weights(c.init, world=world)
         dist.together(world, lambda: weights.assign(net, initial))
+        world.say(f"starting from the {initial.about.kind} of {initial.about.source}")
     e = engine.build(c, p.layout, net)
     if p.saved:
         engine.load(e, p.saved, world)

@@ -91,7 +91,7 @@ def plan(asked: Config, ranks: int, choice: Choice | None = None) -> Plan:
     _check_writable(run)
     choice = choice or checkpoint.choose(run, asked.resume, World(), hashed=False)
     if choice.saved is None:
-        if asked.init and not Path(asked.init).is_file():
+        if asked.init and not checkpoint.exported_file(Path(asked.init)):
             checkpoint.find(Path(asked.init), World(), hashed=False)
         return Plan(resolved, located, layout, choice, validation, [])
     folder, state = choice.saved.folder, choice.saved.state

@@ -588,7 +588,7 @@ def test_sample_refuses_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[
         ([str(file), "--singles", str(file)], "is not a folder"),
         ([str(cut)], "cut.safetensors: cannot be read as exported weights"),
         ([str(foreign)], "has no 'megapix' in its metadata"),
-        ([str(wide)], "adaLN_modulation.0.bias has shape (192,), but the network needs (384,)"),
+        ([str(wide)], "s_embedder.proj.weight has shape (32, 48), but the network needs (64, 48)"),
         ([str(file), "--per-class", "0"], "--per-class = 0: expected at least 1"),
         ([str(file), "--steps", "0"], "steps"),
         ([str(file), "--raw"], "holds EMA weights"),

@@ -29,6 +29,7 @@ ALLOWED = {
     "megapix.stopping": {"megapix.dist"},
     "megapix.checkpoint": {"megapix.config", "megapix.dist", "megapix.errors", "megapix.shards"},
     "megapix.flat": {"megapix.checkpoint", "megapix.errors"},
+    "megapix.nvlabs": {"megapix.config", "megapix.errors", "megapix.flat", "megapix.model", "megapix.weights"},
     "megapix.retention": {"megapix.checkpoint", "megapix.config", "megapix.dist", "megapix.errors"},
     "megapix.claim": {"megapix.dist", "megapix.errors"},
     "megapix.plain": {"megapix.config", "megapix.flow", "megapix.model", "megapix.schedule"},
@@ -123,6 +124,7 @@ def test_no_circles() -> None:
         ["megapix", "--help"],
         ["megapix", "train", "tiny", "--help"],
         ["megapix", "doctor", "tiny", "--help"],
+        ["megapix", "import", "--help"],
         ["data_prep", "--help"],
     ],
 )

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -35,7 +35,7 @@ def noise() -> torch.Tensor:
     return torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("sampler", ["euler", "ab2"])
+@pytest.mark.parametrize("sampler", sample.SAMPLERS)
 @pytest.mark.parametrize("steps", [1, 7])
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_the_exact_velocity_lands_on_the_image(sampler: sample.Sampler, steps: int, shift: float) -> None:
@@ -43,7 +43,7 @@ def test_the_exact_velocity_lands_on_the_image(sampler: sample.Sampler, steps: i
     net = Analytic(lambda x, t, y: image - start)
     out = sample.generate(net, start, LABELS, sampler=sampler, steps=steps, shift=shift)
     torch.testing.assert_close(out, image, rtol=0, atol=2e-6)
-    assert len(net.calls) == steps
+    assert len(net.calls) == (2 * steps - 1 if sampler == "heun" else steps)
 
 
 def test_time_grid() -> None:
@@ -51,18 +51,51 @@ def test_time_grid() -> None:
     assert sample.time_grid(2, 3.0) == [0.0, 0.25, 1.0]  # shift(0.5) = 0.5 / (0.5 + 0.5·3)
 
 
-@pytest.mark.parametrize(("sampler", "order"), [("euler", 1), ("ab2", 2)])
-def test_order_of_convergence(sampler: sample.Sampler, order: int) -> None:
-    # dx/dt = cos(3t)·x has x(1) = x(0)·exp(sin(3)/3)
-    net = Analytic(lambda x, t, y: torch.cos(3 * t) * x)
-    start = torch.ones(2, 3, 1, 1)
-    exact = float(np.exp(np.sin(3.0) / 3.0))
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+@pytest.mark.parametrize(("sampler", "order"), [("euler", 1), ("heun", 2), ("ab2", 2)])
+def test_order_of_convergence(sampler: sample.Sampler, order: int, shift: float) -> None:
+    """On the rectified flow of images whose pixels are normal with mean m and deviation s.
+
+    E[x - ε | x_t] and its solution are known: x_t has the variance var = t²s² + (1-t)² around t·m, the velocity is
+    m + (t·s² - (1-t)) / var · (x_t - t·m), and noise ε becomes m + s·ε. All steps count, Euler's first and last too.
+    """
+    m, s, start = 0.3, 0.5, noise()
+
+    def velocity(x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return m + (t * s**2 - (1 - t)) / ((t * s) ** 2 + (1 - t) ** 2) * (x - t * m)
+
     errors = [
-        abs(sample.generate(net, start, LABELS, sampler=sampler, steps=steps)[0, 0, 0, 0].item() - exact)
-        for steps in (20, 40, 80)
+        (sample.generate(Analytic(velocity), start, LABELS, sampler=sampler, steps=steps, shift=shift) - m - s * start)
+        .square()
+        .mean()
+        .sqrt()
+        .item()
+        for steps in (40, 80, 160)
     ]
+    assert errors[-1] < 0.01
     for coarse, fine in pairwise(errors):
-        assert coarse / fine == pytest.approx(2.0**order, rel=0.15)
+        assert math.log2(coarse / fine) == pytest.approx(order, abs=0.1)
+
+
+@pytest.mark.parametrize("sampler", sample.SAMPLERS)
+def test_the_jump_of_a_guidance_interval_leaves_first_order(sampler: sample.Sampler) -> None:
+    # dx/dt = w·cos(3t)·x has x(1) = x(0)·exp(∫ w·cos 3t), with w = 2 where guidance acts, from 0.1 to 0.9.
+    net = Analytic(lambda x, t, y: torch.where(y == 5, 0.0, 1.0)[:, None, None, None] * torch.cos(3 * t) * x)
+    exact = math.exp((math.sin(3.0) + math.sin(2.7) - math.sin(0.3)) / 3)
+    start, errors = torch.ones(2, 3, 1, 1), []
+    for steps in (100, 200, 400):
+        out = sample.generate(net, start, LABELS, sampler, steps, guidance=2.0, interval=(0.1, 0.9))
+        errors.append(abs(out[0, 0, 0, 0].item() - exact))
+    for coarse, fine in pairwise(errors):
+        assert math.log2(coarse / fine) == pytest.approx(1, abs=0.25)
+
+
+def test_heun_by_hand() -> None:
+    # v = x + t from x = 1 on t = 0, 1/2, 1: v1 = 1, Euler's point 3/2, v2 = 3/2 + 1/2 = 2, so x = 1 + 1/2·3/2 = 7/4;
+    # then the last step, Euler's: v = 7/4 + 1/2 = 9/4, x = 7/4 + 1/2·9/4 = 23/8
+    net = Analytic(lambda x, t, y: x + t)
+    out = sample.generate(net, torch.ones(2, 3, 1, 1), LABELS, sampler="heun", steps=2)
+    assert out[0, 0, 0, 0].item() == 23 / 8
 
 
 def test_ab2_by_hand() -> None:
@@ -82,6 +115,26 @@ def test_guidance_acts_strictly_inside_its_interval_and_costs_nothing_outside() 
     assert net.calls == [(0.0, [1, 2]), (0.25, [1, 2]), (0.5, [1, 2, 5, 5]), (0.75, [1, 2])]
 
 
+def test_each_of_heuns_evaluations_looks_at_the_interval_itself() -> None:
+    net, steps = Analytic(lambda x, t, y: torch.where(y == 5, 1.0, 3.0)[:, None, None, None].expand_as(x)), []
+    out = sample.generate(
+        net,
+        torch.zeros(2, 3, 1, 1),
+        LABELS,
+        sampler="heun",
+        steps=4,
+        guidance=2.0,
+        interval=(0.25, 0.75),
+        each_step=lambda: steps.append(len(net.calls)),
+    )
+    plain, guided = [1, 2], [1, 2, 5, 5]
+    assert net.calls == [
+        (0.0, plain), (0.25, plain), (0.25, plain), (0.5, guided), (0.5, guided), (0.75, plain), (0.75, plain),
+    ]  # fmt: skip
+    assert out[0, 0, 0, 0].item() == pytest.approx((3 + 4 + 4 + 3) / 4)
+    assert steps == [0, 2, 4, 6], "once a step, so that ranks without an image can keep pace"
+
+
 def test_guidance_of_one_is_the_conditional_velocity() -> None:
     net = Analytic(lambda x, t, y: torch.where(y == 5, 1.0, 3.0)[:, None, None, None].expand_as(x))
     out = sample.generate(net, torch.zeros(2, 3, 1, 1), LABELS, sampler="euler", steps=4, guidance=1.0)
@@ -99,22 +152,30 @@ def test_interval_is_compared_in_fp32() -> None:
 
 def test_refuses_unknown_samplers_and_no_steps() -> None:
     net = Analytic(lambda x, t, y: x)
-    with pytest.raises(ValueError, match="expected one of euler, ab2"):
+    with pytest.raises(ValueError, match="expected one of euler, heun, ab2"):
         sample.generate(net, noise(), LABELS, sampler="dpm")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="steps = 0"):
         sample.generate(net, noise(), LABELS, steps=0)
 
 
-def test_an_image_does_not_depend_on_its_batch() -> None:
+@pytest.mark.parametrize("sampler", sample.SAMPLERS)
+def test_an_image_does_not_depend_on_its_batch_or_rank(sampler: sample.Sampler) -> None:
+    """Five images drawn at once, and as two ranks draw them."""
     torch.manual_seed(0)
     net = PixelDiT(ModelConfig(4, 32, 2, 2, 8, 1, num_classes=3)).eval()
     with torch.no_grad():
         for p in net.parameters():
             p.add_(torch.randn_like(p) * 0.05)
-    device = torch.device("cpu")
-    together = sample.generate(net, sample.seeded_noise(3, [0, 1, 2], (8, 8), device), torch.tensor([0, 1, 2]), steps=3)
-    alone = sample.generate(net, sample.seeded_noise(3, [2], (8, 8), device), torch.tensor([2]), steps=3)
-    torch.testing.assert_close(together[2:], alone, rtol=1e-5, atol=1e-5)
+
+    def images(numbers: list[int]) -> torch.Tensor:
+        start = sample.seeded_noise(3, numbers, (8, 8), torch.device("cpu"))
+        labels = torch.tensor([number % 3 for number in numbers])
+        return sample.generate(net, start, labels, sampler, steps=3, guidance=1.5, interval=(0.1, 0.9))
+
+    together = images([0, 1, 2, 3, 4])
+    for rank in (0, 1):
+        mine = images(list(range(rank, 5, 2)))
+        torch.testing.assert_close(together[rank::2], mine, rtol=1e-5, atol=1e-5)
 
 
 def test_pixels_and_grid(tmp_path: Path) -> None:
