@@ -14,6 +14,7 @@ from megapix import config, dist
 from megapix.config import PRESETS, Config
 from megapix.dist import World
 from megapix.errors import InputError, Trouble, one_of
+from megapix.evaluation.options import EvaluateOptions
 
 USAGE = """usage: megapix COMMAND ...
 
@@ -23,6 +24,7 @@ Pretraining of PixelDiT, the pixel-space diffusion transformer, on DeepSpeed.
   sample    draw images from a run, a checkpoint or an exported file
   export    write the EMA or raw weights of a run as one safetensors file, with their configuration
   reshard   write a checkpoint anew for another number of ranks
+  evaluate  draw images and score them against reference statistics, or repeat a score (several ranks: launch.sh)
   doctor    look on every node for what would make a `train` command fail later; with --parity, compare ZeRO-2 on
             these machines with plain PyTorch
 
@@ -151,7 +153,7 @@ def _read_config(path: Path) -> Config:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# sample, export, reshard
+# sample, export, reshard, evaluate
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -286,6 +288,21 @@ def reshard(arguments: list[str], world: World) -> int:
     return 0
 
 
+def evaluate(arguments: list[str], world: World) -> int:
+    """Score images of a network, on this rank together with all others."""
+    arguments = [a for a in arguments if not a.startswith("--local_rank=")]
+    options = tyro.cli(EvaluateOptions, args=arguments, prog="megapix evaluate", console_outputs=world.main)
+
+    from megapix.evaluation import ranks
+    from megapix.evaluation.run import evaluate
+
+    try:
+        return ranks.leave(world, evaluate(options, world))
+    except dist.Agreed as error:
+        _complain(error, world.main)
+        return ranks.leave(world, 2)
+
+
 def _check_file(option: str, path: Path) -> None:
     """Find out before the work whether a file can be written there."""
     if path.is_dir():
@@ -296,7 +313,14 @@ def _check_file(option: str, path: Path) -> None:
         raise InputError(f"{option} {str(path)!r}: its folder cannot be made: {error.strerror}") from error
 
 
-COMMANDS = {"train": train, "sample": sample, "export": export, "reshard": reshard, "doctor": doctor}
+COMMANDS = {
+    "train": train,
+    "sample": sample,
+    "export": export,
+    "reshard": reshard,
+    "evaluate": evaluate,
+    "doctor": doctor,
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -316,8 +340,9 @@ def main(argv: list[str] | None = None) -> int:
         _complain(error, world.main or (world.local_rank == 0 and not isinstance(error, dist.Agreed)))
         return 2
     except KeyboardInterrupt:
-        goes_on = "; the same command goes on from the last checkpoint" if arguments[0] == "train" else ""
-        _complain(f"interrupted{goes_on}", world.main)
+        goes_on = {"train": "; the same command goes on from the last checkpoint"}
+        goes_on["evaluate"] = "; the same command goes on"
+        _complain(f"interrupted{goes_on.get(arguments[0], '')}", world.main)
         return 130
 
 
