@@ -118,7 +118,7 @@ def read_reference(path: Path) -> tuple[Reference, str]:
     try:
         with np.load(path, allow_pickle=False) as file:
             reference = _ours(file) if "about" in file else _adms(file)
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise InputError(f"--reference {str(path)!r}: cannot be read as reference statistics: {reason}") from error
     return reference, sha256_of(path)

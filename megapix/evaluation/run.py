@@ -49,9 +49,9 @@ def evaluate(options: EvaluateOptions, world: World) -> int:
     if scored:
         world.say(f"{p.out} is finished")
     else:
+        dist.together(world, lambda: _make_folders(p, options, work) if world.main else None)
         if world.main:
             _warn(p)
-        dist.together(world, lambda: _make_folders(p, options, work) if world.main else None)
         with claim(work, world):
             dist.together(world, lambda: _share(m, work, world))
             todo = dist.gather(world, [block for block in range(blocks.total) if not blocks.done(block)])[0]
