@@ -301,6 +301,11 @@ def evaluate(arguments: list[str], world: World) -> int:
     except dist.Agreed as error:
         _complain(error, world.main)
         return ranks.leave(world, 2)
+    except Trouble as error:
+        from megapix.watchdog import EXIT_LOST
+
+        _complain(error, True)
+        os._exit(EXIT_LOST)
 
 
 def _check_file(option: str, path: Path) -> None:

@@ -22,6 +22,7 @@ from megapix.evaluation.manifest import Scored, read_scores
 from megapix.extractors import EfficientNetLite0, Inception
 from megapix.model import PixelDiT
 from megapix.reference import Reference, read_reference, write_reference
+from megapix.watchdog import EXIT_LOST
 from megapix.weights import About, load_model
 from tests.launch import Launch, start, succeed
 from tests.runs import SMALL
@@ -180,6 +181,22 @@ def test_ranks_and_a_kill_change_no_number(files: Files, first: Path, tmp_path: 
     killed_then_finished(files.command(tmp_path / "killed.json"), tmp_path, COUNT, BATCH)
     assert scored(tmp_path / "killed.json") == one
     assert all(value is not None and np.isfinite(value) for value in one.scores.values())
+
+
+@pytest.mark.long
+def test_a_lost_rank_is_told(files: Files, tmp_path: Path) -> None:
+    command = files.command(tmp_path / "x.json", "--count", "48")
+    launch = Launch(2, "megapix", command)
+    launch.wait_for(lambda: len(blocks(tmp_path)) >= 1)
+    launch.signal(signal.SIGKILL, [1])
+    ranks = launch.finish()
+    assert ranks[0].code == EXIT_LOST
+    assert ranks[0].err.endswith(
+        "error: another rank was lost; the same command goes on with the images that are missing\n"
+    )
+    assert not (tmp_path / "x.json").exists()
+    succeed(1, "megapix", command)
+    assert (tmp_path / "x.json").exists()
 
 
 @pytest.mark.long

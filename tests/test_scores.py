@@ -232,3 +232,24 @@ def test_sums_do_not_depend_on_the_parts() -> None:
     for part in np.array_split(values, 7):
         parts.add(part)
     np.testing.assert_allclose(parts.moments().sigma, scores.moments(values).sigma, rtol=1e-12)
+
+
+def test_torch_fidelity_agrees() -> None:
+    pytest.importorskip("torch_fidelity", exc_type=ImportError)  # it imports torchvision
+    from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+    from torch_fidelity.metric_isc import isc_features_to_metric
+    from torch_fidelity.metric_kid import kid_features_to_metric
+    from torch_fidelity.metric_prc import prc_features_to_metric
+
+    made, real, logits = features(300, 16, 0), features(300, 16, 1, 0.3), features(300, 20, 2)
+    found = scores.score(made, logits, reference(real, "inception"))
+    x, y = torch.from_numpy(made).double(), torch.from_numpy(real).double()
+    theirs = fid_statistics_to_metric(fid_features_to_statistics(x), fid_features_to_statistics(y), False)
+    assert found["fid"] == pytest.approx(theirs["frechet_inception_distance"], rel=1e-6)
+    theirs = isc_features_to_metric(torch.from_numpy(logits), splits=1)
+    assert found["inception_score"] == pytest.approx(theirs["inception_score_mean"], rel=1e-9)
+    whole = {"kid_subsets": 1, "kid_subset_size": 300, "verbose": False}
+    theirs = kid_features_to_metric(x, y, **whole)
+    assert found["kid"] == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-6)
+    theirs = prc_features_to_metric(x, y, verbose=False)
+    assert (found["precision"], found["recall"]) == pytest.approx((theirs["precision"], theirs["recall"]))

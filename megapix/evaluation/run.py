@@ -16,7 +16,7 @@ from tqdm import tqdm
 from megapix import dist, sample
 from megapix.claim import claim
 from megapix.dist import World
-from megapix.errors import InputError
+from megapix.errors import InputError, Trouble
 from megapix.evaluation.adm import write_npz
 from megapix.evaluation.blocks import Blocks
 from megapix.evaluation.manifest import Manifest, Scored, read_scores, write_scores
@@ -37,6 +37,7 @@ def evaluate(options: EvaluateOptions, world: World) -> int:
 
     Raises:
         InputError: bad input, raised on every rank together.
+        Trouble: another rank was lost.
     """
     group = join(world)
     device = dist.together(world, lambda: device_of(world))
@@ -55,8 +56,13 @@ def evaluate(options: EvaluateOptions, world: World) -> int:
         with claim(work, world):
             dist.together(world, lambda: _share(m, work, world))
             todo = dist.gather(world, [block for block in range(blocks.total) if not blocks.done(block)])[0]
-            with one_thread() if device.type == "cpu" else nullcontext():
-                dist.together(world, lambda: _draw(p, blocks, todo[world.rank :: world.size], device, world), group)
+            problem = None
+            try:
+                with one_thread() if device.type == "cpu" else nullcontext():
+                    _draw(p, blocks, todo[world.rank :: world.size], device, world)
+            except InputError as error:
+                problem = str(error)
+            _meet(world, problem, group)
             scored = dist.together(world, lambda: _score(p, options, blocks) if world.main else None, group)
     if world.main and scored:
         _say(p, scored, world)
@@ -147,6 +153,14 @@ def _draw(p: Plan, blocks: Blocks, mine: list[int], device: torch.device, world:
                 raise InputError(f"--out: {str(blocks.folder)!r} cannot be written: {error.strerror}") from error
             if world.main:
                 bar.update(blocks.images_done() - bar.n)
+
+
+def _meet(world: World, problem: str | None, group: Any) -> None:
+    """Wait for all ranks, as `dist.agree`; a rank that does not live to come is told of as such."""
+    try:
+        dist.agree(world, problem, group)
+    except RuntimeError as error:
+        raise Trouble("another rank was lost; the same command goes on with the images that are missing") from error
 
 
 def _score(p: Plan, options: EvaluateOptions, blocks: Blocks) -> Scored:
