@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,9 +16,6 @@ from megapix.images import Policy, decode_indexed
 from megapix.reference import Reference, Sums, write_reference
 from megapix.shards import RECORD, TABLE_NAME, Index, SampleRecord, check_table, read_index
 from megapix.storage import Access, Storage, open_storage
-
-if TYPE_CHECKING:
-    from megapix.extractors import Name
 
 Part = tuple[int, int]
 """Half-open range of samples, all of one bucket."""
@@ -37,7 +33,7 @@ class Shards:
 def stats(
     folder: Path,
     out: Path,
-    extractor: Name,
+    extractor: str,
     weights: Path | None,
     kept: int,
     batch: int,

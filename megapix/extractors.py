@@ -12,16 +12,16 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megapix.errors import InputError
+from megapix.errors import InputError, one_of
 from megapix.shards import sha256_of
 
-Name = Literal["effnet_lite0", "inception"]
+NAMES = ("effnet_lite0", "inception")
 LITE_SIDE, LITE_MEAN, LITE_STD = 224, 127.0, 128.0
 """Input of EfficientNet-Lite0: its side in pixels, and mean and scale of 8-bit values (TensorFlow's lite models)."""
 
@@ -120,12 +120,14 @@ class Inception:
         return _exactly(lambda: self._net(images))
 
 
-def open_extractor(name: Name, weights: Path | None, device: torch.device) -> Extractor:
+def open_extractor(name: str, weights: Path | None, device: torch.device) -> Extractor:
     """The extractor of that name; `weights` is the file of one whose weights are the user's.
 
     Raises:
-        InputError: its extra or its file is missing, or it takes no file.
+        InputError: there is none of that name, its extra or its file is missing, or it takes no file.
     """
+    if name not in NAMES:
+        raise InputError(f"extractor {name!r} does not exist{one_of(name, NAMES)}")
     if name == "inception":
         return Inception(weights, device)
     if weights:

@@ -71,12 +71,10 @@ def _plan(options: EvaluateOptions, recorded: Scored | None, weights: Weights, d
     name = then.extractor if then else options.extractor or reference.extractor
     if name != reference.extractor:
         raise InputError(f"--reference {str(path)!r} is of extractor {reference.extractor}, but {name} was asked for")
-    if name not in ("effnet_lite0", "inception"):
-        raise InputError(f"--reference {str(path)!r} is of extractor {name!r}: expected effnet_lite0 or inception")
     extractor_path = options.extractor_weights
     if extractor_path is None and then and then.extractor_weights.path:
         extractor_path = Path(then.extractor_weights.path)
-    extractor = open_extractor("inception" if name == "inception" else "effnet_lite0", extractor_path, device)
+    extractor = open_extractor(name, extractor_path, device)
     if reference.extractor_sha256 not in ("", extractor.sha256):
         raise InputError(
             f"--reference {str(path)!r} was made with weights {reference.extractor_sha256[:16]}… of the extractor "

@@ -65,6 +65,7 @@ def evaluate(options: EvaluateOptions, world: World) -> int:
             _meet(world, problem, group)
             scored = dist.together(world, lambda: _score(p, options, blocks) if world.main else None, group)
     if world.main and scored:
+        shutil.rmtree(work, ignore_errors=True)  # what should be left of it costs room alone
         _say(p, scored, world)
     return dist.gather(world, _differs(p.recorded, scored) if world.main and scored else 0)[0]
 
@@ -164,12 +165,11 @@ def _meet(world: World, problem: str | None, group: Any) -> None:
 
 
 def _score(p: Plan, options: EvaluateOptions, blocks: Blocks) -> Scored:
-    """Compute the scores from all blocks, write everything, and remove the blocks."""
+    """Compute the scores from all blocks, and write everything."""
     scored = Scored(p.manifest, score(*blocks.read(), p.reference))
     if options.npz:
         write_npz(options.npz, blocks, p.manifest.size)
     write_scores(p.out, scored)
-    shutil.rmtree(blocks.folder)
     return scored
 
 
