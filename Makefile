@@ -50,7 +50,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 $(VENV)/.installed-dev: $(VENV)/.installed
 	@echo "== adding what the tests need"
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt \
-	  --editable '.[demo,dev,fast,http,parquet,s3]'
+	  --editable '.[demo,dev,evaluate,fast,http,parquet,s3]'
 	@touch $@
 
 clean:

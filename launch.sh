@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Starts `megapix train` on this machine, on several nodes, or as one rank of srun. Environment and launcher only.
+# Starts `megapix train` (or doctor, evaluate) on this machine, on several nodes, or as one rank of srun. Environment and
+# launcher only.
 set -euo pipefail
 
 usage() {
@@ -7,10 +8,11 @@ usage() {
 usage: ./launch.sh [options] PRESET --data.path SHARDS --out RUN [megapix train options]
        ./launch.sh [options] doctor PRESET --data.path SHARDS --out RUN [megapix train options]
        ./launch.sh [options] doctor --parity
+       ./launch.sh [options] evaluate WEIGHTS --reference STATS [megapix evaluate options]
 
-The first starts `megapix train`, the others `megapix doctor` (is every node fit for that run?), under the deepspeed
-launcher: one rank for each GPU of this machine, or, where there is none, CPU ranks with gloo (2 by default). Everything
-but these options goes to megapix.
+The first starts `megapix train`, the next two `megapix doctor` (is every node fit for that run?), the last `megapix
+evaluate`, under the deepspeed launcher: one rank for each GPU of this machine, or, where there is none, CPU ranks with
+gloo (2 by default). Everything but these options goes to megapix.
 
   --ranks N         ranks on each node (default: all GPUs, or those of CUDA_VISIBLE_DEVICES; without a GPU, 2 CPU ranks)
   --hostfile FILE   several nodes, started from this one by ssh and pdsh: a line 'HOST slots=RANKS' for each
@@ -65,8 +67,8 @@ while (($#)); do
 done
 ((${#arguments[@]})) || { usage >&2; exit 2; }
 command=train
-if [[ ${arguments[0]} == doctor ]]; then
-  command=doctor
+if [[ ${arguments[0]} == doctor || ${arguments[0]} == evaluate ]]; then
+  command=${arguments[0]}
   arguments=("${arguments[@]:1}")
   ((${#arguments[@]})) || arguments=(--help)
 fi
@@ -155,7 +157,7 @@ fi
 cores=$(nproc)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > ranks ? cores / ranks : 1))}
 
-run= # the run folder; the doctor has none
+run= # the run folder; doctor and evaluate have none
 if [[ $command == train ]]; then
   # The configuration is checked once here, so that a mistake is one line and not one from every rank.
   resolved=$(WORLD_SIZE=$world "$python" -m megapix train "${arguments[@]}" --dry-run)

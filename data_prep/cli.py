@@ -1,4 +1,4 @@
-"""The command line: `data_prep write | demo | verify | inspect`. Bad input is one line and exit code 2."""
+"""The command line: `data_prep write | index | demo | verify | inspect | stats`. Bad input: one line, exit code 2."""
 
 from __future__ import annotations
 
@@ -153,19 +153,43 @@ class Inspect(RemoteOptions):
     """Classes on the sheet, at most."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Stats(RemoteOptions):
+    """Reference statistics for `megapix evaluate`: mean and covariance of an extractor's features of all images, and
+    the features of some of them. On a GPU where there is one."""
+
+    shards: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="SHARDS")]
+    """Shard folder, or index over shards."""
+    out: Path
+    """File to write, such as stats.npz."""
+    extractor: Literal["effnet_lite0", "inception"] = "effnet_lite0"
+    """EfficientNet-Lite0, whose weights are a package (extra evaluate), or FID's Inception (extra fid)."""
+    extractor_weights: Path | None = None
+    """Weights file of the extractor inception."""
+    features: int = 10_000
+    """Images whose features are kept for KID, precision and recall, evenly spread."""
+    batch: int = 64
+    """Images that go through the extractor together."""
+    workers: int = CPUS
+    """Processes that read and decode."""
+
+
 Command = (
     Annotated[Write, tyro.conf.subcommand("write", prefix_name=False)]
     | Annotated[MakeIndex, tyro.conf.subcommand("index", prefix_name=False)]
     | Annotated[Demo, tyro.conf.subcommand("demo", prefix_name=False)]
     | Annotated[Verify, tyro.conf.subcommand("verify", prefix_name=False)]
     | Annotated[Inspect, tyro.conf.subcommand("inspect", prefix_name=False)]
+    | Annotated[Stats, tyro.conf.subcommand("stats", prefix_name=False)]
 )
 
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point of the console script; returns the exit code."""
     command = tyro.cli(Command, args=argv, prog="data_prep", description=DESCRIPTION)
-    run: Any = {Write: _write, Demo: _write, MakeIndex: _index, Verify: _verify, Inspect: _inspect}[type(command)]
+    run: Any = {Write: _write, Demo: _write, MakeIndex: _index, Verify: _verify, Inspect: _inspect, Stats: _stats}[
+        type(command)
+    ]
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         return int(run(command))
@@ -292,4 +316,24 @@ def _inspect(command: Inspect) -> int:
     if command.sheet:
         shown = contact_sheet(command.folder, command.sheet, command.columns, command.rows, _access(command))
         print(f"data_prep: {command.sheet}: {shown} images")
+    return 0
+
+
+def _stats(command: Stats) -> int:
+    from data_prep.stats import stats
+
+    made = stats(
+        command.shards,
+        command.out,
+        command.extractor,
+        command.extractor_weights,
+        command.features,
+        command.batch,
+        command.workers,
+        _access(command),
+    )
+    print(
+        f"data_prep: {command.out}: {made.extractor} of {made.moments.count:,} images, "
+        f"with the features of {len(made.features):,}"
+    )
     return 0

@@ -15,6 +15,7 @@ from megapix import config, dist
 from megapix.config import PRESETS, Config
 from megapix.dist import World
 from megapix.errors import InputError, Trouble, one_of
+from megapix.evaluation.options import EvaluateOptions
 
 USAGE = """usage: megapix COMMAND ...
 
@@ -25,6 +26,7 @@ Pretraining of PixelDiT, the pixel-space diffusion transformer, on DeepSpeed.
   export    write the EMA or raw weights of a run as one safetensors file with their configuration, or as the authors do
   import    make a folder that the other commands take from a checkpoint that the authors released
   reshard   write a checkpoint anew for another number of ranks
+  evaluate  draw images and score them against reference statistics, or repeat a score (several ranks: launch.sh)
   doctor    look on every node for what would make a `train` command fail later; with --parity, compare ZeRO-2 on
             these machines with plain PyTorch
 
@@ -153,7 +155,7 @@ def _read_config(path: Path) -> Config:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# sample, export, import, reshard
+# sample, export, import, reshard, evaluate
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -344,6 +346,26 @@ def reshard(arguments: list[str], world: World) -> int:
     return 0
 
 
+def evaluate(arguments: list[str], world: World) -> int:
+    """Score images of a network, on this rank together with all others."""
+    arguments = [a for a in arguments if not a.startswith("--local_rank=")]
+    options = tyro.cli(EvaluateOptions, args=arguments, prog="megapix evaluate", console_outputs=world.main)
+
+    from megapix.evaluation import ranks
+    from megapix.evaluation.run import evaluate
+
+    try:
+        return ranks.leave(world, evaluate(options, world))
+    except dist.Agreed as error:
+        _complain(error, world.main)
+        return ranks.leave(world, 2)
+    except Trouble as error:
+        from megapix.watchdog import EXIT_LOST
+
+        _complain(error, True)
+        os._exit(EXIT_LOST)
+
+
 def _check_file(option: str, path: Path) -> None:
     """Find out before the work whether a file can be written there."""
     if path.is_dir():
@@ -360,6 +382,7 @@ COMMANDS = {
     "export": export,
     "import": import_,
     "reshard": reshard,
+    "evaluate": evaluate,
     "doctor": doctor,
 }
 
@@ -381,8 +404,9 @@ def main(argv: list[str] | None = None) -> int:
         _complain(error, world.main or (world.local_rank == 0 and not isinstance(error, dist.Agreed)))
         return 2
     except KeyboardInterrupt:
-        goes_on = "; the same command goes on from the last checkpoint" if arguments[0] == "train" else ""
-        _complain(f"interrupted{goes_on}", world.main)
+        goes_on = {"train": "; the same command goes on from the last checkpoint"}
+        goes_on["evaluate"] = "; the same command goes on"
+        _complain(f"interrupted{goes_on.get(arguments[0], '')}", world.main)
         return 130
 
 

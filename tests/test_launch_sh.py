@@ -117,6 +117,13 @@ def test_what_deepspeeds_launcher_is_asked(train: list[str], tmp_path: Path) -> 
     assert out.endswith("node-0 slots=2\nnode-1 slots=2\n")
 
 
+def test_doctor_and_evaluate_are_handed_on(tmp_path: Path) -> None:
+    for command in (["doctor", "--parity"], ["evaluate", "net.safetensors", "--reference", "stats.npz"]):
+        code, out, err = finish(start(tmp_path, 'echo "$@"', "--ranks", "2", *command))
+        assert code == 0, err
+        assert out.endswith(f" --module megapix {' '.join(command)}\n")
+
+
 @pytest.mark.parametrize(
     ("nodes", "first"), [("node[03-07,12],x9", "node03"), ("alpha,beta", "alpha"), ("gpu-a[1,4]", "gpu-a1")]
 )

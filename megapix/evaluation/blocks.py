@@ -1,0 +1,95 @@
+"""The blocks of an evaluation on disk: `batch` image numbers each, drawn together, so that neither the number of ranks
+nor an interruption changes a bit of them.
+
+WORK/manifest.json       what is evaluated; the folder's name holds its hash
+WORK/block-00000000.npz  features and logits of the first block
+WORK/pixels-00000000.npy its images, where --npz asks for them
+
+A block counts once its .npz is there, which is written last.
+"""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megapix.shards import write_atomic
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Image numbers 0 to `count` - 1 in blocks of `batch`, and their files."""
+
+    folder: Path
+    count: int
+    batch: int
+    with_pixels: bool
+    """Whether a block needs its images, too."""
+    png: Path | None
+    """Folder where its images must be as PNG, if anywhere."""
+    classes: tuple[int, ...]
+    """Image number n has class n modulo their number."""
+
+    @property
+    def total(self) -> int:
+        """Number of blocks."""
+        return -(-self.count // self.batch)
+
+    def numbers(self, block: int) -> range:
+        """The image numbers of a block; the last may have fewer than `batch`."""
+        return range(block * self.batch, min((block + 1) * self.batch, self.count))
+
+    def label(self, number: int) -> int:
+        """The class of an image number."""
+        return self.classes[number % len(self.classes)]
+
+    def done(self, block: int) -> bool:
+        """Whether a block is there with everything that was asked for."""
+        return (
+            self._scores(block).is_file()
+            and (not self.with_pixels or self.pixels(block).is_file())
+            and all(path.is_file() for path in self.pngs(block))
+        )
+
+    def images_done(self) -> int:
+        """Images of all blocks that are there, on any rank's account."""
+        there = {path.name for path in self.folder.glob("block-*.npz")}
+        return sum(len(self.numbers(b)) for b in range(self.total) if self._scores(b).name in there)
+
+    def pngs(self, block: int) -> list[Path]:
+        """Paths of a block's PNG files, none where no folder was given."""
+        if self.png is None:
+            return []
+        return [self.png / f"{n:06d}-{self.label(n):04d}.png" for n in self.numbers(block)]
+
+    def pixels(self, block: int) -> Path:
+        """Path of a block's images, a uint8 array [B, H, W, 3]."""
+        return self.folder / f"pixels-{block:08d}.npy"
+
+    def write(self, block: int, features: NDArray[np.float32], logits: NDArray[np.float32]) -> None:
+        """Commit a block; OSError."""
+        data = io.BytesIO()
+        np.savez(data, features=features, logits=logits)
+        write_atomic(self._scores(block), data.getvalue())
+
+    def write_pixels(self, block: int, images: NDArray[np.uint8]) -> None:
+        """Write a block's images [B, H, W, 3]; OSError."""
+        data = io.BytesIO()
+        np.save(data, images)
+        write_atomic(self.pixels(block), data.getvalue())
+
+    def read(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Features [N, D] and logits [N, K] of all images in the order of their numbers."""
+        features, logits = [], []
+        for block in range(self.total):
+            with np.load(self._scores(block), allow_pickle=False) as file:
+                features.append(file["features"])
+                logits.append(file["logits"])
+        return np.concatenate(features), np.concatenate(logits)
+
+    def _scores(self, block: int) -> Path:
+        return self.folder / f"block-{block:08d}.npz"

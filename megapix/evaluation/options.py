@@ -1,0 +1,64 @@
+"""The options of `megapix evaluate`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from megapix.config import Sampler
+
+Precision = Literal["fp32", "bf16"]
+PLACES = ("path", "reference", "extractor_weights", "out", "images", "npz", "repeat")
+"""Options that say where something lies; all others say what is evaluated, and go not with --repeat."""
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """Score the images of a run, a checkpoint, an exported file or an imported folder against reference statistics, on
+    one process or on every rank of a launcher. The same command goes on after an interruption."""
+
+    path: tyro.conf.Positional[Path | None] = None
+    """Run folder (its newest whole checkpoint), checkpoint folder, exported file, or imported folder; with --repeat the
+    manifest's."""
+    reference: Path | None = None
+    """Reference statistics by `data_prep stats`, or one of ADM's .npz files; with --repeat the manifest's."""
+    out: Path | None = None
+    """JSON file for the scores and their manifest; score.json, or with --repeat MANIFEST's name with -repeated."""
+    repeat: Path | None = None
+    """Evaluate anew what this file of scores says, refuse if weights, extractor or reference have changed, and compare
+    the scores. Only places may be given beside it."""
+    extractor: Literal["effnet_lite0", "inception"] | None = None
+    """Feature extractor; the reference's."""
+    extractor_weights: Path | None = None
+    """Weights file of the extractor inception."""
+    count: int | None = None
+    """Images to draw; 50,000."""
+    classes: tuple[int, ...] | None = None
+    """Image number n has class n modulo their number; all classes in order."""
+    raw: bool = False
+    """Use the raw weights instead of the EMA."""
+    seed: int | None = None
+    """Seed of the noise, 0; an image depends on it and on its own number, not on the number of ranks."""
+    precision: Precision | None = None
+    """Number format of the network's weights and activations while images are drawn; fp32."""
+    batch: int | None = None
+    """Images drawn at once, 64: the block that ranks share out and that an interruption costs."""
+    sampler: Sampler | None = None
+    """Sampler; the run's."""
+    steps: int | None = None
+    """Sampler steps; the run's."""
+    guidance: float | None = None
+    """Guidance scale, 1 is off; the run's."""
+    interval: tuple[float, float] | None = None
+    """Guidance acts for t strictly between these; the run's."""
+    shift: float | None = None
+    """Time shift of the sampler's grid; the run's."""
+    size: tuple[int, int] | None = None
+    """Height and width in pixels, each divisible by the patch size; the run's."""
+    images: Path | None = None
+    """Folder that also gets every image as PNG, NUMBER-CLASS.png."""
+    npz: Path | None = None
+    """File that also gets all images, as ADM's evaluator reads them: arr_0, uint8 [N, H, W, 3]."""

@@ -1,0 +1,166 @@
+"""From options to an evaluation that can start: what can be wrong is found here, before an image is drawn."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megapix import config, dist
+from megapix.config import SamplingConfig
+from megapix.dist import World
+from megapix.errors import InputError
+from megapix.evaluation.manifest import Manifest, Scored, Source, read_scores, versions
+from megapix.evaluation.options import PLACES, EvaluateOptions
+from megapix.extractors import Extractor, open_extractor
+from megapix.reference import Reference, read_reference
+from megapix.weights import About, Weights, load_weights
+
+COUNT, BATCH = 50_000, 64
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An evaluation that can start."""
+
+    manifest: Manifest
+    weights: Weights
+    extractor: Extractor
+    reference: Reference
+    out: Path
+    recorded: Scored | None
+    """What --repeat is compared with."""
+
+
+def plan(options: EvaluateOptions, world: World, device: torch.device) -> Plan:
+    """Read and check everything; every rank calls it.
+
+    Raises:
+        InputError: the first thing that is wrong, on every rank.
+    """
+    recorded = dist.together(world, lambda: _recorded(options))
+    path = options.path or (Path(recorded.manifest.weights.path) if recorded else None)
+    dist.agree(
+        world, None if path else "PATH is missing: expected a run, a checkpoint, an exported file or an imported folder"
+    )
+    assert path is not None
+    weights = load_weights(path, recorded.manifest.ema if recorded else False if options.raw else None, world)
+    made = dist.together(world, lambda: _plan(options, recorded, weights, device))
+    theirs = dist.gather(world, made.manifest)[0]
+    same = made.manifest.key == replace(theirs, device=made.manifest.device).key
+    dist.agree(world, None if same else f"expected what rank 0 evaluates, {theirs}, but this is {made.manifest}")
+    return replace(made, manifest=theirs)
+
+
+def _recorded(options: EvaluateOptions) -> Scored | None:
+    if options.repeat is None:
+        return None
+    for name, default in vars(EvaluateOptions()).items():
+        if name not in PLACES and getattr(options, name) != default:
+            raise InputError(f"--{name.replace('_', '-')} goes not with --repeat: {options.repeat} says it")
+    return read_scores(options.repeat, "--repeat")
+
+
+def _plan(options: EvaluateOptions, recorded: Scored | None, weights: Weights, device: torch.device) -> Plan:
+    then, about = recorded.manifest if recorded else None, weights.about
+    path = options.reference or (Path(then.reference.path) if then else None)
+    if path is None:
+        raise InputError("--reference is missing: expected statistics by 'data_prep stats', or ADM's .npz file")
+    reference, reference_sha256 = read_reference(path)
+    name = then.extractor if then else options.extractor or reference.extractor
+    if name != reference.extractor:
+        raise InputError(f"--reference {str(path)!r} is of extractor {reference.extractor}, but {name} was asked for")
+    extractor_path = options.extractor_weights
+    if extractor_path is None and then and then.extractor_weights.path:
+        extractor_path = Path(then.extractor_weights.path)
+    extractor = open_extractor(name, extractor_path, device)
+    if reference.extractor_sha256 not in ("", extractor.sha256):
+        raise InputError(
+            f"--reference {str(path)!r} was made with weights {reference.extractor_sha256[:16]}… of the extractor "
+            f"{name}, but these are {extractor.sha256[:16]}…"
+        )
+    sources = {
+        "weights": Source(str(Path(about.source).resolve()), weights_sha256(weights.tensors)),
+        "extractor_weights": Source(str(extractor_path.resolve()) if extractor_path else "", extractor.sha256),
+        "reference": Source(str(path.resolve()), reference_sha256),
+    }
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    if then:
+        for what, source in sources.items():
+            if source.sha256 != (expected := getattr(then, what).sha256):
+                raise InputError(
+                    f"--repeat {str(options.repeat)!r}: {what.replace('_', ' ')} {source.path!r} have sha256 "
+                    f"{source.sha256[:16]}…, but {expected[:16]}… was evaluated"
+                )
+        manifest = replace(then, **sources, device=gpu, versions=versions())  # type: ignore[arg-type]
+    else:
+        manifest = Manifest(
+            weights=sources["weights"],
+            ema=about.ema,
+            images_seen=about.images_seen,
+            sampling=_sampling(options, about),
+            size=options.size or (about.image_size, about.image_size),
+            classes=tuple(range(about.model.num_classes)) if options.classes is None else options.classes,
+            count=COUNT if options.count is None else options.count,
+            batch=BATCH if options.batch is None else options.batch,
+            seed=options.seed or 0,
+            precision=options.precision or "fp32",
+            extractor=extractor.name,
+            extractor_weights=sources["extractor_weights"],
+            reference=sources["reference"],
+            data_digest=reference.data_digest,
+            reference_count=reference.moments.count,
+            device=gpu,
+            versions=versions(),
+        )
+    _check(manifest, about)
+    return Plan(manifest, weights, extractor, reference, _out(options), recorded)
+
+
+def _sampling(options: EvaluateOptions, about: About) -> SamplingConfig:
+    names = ("sampler", "steps", "guidance", "shift")
+    asked = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    low, high = options.interval or (about.sampling.guidance_from, about.sampling.guidance_to)
+    return replace(about.sampling, guidance_from=low, guidance_to=high, **asked)
+
+
+def _check(manifest: Manifest, about: About) -> None:
+    config.validate_sampling(manifest.sampling)
+    for name, least in (("count", 2), ("batch", 1)):
+        if getattr(manifest, name) < least:
+            raise InputError(f"--{name} = {getattr(manifest, name)}: expected at least {least}")
+    if not 0 <= manifest.seed < 2**63:
+        raise InputError(f"--seed = {manifest.seed}: expected 0 to 2^63 - 1")
+    if not manifest.classes:
+        raise InputError("--classes names no class")
+    for c in manifest.classes:
+        if not 0 <= c < about.model.num_classes:
+            raise InputError(f"--classes: class {c} does not exist: expected 0 to {about.model.num_classes - 1}")
+    (height, width), patch = manifest.size, about.model.patch_size
+    if min(manifest.size) < patch or height % patch or width % patch:
+        raise InputError(f"--size {height} {width}: expected multiples of the patch size {patch}")
+
+
+def _out(options: EvaluateOptions) -> Path:
+    out = options.out or Path("score.json")
+    if options.repeat and not options.out:
+        out = options.repeat.with_name(f"{options.repeat.stem}-repeated.json")
+    for option, path in (("--out", out), ("--npz", options.npz)):
+        if path and path.is_dir():
+            raise InputError(f"{option} {str(path)!r} is a folder; expected a file")
+    if options.images and options.images.exists() and not options.images.is_dir():
+        raise InputError(f"--images {str(options.images)!r} is not a folder")
+    return out
+
+
+def weights_sha256(tensors: dict[str, Tensor]) -> str:
+    """Hash of names, shapes and fp32 values: what was evaluated, whatever file it came from."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        values = tensors[name].float().contiguous()
+        digest.update(f"{name} {tuple(values.shape)}\n".encode())
+        digest.update(values.numpy().tobytes())
+    return digest.hexdigest()
