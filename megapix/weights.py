@@ -1,7 +1,8 @@
 """Weights out of runs, checkpoints and exported files, on one process and without DeepSpeed.
 
 A checkpoint holds flat fp32 vectors in shares (`checkpoint.py`); a parameter is a range of one. An exported file is one
-safetensors file of fp32 parameters with the configuration in its metadata, under the key "megapix".
+safetensors file of fp32 parameters with the configuration in its metadata, under the key "megapix". REPA's projector,
+which only training needs, stays in the checkpoint.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import os
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,8 +24,10 @@ from megapix.config import ModelConfig, SamplingConfig
 from megapix.dist import World
 from megapix.errors import InputError
 from megapix.model import PixelDiT
+from megapix.model.aligned import PROJECTOR
 
 METADATA = "megapix"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,7 @@ def load_weights(path: str | Path, ema: bool = True, world: World | None = None)
 
     def read() -> dict[str, Tensor]:
         with checkpoint.reading(saved.folder):
-            return {name: flat.tensor(saved.folder, layout, _part(ema), name) for name in layout.shapes}
+            return {name: flat.tensor(saved.folder, layout, _part(ema), name) for name in own(layout.shapes)}
 
     return Weights(dist.together(world, read), _about(saved, ema))
 
@@ -109,7 +112,7 @@ def export(path: Path, out: Path, ema: bool = True) -> About:
         with checkpoint.reading(folder):
             tensors = {
                 name: (layout.shapes[name], (piece for _, piece in flat.read(folder, layout, _part(ema), *span)))
-                for name, span in layout.spans.items()
+                for name, span in own(layout.spans).items()
             }
             flat.write(temporary, tensors, {METADATA: json.dumps(config.to_dict(about))})
         os.replace(temporary, out)
@@ -122,20 +125,25 @@ def export(path: Path, out: Path, ema: bool = True) -> About:
     return about
 
 
+def own(named: dict[str, T]) -> dict[str, T]:
+    """What belongs to PixelDiT itself, by name: all but REPA's projector."""
+    return {name: value for name, value in named.items() if not name.startswith(PROJECTOR)}
+
+
 def assign(net: PixelDiT, weights: Weights) -> None:
-    """Copy `weights` into `net`.
+    """Copy `weights` into `net`; a projector keeps what it has.
 
     Raises:
         InputError: names the first tensor that is missing, extra or of another shape.
     """
     _check_shapes(net, weights)
-    net.load_state_dict(weights.tensors)
+    net.load_state_dict(weights.tensors, strict=False)
 
 
 def _check_shapes(net: PixelDiT, weights: Weights) -> None:
-    own = net.state_dict()
-    for name in sorted(own.keys() | weights.tensors.keys()):
-        here, there = (tuple(d[name].shape) if name in d else None for d in (own, weights.tensors))
+    needed = own(net.state_dict())
+    for name in sorted(needed.keys() | weights.tensors.keys()):
+        here, there = (tuple(d[name].shape) if name in d else None for d in (needed, weights.tensors))
         if here != there:
             raise InputError(f"{weights.about.source}: {name} has shape {there}, but the network needs {here}")
 
