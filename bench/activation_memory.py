@@ -74,7 +74,7 @@ def patch_pathway_bytes(config: ModelConfig, policy: str) -> int:
     x, rope = _image_and_rope(config)
     t, y = torch.rand(1), torch.zeros(1, dtype=torch.long)
     net.patch_pathway(x, t, y, rope)
-    return held_by(lambda: net.patch_pathway(x, t, y, rope))
+    return held_by(lambda: net.patch_pathway(x, t, y, rope)[0])
 
 
 def _image_and_rope(config: ModelConfig) -> tuple[torch.Tensor, Rope]:

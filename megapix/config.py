@@ -148,6 +148,26 @@ class OptimConfig:
 
 
 @dataclass(frozen=True)
+class RepaConfig:
+    """REPA: patch tokens are aligned with a frozen encoder's features of the clean image (docs/repa.md)."""
+
+    encoder: str = _machine("")
+    """Folder or Hugging Face hub name of a DINOv2 (or with registers, or DINOv3 ViT); empty is off."""
+    digest: str = _identity("")
+    """SHA-256 of the encoder's sizes and weights; a run fills it in, and if it is given the encoder must have it."""
+    layer: int = _identity(8)
+    """Patch block, counted from 1, whose tokens are aligned."""
+    weight: float = _schedule(0.5)
+    """Weight of 1 - cos beside the flow's loss."""
+    stop_at: Images = _schedule("never")
+    """Images seen, or epochs, from which on neither the encoder nor its loss is computed."""
+    dtype: Literal["bf16", "fp32"] = _identity("bf16")
+    """Number format that the encoder computes in."""
+    micro_batch: int = _machine(0)
+    """Images that the encoder sees at once; 0 is the run's micro batch."""
+
+
+@dataclass(frozen=True)
 class MachineConfig:
     """How the run lies on the machine; nothing here changes what is computed, but for rounding."""
 
@@ -270,6 +290,7 @@ class Config:
     """DeepSpeed's bf16 mode (bf16 weights and activations, fp32 masters, moments and EMA), or fp32 throughout."""
     model: ModelConfig = field(default_factory=ModelConfig)
     flow: FlowConfig = field(default_factory=FlowConfig)
+    repa: RepaConfig = field(default_factory=RepaConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     machine: MachineConfig = field(default_factory=MachineConfig)
@@ -419,6 +440,7 @@ SPANS = (
     "optim.lr_step_at",
     "optim.end_at",
     "optim.warmup",
+    "repa.stop_at",
     "checkpoint.every",
     "checkpoint.keep_every",
     "log.every",
@@ -428,6 +450,7 @@ SPANS = (
 )
 MAY_BE_NEVER = (
     "optim.lr_step_at",
+    "repa.stop_at",
     "checkpoint.keep_every",
     "log.blocks_every",
     "log.samples_every",
@@ -445,7 +468,7 @@ def freeze(config: Config, epoch: int) -> Config:
         value = images(get(config, key), epoch, key)
         if value is None and key not in MAY_BE_NEVER:
             raise InputError(f"{key} = 'never': expected images seen or epochs")
-        if value == 0 and key != "optim.warmup":
+        if value == 0 and key not in ("optim.warmup", "repa.stop_at"):
             raise InputError(f"{key} = {get(config, key)!r} is no image at all; expected at least 1")
         config = replace(config, key, "never" if value is None else value)
     return config
@@ -487,6 +510,7 @@ def validate(config: Config) -> None:
     need(config.flow.t_std > 0, "flow.t_std", "above 0")
     need(config.flow.time_shift > 0, "flow.time_shift", "above 0")
     need(0 <= config.flow.label_dropout <= 1, "flow.label_dropout", "a probability, 0 to 1")
+    _validate_repa(config.repa, m.depth)
     need(o.global_batch >= 1, "optim.global_batch", "at least 1")
     need(o.lr > 0, "optim.lr", "above 0")
     need(o.lr_after > 0, "optim.lr_after", "above 0")
@@ -519,6 +543,20 @@ def validate(config: Config) -> None:
     need(0 <= config.seed < 2**63, "seed", "0 to 2^63 - 1")
     need(config.out != "", "out", "a run folder (--out RUN)")
     need(d.path != "", "data.path", "a shard folder (--data.path SHARDS)")
+
+
+def _validate_repa(r: RepaConfig, depth: int) -> None:
+    if not r.encoder:
+        for (key, value, _), (_, default, _) in zip(leaves(r), leaves(RepaConfig()), strict=True):
+            if value != default:
+                raise InputError(f"repa.{key} = {value!r} has no effect without repa.encoder; give that, too")
+        return
+    if not 1 <= r.layer <= depth:
+        raise InputError(f"repa.layer = {r.layer}: expected 1 to model.depth = {depth}")
+    if r.weight <= 0:
+        raise InputError(f"repa.weight = {r.weight}: expected above 0; repa.stop_at = 0 switches REPA off in a run")
+    if r.micro_batch < 0:
+        raise InputError(f"repa.micro_batch = {r.micro_batch}: expected 0 (the run's micro batch) or more")
 
 
 def validate_sampling(s: SamplingConfig) -> None:

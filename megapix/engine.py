@@ -27,7 +27,7 @@ from megapix.config import BatchLayout, Config, MachineConfig, ModelConfig
 from megapix.dist import World, agree, together
 from megapix.ds_config import deepspeed_config
 from megapix.errors import InputError
-from megapix.model import PixelDiT
+from megapix.model import AlignedPixelDiT, Alignment, PixelDiT
 from megapix.model.pixeldit import Checkpoint
 from megapix.optim import EMA, AdamWWithEMA
 from megapix.schedule import ImagesSeenSchedule
@@ -119,10 +119,13 @@ def leave(world: World, code: int) -> int:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def build_network(config: ModelConfig, seed: int, machine: MachineConfig | None = None) -> PixelDiT:
+def build_network(
+    config: ModelConfig, seed: int, machine: MachineConfig | None = None, alignment: Alignment | None = None
+) -> PixelDiT:
     """The network with its initial weights, a function of the seed; the global generator is left as it was.
 
     `machine` says which blocks are recomputed in backward and whether they are compiled; without it none is.
+    `alignment` adds REPA's projector.
 
     Raises:
         InputError: the blocks are to be compiled, and the machine cannot.
@@ -130,7 +133,8 @@ def build_network(config: ModelConfig, seed: int, machine: MachineConfig | None 
     pixel, patch = (machine.pixel_checkpointing, machine.patch_checkpointing) if machine else ("none", "none")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = PixelDiT(config, checkpoint_function(pixel), checkpoint_function(patch))
+        checkpoints = checkpoint_function(pixel), checkpoint_function(patch)
+        network = AlignedPixelDiT(config, alignment, *checkpoints) if alignment else PixelDiT(config, *checkpoints)
     if machine and machine.compile:
         compile_blocks(network)
     return network

@@ -7,6 +7,7 @@ Everything here is a pure function of tensors; random numbers come from `megapix
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -74,6 +75,32 @@ def to_images(uint8: Tensor) -> Tensor:
     return uint8.float() / 127.5 - 1.0
 
 
+@dataclass(frozen=True)
+class Question:
+    """What the network is asked about a micro batch, and the answer."""
+
+    x_t: Tensor
+    """Noisy images, float32 [B, 3, H, W]."""
+    t: Tensor
+    """Times, float32 [B]."""
+    y: Tensor
+    """Classes or the null class, int64 [B]."""
+    target: Tensor
+    """The velocity, float32 [B, 3, H, W]."""
+
+
+def question(
+    images: Tensor, labels: Tensor, positions: NDArray[np.int64], seed: int, config: FlowConfig, null_class: int
+) -> Question:
+    """What the network is asked about the samples at `positions`; the rest as in `training_loss`."""
+    x = to_images(images)
+    eps = noise(draws.bits(seed, Purpose.NOISE, positions), x.shape[1:], x.device)
+    t = timesteps(torch.from_numpy(draws.uniform(seed, Purpose.TIMESTEP, positions)), config).to(x.device)
+    dropped = draws.uniform(seed, Purpose.LABEL_DROPOUT, positions) < config.label_dropout
+    y = torch.where(torch.from_numpy(dropped).to(x.device), null_class, labels)
+    return Question(interpolate(x, eps, t), t, y, velocity(x, eps))
+
+
 def training_loss(
     net: Network, images: Tensor, labels: Tensor, positions: NDArray[np.int64], seed: int, config: FlowConfig
 ) -> tuple[Tensor, Tensor]:
@@ -88,10 +115,5 @@ def training_loss(
     Returns:
         Squared error [B] float32, with gradient, and t [B] float32.
     """
-    x = to_images(images)
-    eps = noise(draws.bits(seed, Purpose.NOISE, positions), x.shape[1:], x.device)
-    t = timesteps(torch.from_numpy(draws.uniform(seed, Purpose.TIMESTEP, positions)), config).to(x.device)
-    dropped = draws.uniform(seed, Purpose.LABEL_DROPOUT, positions) < config.label_dropout
-    y = torch.where(torch.from_numpy(dropped).to(x.device), net.null_class, labels)
-    prediction = net(interpolate(x, eps, t), t, y)
-    return squared_error(prediction, velocity(x, eps)), t
+    asked = question(images, labels, positions, seed, config, net.null_class)
+    return squared_error(net(asked.x_t, asked.t, asked.y), asked.target), asked.t

@@ -23,6 +23,7 @@ from megapix import (
     flow,
     metrics,
     recovery,
+    repa,
     retention,
     storage,
     weights,
@@ -36,7 +37,7 @@ from megapix.ds_config import unproven
 from megapix.errors import Trouble
 from megapix.grid import ema_grid
 from megapix.health import Sentinel, Skips, Spike
-from megapix.model import PixelDiT
+from megapix.model import Alignment, PixelDiT
 from megapix.prepare import Plan, plan, same_everywhere, write_config
 from megapix.report import Report
 from megapix.saver import Saver
@@ -113,7 +114,10 @@ def _run(p: Plan, world: World, device: torch.device, stop: StopRequest, watch: 
     c, folder = p.config, Path(p.config.out)
     if c.data.workers:
         loader.start_workers()
-    net = engine.build_network(c.model, c.seed, c.machine)
+    if p.teacher:
+        p.teacher.to(device)
+    alignment = Alignment(c.repa.layer, p.teacher.width) if p.teacher else None
+    net = engine.build_network(c.model, c.seed, c.machine, alignment)
     if c.init and not p.saved:
         initial = weights.load_weights(c.init, world=world)
         dist.together(world, lambda: weights.assign(net, initial))
@@ -203,14 +207,21 @@ def _steps(run: Run, state: State, happened: str) -> None:
         while schedule.images_seen < p.end:
             seen, start, lr = schedule.images_seen, position, schedule.get_last_lr()[0]
             step, step_loss = counters.drawn // total + 1, torch.zeros((), device=run.device)
+            teacher = p.teacher if repa.active(c.repa, seen) else None
             norms = blocks.Watch(e) if _due(c.log.blocks_every, seen, seen + total, p.end) else None
             for _ in range(p.layout.accumulation):
                 watch.note(step, "data")
                 batch = report.draw(batches)
                 images, labels = (x.to(run.device, non_blocking=True) for x in (batch.images, batch.labels))
                 watch.note(step, "backward")
-                loss, t = flow.training_loss(e, images, labels, batch.positions, c.seed, c.flow)
-                e.backward(loss.mean())
+                if teacher:
+                    drawn = images, labels, batch.positions, c.seed, c.flow
+                    loss, t, apart = repa.training_loss(e, teacher, *drawn)
+                    e.backward(loss.mean() + c.repa.weight * apart.mean())
+                    report.add_apart(apart)
+                else:
+                    loss, t = flow.training_loss(e, images, labels, batch.positions, c.seed, c.flow)
+                    e.backward(loss.mean())
                 watch.note(step, "step")
                 e.step()
                 report.add(loss, t)

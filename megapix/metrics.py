@@ -24,6 +24,7 @@ LAYOUT = {
         "loss": ["Multiline", ["^loss/train$"]],
         "held-out loss": ["Multiline", ["^validation/loss_(raw|ema)$"]],
         "held-out loss of the EMA by t": ["Multiline", [r"^validation/ema_t_[\d.]+$"]],
+        "distance from REPA's teacher": ["Multiline", ["^loss/repa$"]],
         "loss by quarter of t": ["Multiline", [rf"^loss/t_\d_of_{QUARTERS}$"]],
     },
     "health": {
@@ -33,6 +34,7 @@ LAYOUT = {
         "gradient norm by patch block": ["Multiline", [r"^blocks/grad_norm/patch_\d+$"]],
         "gradient norm by PiT block": ["Multiline", [r"^blocks/grad_norm/pit_\d+$"]],
         "gradient norm of embedders and output": ["Multiline", [r"^blocks/grad_norm/\w+(embedder|layer)$"]],
+        "gradient norm of REPA's projector": ["Multiline", ["^blocks/grad_norm/projector$"]],
         "modulation of the patch blocks, RMS": ["Multiline", [r"^blocks/modulation_rms/patch_\d+$"]],
         "modulation of the PiT blocks, RMS": ["Multiline", [r"^blocks/modulation_rms/pit_\d+/\w+$"]],
     },
@@ -73,6 +75,27 @@ class LossMeter:
         self._sums.zero_()
         means = {f"loss/t_{i}_of_{QUARTERS}": s / n for i, (s, n) in enumerate(zip(sums, counts, strict=True), 1) if n}
         return {"loss/train": sum(sums) / sum(counts)} | means if means else {}
+
+
+class DeviceMean:
+    """Mean over a window of what each sample has, on the device until it is read."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._sums = torch.zeros(2, dtype=torch.float64, device=device)
+
+    def add(self, values: Tensor) -> None:
+        """Add a micro batch [B]; values that are not finite are left out. Does not wait for the device."""
+        values = values.detach().double()
+        finite = values.isfinite()
+        self._sums += torch.stack([values.where(finite, 0.0).sum(), finite.double().sum()])
+
+    def read(self, ranks: int) -> float | None:
+        """Mean over all ranks since the last call, None without a value, and start again."""
+        if ranks > 1:
+            torch.distributed.all_reduce(self._sums)
+        total, count = self._sums.tolist()
+        self._sums.zero_()
+        return total / count if count else None
 
 
 class Mean:

@@ -6,10 +6,11 @@ import json
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megapix import checkpoint, config
 from megapix.checkpoint import Choice, Saved, State
-from megapix.config import BatchLayout, Config
+from megapix.config import BatchLayout, Config, RepaConfig
 from megapix.data.locate import Located, locate
 from megapix.dist import World, agree, gather, together
 from megapix.ds_config import read_knobs
@@ -17,15 +18,12 @@ from megapix.errors import InputError
 from megapix.images import Policy
 from megapix.shards import Index, write_atomic
 
+if TYPE_CHECKING:
+    from megapix.encoder import Encoder
+
 LOCAL = (
-    "out",
-    "data.path",
-    "validation.path",
-    "data.cache",
-    "data.cache_gib",
-    "data.workers",
-    "machine.ds_config",
-    "machine.peak_tflops",
+    *("out", "data.path", "validation.path", "data.cache", "data.cache_gib", "data.workers"),
+    *("repa.encoder", "repa.micro_batch", "machine.ds_config", "machine.peak_tflops"),
 )
 """Options that may be others on another node. (`write_config` sees that `out` is the same folder.)"""
 
@@ -43,6 +41,8 @@ class Plan:
     """The held-out data, if there are any."""
     changes: list[str]
     """Schedule options, and the number of ranks, where they differ from the checkpoint's."""
+    teacher: Encoder | None = None
+    """REPA's frozen encoder, if there is one."""
 
     @property
     def saved(self) -> Saved | None:
@@ -87,13 +87,16 @@ def plan(asked: Config, ranks: int, choice: Choice | None = None) -> Plan:
         )
     validation = _validation(asked, index)
     resolved = config.freeze(asked, index.samples)
+    teacher = _teacher(asked.repa)
+    if teacher:
+        resolved = config.replace(resolved, "repa.digest", teacher.digest)
     run = Path(asked.out)
     _check_writable(run)
     choice = choice or checkpoint.choose(run, asked.resume, World(), hashed=False)
     if choice.saved is None:
         if asked.init and not checkpoint.exported_file(Path(asked.init)):
             checkpoint.find(Path(asked.init), World(), hashed=False)
-        return Plan(resolved, located, layout, choice, validation, [])
+        return Plan(resolved, located, layout, choice, validation, [], teacher)
     folder, state = choice.saved.folder, choice.saved.state
     _check_batch(state, layout, str(folder))
     changes = config.compare(state.config, resolved, str(folder))
@@ -104,7 +107,20 @@ def plan(asked: Config, ranks: int, choice: Choice | None = None) -> Plan:
         )
     if state.layout.ranks != ranks:
         changes.append(f"ranks: {state.layout.ranks} -> {ranks}")
-    return Plan(resolved, located, layout, choice, validation, changes)
+    return Plan(resolved, located, layout, choice, validation, changes, teacher)
+
+
+def _teacher(repa: RepaConfig) -> Encoder | None:
+    if not repa.encoder:
+        return None
+    from megapix import encoder  # late: torch and transformers, which no other check needs
+
+    teacher = encoder.load(repa.encoder, repa.dtype, repa.micro_batch)
+    if repa.digest not in ("", teacher.digest):
+        raise InputError(
+            f"repa.encoder = {repa.encoder!r} has the digest {teacher.digest[:16]}…, but repa.digest = {repa.digest!r}"
+        )
+    return teacher
 
 
 def _check_batch(state: State, layout: BatchLayout, where: str) -> None:

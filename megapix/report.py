@@ -28,6 +28,7 @@ class Report:
         self._layout, self._world, self._device, self._saver = layout, world, device, saver
         self._cost, self._peak = flops.training(config.model, config.data.image_size), flops.peak_of(config, device)
         self._losses, self._clock, self._spent = metrics.LossMeter(device), metrics.Clock(), Spent()
+        self._apart = metrics.DeviceMean(device) if config.repa.encoder else None
         self._replaced, self._drawn, self._stall = 0, drawn, saver.stall
 
     def draw(self, batches: Iterator[Batch]) -> Batch:
@@ -44,10 +45,17 @@ class Report:
         """Take a micro batch's losses [B] and times [B]; does not wait for the device."""
         self._losses.add(loss, t)
 
+    def add_apart(self, apart: Tensor) -> None:
+        """Take a micro batch's distances from REPA's teacher [B]; does not wait for the device."""
+        assert self._apart, "there is a distance only with an encoder"
+        self._apart.add(apart)
+
     def row(self, counters: Counters) -> dict[str, float]:
         """Scalars of the steps since the last row, up to `counters`. Every rank calls it."""
         drawn, self._drawn = counters.drawn - self._drawn, counters.drawn
         row = self._losses.read(self._world.size) | self._clock.read(drawn) | metrics.memory(self._device)
+        if self._apart and (apart := self._apart.read(self._world.size)) is not None:
+            row["loss/repa"] = apart
         row |= flops.speed(row["speed/images_per_s"], self._cost, self._world.size, self._peak)
         row |= self._spent.row(drawn // self._layout.ranks)
         row["schedule/images_seen"] = counters.images_seen

@@ -6,6 +6,8 @@ weights are such a file in a folder, in the dtypes that they came in:
 
 FOLDER/model.safetensors    the exported file
 FOLDER/config.json          model, image size and sampling again, to read and for `train --config`
+
+REPA's projector, which only training needs, stays in the checkpoint.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -29,9 +31,11 @@ from megapix.config import ModelConfig, SamplingConfig
 from megapix.dist import World
 from megapix.errors import InputError
 from megapix.model import PixelDiT
+from megapix.model.aligned import PROJECTOR
 from megapix.shards import write_atomic
 
 METADATA = "megapix"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -110,7 +114,7 @@ def stored_weights(path: str | Path, ema: bool | None = None, world: World | Non
 
     def read() -> dict[str, Tensor]:
         with checkpoint.reading(saved.folder):
-            return {name: flat.tensor(saved.folder, layout, part, name) for name in layout.shapes}
+            return {name: flat.tensor(saved.folder, layout, part, name) for name in own(layout.shapes)}
 
     return Weights(dist.together(world, read), _about(saved, ema is not False))
 
@@ -128,7 +132,7 @@ def export(path: Path, out: Path, ema: bool = True) -> About:
     with appearing(out) as temporary, checkpoint.reading(folder):
         tensors = {
             name: (layout.shapes[name], (piece for _, piece in flat.read(folder, layout, _part(ema), *span)))
-            for name, span in layout.spans.items()
+            for name, span in own(layout.spans).items()
         }
         flat.write(temporary, tensors, _metadata(about))
     return about
@@ -179,18 +183,23 @@ def _remove(temporary: Path) -> None:
         temporary.unlink()
 
 
+def own(named: dict[str, T]) -> dict[str, T]:
+    """What belongs to PixelDiT itself, by name: all but REPA's projector."""
+    return {name: value for name, value in named.items() if not name.startswith(PROJECTOR)}
+
+
 def assign(net: PixelDiT, weights: Weights) -> None:
-    """Copy `weights` into `net`.
+    """Copy `weights` into `net`; a projector keeps what it has.
 
     Raises:
         InputError: names the first tensors that are missing, unknown or of another shape.
     """
     _check(net, weights)
-    net.load_state_dict(weights.tensors)
+    net.load_state_dict(weights.tensors, strict=False)
 
 
 def _check(net: PixelDiT, weights: Weights) -> None:
-    check_shapes(shapes_of(net.state_dict()), shapes_of(weights.tensors), weights.about.source)
+    check_shapes(shapes_of(own(net.state_dict())), shapes_of(weights.tensors), weights.about.source)
 
 
 def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:

@@ -25,6 +25,8 @@ ALLOWED = {
     "megapix.ds_config": {"megapix.config", "megapix.errors"},
     "megapix.model": {"megapix.model", "megapix.config"},
     "megapix.flow": {"megapix.config", "megapix.draws"},
+    "megapix.encoder": {"megapix.errors"},
+    "megapix.repa": {"megapix.config", "megapix.flow"},
     "megapix.schedule": {"megapix.config"},
     "megapix.optim": {"megapix.config"},
     "megapix.health": {"megapix.config", "megapix.errors"},

@@ -1,5 +1,6 @@
 """The PixelDiT network (arXiv 2511.20645): `PixelDiT(ModelConfig)`, called as `net(x, t, y)`."""
 
+from megapix.model.aligned import AlignedPixelDiT, Alignment
 from megapix.model.pixeldit import PixelDiT
 
-__all__ = ["PixelDiT"]
+__all__ = ["AlignedPixelDiT", "Alignment", "PixelDiT"]

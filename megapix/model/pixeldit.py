@@ -75,24 +75,30 @@ class PixelDiT(nn.Module):
         Raises:
             ValueError: H or W is not divisible by the patch size.
         """
+        return self.with_tokens(x, t, y, 0)[0]
+
+    def with_tokens(self, x: Tensor, t: Tensor, y: Tensor, after: int) -> tuple[Tensor, Tensor]:
+        """The velocity as `forward`, and the patch tokens [B, L, D] after block number `after`, counted from 1."""
         patch, (height, width) = self.config.patch_size, x.shape[-2:]
         if height % patch or width % patch:
             raise ValueError(f"image size {height}x{width} is not divisible by the patch size {patch}")
         x = x.to(self.s_embedder.proj.weight.dtype)
         rope = rope_table(height // patch, width // patch, self.config.width // self.config.heads, x.device)
-        s = self.patch_pathway(x, t, y, rope)  # [B, L, D]
-        return self.pixel_pathway(x, s, rope)  # [B, C, H, W]
+        s, tokens = self.patch_pathway(x, t, y, rope, after)  # [B, L, D] each
+        return self.pixel_pathway(x, s, rope), tokens  # [B, C, H, W], [B, L, D]
 
-    def patch_pathway(self, x: Tensor, t: Tensor, y: Tensor, rope: Rope) -> Tensor:
-        """Semantics: attention and FFN over patches; returns the pixel pathway's condition [B, L, D]."""
+    def patch_pathway(self, x: Tensor, t: Tensor, y: Tensor, rope: Rope, after: int = 0) -> tuple[Tensor, Tensor]:
+        """Semantics: attention and FFN over patches; returns the pixel pathway's condition [B, L, D], and the tokens
+        [B, L, D] after block number `after`, counted from 1; 0 gives those before the first."""
         patch = self.config.patch_size
         patches = rearrange(x, "b c (r i) (q j) -> b (r q) (c i j)", i=patch, j=patch)
-        s = self.s_embedder(patches)  # [B, L, D]
+        s = tokens = self.s_embedder(patches)  # [B, L, D]
         t_emb = self.t_embedder(t)[:, None]  # [B, 1, D]
         c = F.silu(t_emb + self.y_embedder(y)[:, None])  # [B, 1, D]
-        for block in self.patch_blocks:
+        for number, block in enumerate(self.patch_blocks, 1):
             s = self._run(self.patch_checkpoint, block, s, c, rope)  # [B, L, D]
-        return F.silu(t_emb + s)  # [B, L, D]
+            tokens = s if number == after else tokens
+        return F.silu(t_emb + s), tokens  # [B, L, D] each
 
     def pixel_pathway(self, x: Tensor, s: Tensor, rope: Rope) -> Tensor:
         """Texture: every pixel a token, conditioned on its patch's s [B, L, D]; returns the velocity [B, C, H, W]."""
