@@ -21,6 +21,8 @@ from megapix.config import Config
 from megapix.model import PixelDiT
 from megapix.schedule import learning_rate
 
+State = dict[str, Tensor]
+"""fp32 tensors by parameter name."""
 Samples = Callable[[NDArray[np.int64]], tuple[Tensor, Tensor]]
 """Positions [B] -> uint8 images [B, 3, H, W] and int64 labels [B]."""
 
@@ -33,13 +35,20 @@ class Trace:
     """Mean loss of each step's global batch, before the step."""
     norms: list[float] = field(default_factory=list)
     """Norm of each step's gradient, before clipping."""
-    gradient: dict[str, Tensor] = field(default_factory=dict)
+    gradient: State = field(default_factory=dict)
     """The first step's, clipped: Adam's first moment after it, without its factor 1 - beta1."""
-    weights: dict[str, Tensor] = field(default_factory=dict)
-    ema: dict[str, Tensor] = field(default_factory=dict)
+    weights: State = field(default_factory=dict)
+    ema: State = field(default_factory=dict)
 
 
-def train(initial: PixelDiT, config: Config, samples: Samples, steps: int, micro: int) -> Trace:
+def train(
+    initial: PixelDiT,
+    config: Config,
+    samples: Samples,
+    steps: int,
+    micro: int,
+    after_step: Callable[[int, State], None] = lambda steps, ema: None,
+) -> Trace:
     """Take `steps` AdamW steps from the weights of `initial`, which stay as they are, on its device.
 
     Args:
@@ -48,6 +57,7 @@ def train(initial: PixelDiT, config: Config, samples: Samples, steps: int, micro
         samples: the data.
         steps: optimizer steps of `config.optim.global_batch` samples.
         micro: images of one forward pass; a divisor of the global batch.
+        after_step: called with the number of steps taken and the EMA, which goes on changing.
     """
     o, trace = config.optim, Trace()
     masters = [p.detach().clone() for p in initial.parameters()]
@@ -82,6 +92,7 @@ def train(initial: PixelDiT, config: Config, samples: Samples, steps: int, micro
                 p.copy_(master)
         trace.losses.append(total)
         trace.norms.append(norm.item())
+        after_step(step + 1, dict(zip(names, ema, strict=True)))
 
     trace.weights = {name: master.detach().cpu() for name, master in zip(names, masters, strict=True)}
     trace.ema = {name: average.cpu() for name, average in zip(names, ema, strict=True)}

@@ -280,6 +280,7 @@ def test_a_manifest_is_repeated(files: Files, first: Path, tmp_path: Path, capsy
     assert f"fd_effnet_lite0 {value:.6g} (recorded: {value:.6g})" in capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_another_score_is_told(files: Files, first: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = json.loads((first / "score.json").read_text())
     data["scores"]["fd_effnet_lite0"] *= 1.1

@@ -396,6 +396,7 @@ def test_wide_numbers_come_first_in_a_file(tmp_path: Path) -> None:
         assert_identical({name: opened.get_tensor(name) for name in tensors}, tensors)
 
 
+@pytest.mark.long
 def test_training_starts_from_imported_weights_and_goes_back(shards: Path, tmp_path: Path) -> None:
     """import → `train --init FOLDER` → export of both kinds from the run → import of each, bit for bit."""
     state = tensors(small("gelu"), "denoiser.", 1, [torch.bfloat16])

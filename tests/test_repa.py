@@ -292,6 +292,7 @@ def test_a_checkpoint_holds_the_projector_and_no_encoder(trained: Path, teacher_
     assert {name.split("/")[1] for name in shard_tensors(saved(trained).folder)} == set(checkpoint.PARTS)
 
 
+@pytest.mark.long
 def test_resume_is_exact(shards_32: Path, teacher_folder: Path, trained: Path, tmp_path: Path) -> None:
     """Stopped with REPA on, and again after it has ended; the encoder has moved, which makes no other run."""
     run, moved = tmp_path / "run", Path(shutil.copytree(teacher_folder, tmp_path / "moved"))
@@ -317,6 +318,7 @@ def test_what_a_run_gives_away_is_the_plain_network(trained: Path, tmp_path: Pat
     assert cli.main(["sample", str(trained), "--out", str(tmp_path / "grid.png"), "--per-class", "1"]) == 0
 
 
+@pytest.mark.long
 def test_init_from_a_run_with_repa_and_to_one(
     shards_32: Path, teacher_folder: Path, trained: Path, tmp_path: Path
 ) -> None:
