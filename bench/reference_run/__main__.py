@@ -17,7 +17,7 @@ from bench.reference_run.train import VARIANTS, train
 
 RESULTS = Path(__file__).parent / "results"
 SCORE = "fd_effnet_lite0"
-DRAW = ["--count", "1000", "--sampler", "ab2", "--steps", "25", "--guidance", "1"]
+DRAW = ["--count", "1000", "--sampler", "ab2", "--steps", "16", "--guidance", "1"]
 """How the scored images are drawn."""
 
 

@@ -19,9 +19,9 @@ from megapix.data.locate import locate
 from megapix.dist import World
 from megapix.weights import About, Weights
 
-MOMENTS, MOMENT = 4, 8_000
+MOMENTS, MOMENT = 4, 6_400
 """How often the weights are looked at, and how many images lie between."""
-LR_STEP = 16_000
+LR_STEP = 12_800
 """Images after which the learning rate falls to a tenth: half of all, as in the paper (epoch 160 of 320)."""
 PLAIN = "plain PyTorch"
 VARIANTS: dict[str, list[str]] = {
@@ -49,7 +49,7 @@ def _options(data: Data) -> list[str]:
         *("--optim.lr-step-at", str(LR_STEP), "--optim.end-at", str(MOMENTS * MOMENT)),
         *("--checkpoint.every", str(MOMENT), "--checkpoint.keep-every", str(MOMENT), "--log.every", "320"),
         *("--log.samples-every", "never", "--log.blocks-every", "never"),
-        *("--validation.path", str(data.heldout), "--validation.every", "2000", "--validation.samples", "128"),
+        *("--validation.path", str(data.heldout), "--validation.every", "1600", "--validation.samples", "128"),
     ]
 
 
