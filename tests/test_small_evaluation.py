@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import sys
 from dataclasses import dataclass, replace
@@ -18,6 +19,7 @@ from megapix.config import Config
 from megapix.errors import InputError
 from megapix.evaluation.manifest import read_scores
 from megapix.evaluation.threads import one_thread
+from megapix.metrics import LAYOUT
 from megapix.prepare import plan
 from megapix.reference import Reference, read_reference, write_reference
 from tests.launch import Launch, Rank, start, succeed
@@ -69,6 +71,7 @@ def test_the_scores_are_those_of_the_command(trained: Trained, stats: Path, tmp_
         rows = scalars(trained.folder, f"evaluation/{name}")
         assert list(rows) == [10, 20]
         assert rows[20] == np.float32(value), name
+        assert any(re.search(*tags, f"evaluation/{name}") for _, tags in LAYOUT["loss"].values()), f"{name} on no chart"
     assert len(found) == 6
     fd = scalars(trained.folder, "evaluation/fd_effnet_lite0")
     assert fd[10] != fd[20], "the weights have moved meanwhile"
