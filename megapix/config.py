@@ -256,6 +256,22 @@ class ValidationConfig:
 
 
 @dataclass(frozen=True)
+class EvaluationConfig:
+    """Scores of a few images from the EMA, as `megapix evaluate` scores many (docs/evaluation.md)."""
+
+    reference: str = _machine("")
+    """Reference statistics by `data_prep stats`, or one of ADM's .npz files; empty is off."""
+    extractor_weights: str = _machine("")
+    """Weights file of the extractor inception, if the reference is of that one."""
+    every: Images = _machine("20ep")
+    """Distance between evaluations in images seen, or epochs; 'never' switches them off."""
+    count: int = _machine(1000)
+    """Images that are drawn, the same noise each time; scores of other counts cannot be compared with these."""
+    batch: int = _machine(64)
+    """Images that a rank draws at once."""
+
+
+@dataclass(frozen=True)
 class SamplingConfig:
     """How samples are drawn in training, and the defaults of `megapix sample` for this run."""
 
@@ -298,6 +314,7 @@ class Config:
     health: HealthConfig = field(default_factory=HealthConfig)
     log: LogConfig = field(default_factory=LogConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
 
 
@@ -447,6 +464,7 @@ SPANS = (
     "log.blocks_every",
     "log.samples_every",
     "validation.every",
+    "evaluation.every",
 )
 MAY_BE_NEVER = (
     "optim.lr_step_at",
@@ -455,6 +473,7 @@ MAY_BE_NEVER = (
     "log.blocks_every",
     "log.samples_every",
     "validation.every",
+    "evaluation.every",
 )
 
 
@@ -537,6 +556,8 @@ def validate(config: Config) -> None:
     need(h.skip >= 0, "health.skip", "0 (the spike's own steps) or more")
     need(h.max_rollbacks >= 0, "health.max_rollbacks", "0 or more")
     need(config.validation.samples >= 0, "validation.samples", "0 (all) or more")
+    need(config.evaluation.count >= 2, "evaluation.count", "at least 2")
+    need(config.evaluation.batch >= 1, "evaluation.batch", "at least 1")
     need(config.log.grid_classes >= 1, "log.grid_classes", "at least 1")
     need(config.log.grid_columns >= 1, "log.grid_columns", "at least 1")
     validate_sampling(config.sampling)

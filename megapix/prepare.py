@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from megapix import checkpoint, config
 from megapix.checkpoint import Choice, Saved, State
-from megapix.config import BatchLayout, Config, RepaConfig
+from megapix.config import BatchLayout, Config, EvaluationConfig, RepaConfig
 from megapix.data.locate import Located, locate
 from megapix.dist import World, agree, gather, together
 from megapix.ds_config import read_knobs
@@ -20,10 +20,12 @@ from megapix.shards import Index, write_atomic
 
 if TYPE_CHECKING:
     from megapix.encoder import Encoder
+    from megapix.evaluation.standard import Standard
 
 LOCAL = (
     *("out", "data.path", "validation.path", "data.cache", "data.cache_gib", "data.workers"),
     *("repa.encoder", "repa.micro_batch", "machine.ds_config", "machine.peak_tflops"),
+    *("evaluation.reference", "evaluation.extractor_weights"),
 )
 """Options that may be others on another node. (`write_config` sees that `out` is the same folder.)"""
 
@@ -43,6 +45,8 @@ class Plan:
     """Schedule options, and the number of ranks, where they differ from the checkpoint's."""
     teacher: Encoder | None = None
     """REPA's frozen encoder, if there is one."""
+    standard: Standard | None = None
+    """What images are measured by in training, if they are."""
 
     @property
     def saved(self) -> Saved | None:
@@ -90,13 +94,14 @@ def plan(asked: Config, ranks: int, choice: Choice | None = None) -> Plan:
     teacher = _teacher(asked.repa)
     if teacher:
         resolved = config.replace(resolved, "repa.digest", teacher.digest)
+    standard = _standard(asked.evaluation)
     run = Path(asked.out)
     _check_writable(run)
     choice = choice or checkpoint.choose(run, asked.resume, World(), hashed=False)
     if choice.saved is None:
         if asked.init and not checkpoint.exported_file(Path(asked.init)):
             checkpoint.find(Path(asked.init), World(), hashed=False)
-        return Plan(resolved, located, layout, choice, validation, [], teacher)
+        return Plan(resolved, located, layout, choice, validation, [], teacher, standard)
     folder, state = choice.saved.folder, choice.saved.state
     _check_batch(state, layout, str(folder))
     changes = config.compare(state.config, resolved, str(folder))
@@ -107,7 +112,7 @@ def plan(asked: Config, ranks: int, choice: Choice | None = None) -> Plan:
         )
     if state.layout.ranks != ranks:
         changes.append(f"ranks: {state.layout.ranks} -> {ranks}")
-    return Plan(resolved, located, layout, choice, validation, changes, teacher)
+    return Plan(resolved, located, layout, choice, validation, changes, teacher, standard)
 
 
 def _teacher(repa: RepaConfig) -> Encoder | None:
@@ -121,6 +126,18 @@ def _teacher(repa: RepaConfig) -> Encoder | None:
             f"repa.encoder = {repa.encoder!r} has the digest {teacher.digest[:16]}…, but repa.digest = {repa.digest!r}"
         )
     return teacher
+
+
+def _standard(evaluation: EvaluationConfig) -> Standard | None:
+    if not evaluation.reference:
+        return None
+    import torch
+
+    from megapix.evaluation.standard import open_standard  # late: torch and the extractor, which no other check needs
+
+    weights = Path(evaluation.extractor_weights) if evaluation.extractor_weights else None
+    cpu = torch.device("cpu")
+    return open_standard(Path(evaluation.reference), weights, cpu, prefix="--evaluation.")
 
 
 def _check_batch(state: State, layout: BatchLayout, where: str) -> None:
@@ -141,6 +158,8 @@ def same_everywhere(world: World, p: Plan) -> None:
     mine = {key: repr(value) for key, value, _ in config.leaves(p.config) if key not in LOCAL}
     mine["machine.ds_config"] = repr(read_knobs(p.config.machine.ds_config, p.config.machine.unproven))
     mine["validation set"] = p.validation.index.digest if p.validation else "none"
+    mine["reference statistics"] = p.standard.sha256 if p.standard else "none"
+    mine["extractor weights"] = p.standard.extractor.sha256 if p.standard else "none"
     mine |= {"data set": p.located.index.digest, "checkpoint": p.saved.folder.name if p.saved else "none"}
     mine |= {"counters": repr(p.saved.state.counters) if p.saved else "none", "batch": str(p.layout)}
     everyone = gather(world, mine)

@@ -6,8 +6,8 @@
     features  float32 [M, D]    features of some of these images, evenly spread, for KID, precision and recall
     about     text              JSON: format, extractor, hash of its weights, digest of the data set
 
-`data_prep stats` writes it and `megapix evaluate` reads it; both also know ADM's reference batches, of which only `mu`
-and `sigma` are read (they are of `inception`, and have no count and no features).
+`data_prep stats` writes it, `megapix evaluate` and training read it; they also know ADM's reference batches, of which
+only `mu` and `sigma` are read (they are of `inception`, and have no count and no features).
 """
 
 from __future__ import annotations
@@ -107,20 +107,20 @@ def write_reference(path: Path, reference: Reference) -> None:
         raise InputError(f"{str(path)!r} cannot be written: {error.strerror}") from error
 
 
-def read_reference(path: Path) -> tuple[Reference, str]:
-    """A reference file and its SHA-256.
+def read_reference(path: Path, option: str = "--reference") -> tuple[Reference, str]:
+    """A reference file, which `option` names, and its SHA-256.
 
     Raises:
         InputError: no such file, or neither reference statistics nor one of ADM's reference batches.
     """
     if not path.is_file():
-        raise InputError(f"--reference {str(path)!r} is no file; 'data_prep stats SHARDS --out STATS.npz' makes one")
+        raise InputError(f"{option} {str(path)!r} is no file; 'data_prep stats SHARDS --out STATS.npz' makes one")
     try:
         with np.load(path, allow_pickle=False) as file:
             reference = _ours(file) if "about" in file else _adms(file)
     except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise InputError(f"--reference {str(path)!r}: cannot be read as reference statistics: {reason}") from error
+        raise InputError(f"{option} {str(path)!r}: cannot be read as reference statistics: {reason}") from error
     return reference, sha256_of(path)
 
 

@@ -48,7 +48,7 @@ ALLOWED = {
     "megapix.reference": {"megapix.errors", "megapix.shards"},
     "megapix.evaluation": {
         "megapix.evaluation",
-        *(f"megapix.{name}" for name in ("claim", "config", "dist", "errors", "sample", "shards", "weights")),
+        *(f"megapix.{name}" for name in ("claim", "config", "dist", "errors", "flow", "sample", "shards", "weights")),
         *STATISTICS,
     },
     "megapix.watchdog": {"megapix.dist", "megapix.errors", "megapix.stopping"},

@@ -17,35 +17,20 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from megapix.evaluation.images import Images
 from megapix.shards import write_atomic
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """Image numbers 0 to `count` - 1 in blocks of `batch`, and their files."""
+    """The files of an evaluation's images."""
 
     folder: Path
-    count: int
-    batch: int
+    images: Images
     with_pixels: bool
     """Whether a block needs its images, too."""
     png: Path | None
     """Folder where its images must be as PNG, if anywhere."""
-    classes: tuple[int, ...]
-    """Image number n has class n modulo their number."""
-
-    @property
-    def total(self) -> int:
-        """Number of blocks."""
-        return -(-self.count // self.batch)
-
-    def numbers(self, block: int) -> range:
-        """The image numbers of a block; the last may have fewer than `batch`."""
-        return range(block * self.batch, min((block + 1) * self.batch, self.count))
-
-    def label(self, number: int) -> int:
-        """The class of an image number."""
-        return self.classes[number % len(self.classes)]
 
     def done(self, block: int) -> bool:
         """Whether a block is there with everything that was asked for."""
@@ -58,13 +43,13 @@ class Blocks:
     def images_done(self) -> int:
         """Images of all blocks that are there, on any rank's account."""
         there = {path.name for path in self.folder.glob("block-*.npz")}
-        return sum(len(self.numbers(b)) for b in range(self.total) if self._scores(b).name in there)
+        return sum(len(self.images.numbers(b)) for b in range(self.images.blocks) if self._scores(b).name in there)
 
     def pngs(self, block: int) -> list[Path]:
         """Paths of a block's PNG files, none where no folder was given."""
         if self.png is None:
             return []
-        return [self.png / f"{n:06d}-{self.label(n):04d}.png" for n in self.numbers(block)]
+        return [self.png / f"{n:06d}-{self.images.label(n):04d}.png" for n in self.images.numbers(block)]
 
     def pixels(self, block: int) -> Path:
         """Path of a block's images, a uint8 array [B, H, W, 3]."""
@@ -85,7 +70,7 @@ class Blocks:
     def read(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Features [N, D] and logits [N, K] of all images in the order of their numbers."""
         features, logits = [], []
-        for block in range(self.total):
+        for block in range(self.images.blocks):
             with np.load(self._scores(block), allow_pickle=False) as file:
                 features.append(file["features"])
                 logits.append(file["logits"])

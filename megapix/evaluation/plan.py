@@ -15,8 +15,7 @@ from megapix.dist import World
 from megapix.errors import InputError
 from megapix.evaluation.manifest import Manifest, Scored, Source, read_scores, versions
 from megapix.evaluation.options import PLACES, EvaluateOptions
-from megapix.extractors import Extractor, open_extractor
-from megapix.reference import Reference, read_reference
+from megapix.evaluation.standard import Standard, open_standard
 from megapix.weights import About, Weights, load_weights
 
 COUNT, BATCH = 50_000, 64
@@ -28,8 +27,7 @@ class Plan:
 
     manifest: Manifest
     weights: Weights
-    extractor: Extractor
-    reference: Reference
+    standard: Standard
     out: Path
     recorded: Scored | None
     """What --repeat is compared with."""
@@ -69,23 +67,15 @@ def _plan(options: EvaluateOptions, recorded: Scored | None, weights: Weights, d
     path = options.reference or (Path(then.reference.path) if then else None)
     if path is None:
         raise InputError("--reference is missing: expected statistics by 'data_prep stats', or ADM's .npz file")
-    reference, reference_sha256 = read_reference(path)
-    name = then.extractor if then else options.extractor or reference.extractor
-    if name != reference.extractor:
-        raise InputError(f"--reference {str(path)!r} is of extractor {reference.extractor}, but {name} was asked for")
     extractor_path = options.extractor_weights
     if extractor_path is None and then and then.extractor_weights.path:
         extractor_path = Path(then.extractor_weights.path)
-    extractor = open_extractor(name, extractor_path, device)
-    if reference.extractor_sha256 not in ("", extractor.sha256):
-        raise InputError(
-            f"--reference {str(path)!r} was made with weights {reference.extractor_sha256[:16]}… of the extractor "
-            f"{name}, but these are {extractor.sha256[:16]}…"
-        )
+    standard = open_standard(path, extractor_path, device, then.extractor if then else options.extractor)
+    reference, extractor = standard.reference, standard.extractor
     sources = {
         "weights": Source(str(Path(about.source).resolve()), weights_sha256(weights.tensors)),
         "extractor_weights": Source(str(extractor_path.resolve()) if extractor_path else "", extractor.sha256),
-        "reference": Source(str(path.resolve()), reference_sha256),
+        "reference": Source(str(path.resolve()), standard.sha256),
     }
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     if then:
@@ -117,7 +107,7 @@ def _plan(options: EvaluateOptions, recorded: Scored | None, weights: Weights, d
             versions=versions(),
         )
     _check(manifest, about)
-    return Plan(manifest, weights, extractor, reference, _out(options), recorded)
+    return Plan(manifest, weights, standard, _out(options), recorded)
 
 
 def _sampling(options: EvaluateOptions, about: About) -> SamplingConfig:

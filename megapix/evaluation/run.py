@@ -19,6 +19,7 @@ from megapix.dist import World
 from megapix.errors import InputError, Trouble
 from megapix.evaluation.adm import write_npz
 from megapix.evaluation.blocks import Blocks
+from megapix.evaluation.images import Images, draw
 from megapix.evaluation.manifest import Manifest, Scored, read_scores, write_scores
 from megapix.evaluation.options import EvaluateOptions
 from megapix.evaluation.plan import Plan, plan
@@ -44,7 +45,8 @@ def evaluate(options: EvaluateOptions, world: World) -> int:
     p = plan(options, world, device)
     m = p.manifest
     work = p.out.with_name(f".{p.out.stem}-{m.key[:16]}.work")
-    blocks = Blocks(work, m.count, m.batch, options.npz is not None, options.images, m.classes)
+    images = Images(m.count, m.batch, m.classes, m.seed, m.size, m.sampling)
+    blocks = Blocks(work, images, options.npz is not None, options.images)
     scored = dist.together(world, lambda: _finished(p, options, blocks) if world.main else None)
     scored = dist.gather(world, scored)[0]
     if scored:
@@ -55,7 +57,7 @@ def evaluate(options: EvaluateOptions, world: World) -> int:
             _warn(p)
         with claim(work, world):
             dist.together(world, lambda: _share(m, work, world))
-            todo = dist.gather(world, [block for block in range(blocks.total) if not blocks.done(block)])[0]
+            todo = dist.gather(world, [block for block in range(images.blocks) if not blocks.done(block)])[0]
             problem = None
             try:
                 with one_thread() if device.type == "cpu" else nullcontext():
@@ -78,21 +80,15 @@ def _finished(p: Plan, options: EvaluateOptions, blocks: Blocks) -> Scored | Non
     if found.manifest.key != p.manifest.key:
         raise InputError(f"--out {str(p.out)!r} holds the scores of another evaluation: expected another file")
     whole = options.npz is None or options.npz.is_file()
-    whole = whole and all(path.is_file() for block in range(blocks.total) for path in blocks.pngs(block))
+    whole = whole and all(path.is_file() for block in range(blocks.images.blocks) for path in blocks.pngs(block))
     return found if whole else None
 
 
 def _warn(p: Plan) -> None:
     """Say what would make the scores less than they seem."""
-    m, width = p.manifest, p.extractor.width
-    for what, count in (("count", m.count), ("the reference's count", m.reference_count)):
-        if 0 < count <= width:
-            dist.warn(
-                f"{what} = {count} is not above the {width} features of {m.extractor}: the covariance of so few images "
-                "is singular, and the Fréchet distance too high; compare it only with others of the same counts"
-            )
-    if not len(p.reference.features):
-        dist.warn(f"{m.reference.path} holds no features: no KID, no precision and recall")
+    m = p.manifest
+    for caution in p.standard.cautions("count", m.count):
+        dist.warn(caution)
     if p.recorded:
         then = p.recorded.manifest
         for what, before, now in (("device", then.device, m.device), ("versions", then.versions, m.versions)):
@@ -129,27 +125,18 @@ def _text(m: Manifest) -> str:
 
 
 def _draw(p: Plan, blocks: Blocks, mine: list[int], device: torch.device, world: World) -> None:
-    """Draw this rank's blocks and write their features.
-
-    Each block is drawn as a whole batch, of which the last may be kept in part; noise is always the CPU's. So an image
-    depends on seed, number, batch and device alone.
-    """
+    """Draw this rank's blocks and write their features."""
     m = p.manifest
     net = network(p.weights, device).to(torch.bfloat16 if m.precision == "bf16" else torch.float32)
     with tqdm(total=m.count, initial=blocks.images_done(), unit="img", disable=not world.main, **_bar_style()) as bar:
         for block in mine:
-            numbers = list(range(block * m.batch, (block + 1) * m.batch))
-            labels = torch.tensor([blocks.label(n) for n in numbers], device=device)
-            noise = sample.seeded_noise(m.seed, numbers, m.size, torch.device("cpu")).to(device)
-            pixels = sample.to_uint8(sample.draw(net, noise, labels, m.sampling))
-            features, logits = p.extractor(torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous().to(device))
-            kept = len(blocks.numbers(block))
-            for path, image in zip(blocks.pngs(block), pixels, strict=False):
+            drawn = draw(blocks.images, block, net, p.standard.extractor, device)
+            for path, image in zip(blocks.pngs(block), drawn.pixels, strict=False):
                 sample.write_png(path, image)
             try:
                 if blocks.with_pixels:
-                    blocks.write_pixels(block, pixels[:kept])
-                blocks.write(block, features[:kept].float().cpu().numpy(), logits[:kept].float().cpu().numpy())
+                    blocks.write_pixels(block, drawn.pixels)
+                blocks.write(block, drawn.features, drawn.logits)
             except OSError as error:
                 raise InputError(f"--out: {str(blocks.folder)!r} cannot be written: {error.strerror}") from error
             if world.main:
@@ -166,9 +153,9 @@ def _meet(world: World, problem: str | None, group: Any) -> None:
 
 def _score(p: Plan, options: EvaluateOptions, blocks: Blocks) -> Scored:
     """Compute the scores from all blocks, and write everything."""
-    scored = Scored(p.manifest, score(*blocks.read(), p.reference))
+    scored = Scored(p.manifest, score(*blocks.read(), p.standard.reference))
     if options.npz:
-        write_npz(options.npz, blocks, p.manifest.size)
+        write_npz(options.npz, blocks)
     write_scores(p.out, scored)
     return scored
 

@@ -1,0 +1,80 @@
+"""Scores of a run at work: a few images from the EMA against reference statistics, as `megapix evaluate` scores many.
+
+The extractor stands beside the trained network: no engine, EMA or checkpoint knows of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from megapix import dist, engine
+from megapix.config import Config
+from megapix.dist import World
+from megapix.evaluation.images import Images, draw
+from megapix.evaluation.scores import score
+from megapix.evaluation.standard import Standard
+from megapix.evaluation.threads import one_thread
+
+SEED = 0
+"""Of the noise: the default of `megapix evaluate`, and not the run's, so that runs can be compared."""
+
+
+class SmallEvaluation:
+    """The images that are scored, and what they are measured by.
+
+    Args:
+        standard: its extractor is moved to `device`.
+        config: the run's resolved configuration.
+    """
+
+    def __init__(self, standard: Standard, config: Config, world: World, device: torch.device) -> None:
+        self._standard, self._world, self._device = standard, world, device
+        e, size = config.evaluation, config.data.image_size
+        classes = tuple(range(config.model.num_classes))
+        self._images = Images(e.count, e.batch, classes, SEED, (size, size), config.sampling)
+        standard.extractor.to(device)
+
+    def scores(self, engine_: Any, listen: Callable[[str], None]) -> dict[str, float]:
+        """Scalars, on every rank: each score that the reference allows. Every rank calls it.
+
+        Args:
+            listen: called with a phase, 'evaluate' before each step of the sampler and 'score' at the end, equally
+                often on every rank; an exception from it ends the evaluation.
+        """
+        # On CPUs matrix products add in another order on several threads, and ranks may have any number of them.
+        with one_thread() if self._device.type == "cpu" else nullcontext():
+            mine = self._draw(engine_, partial(listen, "evaluate"))
+        listen("score")
+        shares = dist.gather_on_main(self._world, mine)
+        row = self._score(shares) if shares else {}
+        return dist.gather(self._world, row)[0]
+
+    def _draw(self, engine_: Any, each_step: Callable[[], None]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Features and logits of this rank's blocks: every `ranks`-th one."""
+        images, mine = self._images, []
+        with engine.ema_weights(engine_) as net:
+            for block in range(self._world.rank, self._turns * self._world.size, self._world.size):
+                if block < images.blocks:
+                    drawn = draw(images, block, net, self._standard.extractor, self._device, each_step)
+                    mine.append((drawn.features, drawn.logits))
+                else:  # the last turn has no block for this rank
+                    for _ in range(images.sampling.steps):
+                        each_step()
+        return mine
+
+    @property
+    def _turns(self) -> int:
+        return -(-self._images.blocks // self._world.size)
+
+    def _score(self, shares: list[list[tuple[np.ndarray, np.ndarray]]]) -> dict[str, float]:
+        """The scores of all blocks, in their order, whoever has drawn them."""
+        blocks = [shares[block % len(shares)][block // len(shares)] for block in range(self._images.blocks)]
+        features, logits = (np.concatenate(parts) for parts in zip(*blocks, strict=True))
+        found = score(features, logits, self._standard.reference)
+        return {f"evaluation/{name}": value for name, value in found.items() if value is not None}
