@@ -317,6 +317,7 @@ def test_marks_are_complete_and_frozen() -> None:
     assert {key for key, mark in marks.items() if mark == "schedule"} == {
         *(f"optim.{k}" for k in ("lr", "lr_after", "lr_step_at", "end_at", "warmup", "grad_clip")),
         *(f"health.{k}" for k in config.HealthConfig.__dataclass_fields__),
+        *(f"repa.{k}" for k in ("weight", "stop_at")),
     }
     assert {key for key, mark in marks.items() if mark == "identity"} == {
         "seed", "init", "precision", "data.image_size", "data.flip", "data.shuffle_window",
@@ -324,6 +325,7 @@ def test_marks_are_complete_and_frozen() -> None:
         *(f"model.{k}" for k in config.ModelConfig.__dataclass_fields__),
         *(f"flow.{k}" for k in config.FlowConfig.__dataclass_fields__),
         *(f"optim.{k}" for k in ("global_batch", "beta1", "beta2", "weight_decay", "ema_decay")),
+        *(f"repa.{k}" for k in ("digest", "layer", "dtype")),
     }  # fmt: skip
 
 
