@@ -205,7 +205,7 @@ def _steps(run: Run, state: State, happened: str) -> None:
         if consensus.any_rank(world, run.stop.asked, run.device):
             raise StopRequested
 
-    with bar, closing(board):
+    with bar, closing(board), closing(batches):
         while schedule.images_seen < p.end:
             seen, start, lr = schedule.images_seen, position, schedule.get_last_lr()[0]
             step, step_loss = counters.drawn // total + 1, torch.zeros((), device=run.device)

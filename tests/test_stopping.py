@@ -66,14 +66,15 @@ def test_asked_to_stop(how: str, shards: Path, tmp_path: Path) -> None:
     assert scalars(run, "loss/train") == scalars(tmp_path / "still", "loss/train")
 
 
-def test_workers_do_not_hear_what_asks_the_run_to_stop() -> None:
+@pytest.mark.parametrize("number", ["SIGTERM", "SIGUSR1"])
+def test_workers_do_not_hear_what_asks_the_run_to_stop(number: str) -> None:
     """In a new process, since the first one that Python starts of this kind has SIGTERM unblocked."""
-    code = """
+    code = f"""
 import signal
 from megapix.data import loader
 
 loader.start_workers()
-worker = loader._context().Process(target=signal.raise_signal, args=(signal.SIGTERM,))
+worker = loader._context().Process(target=signal.raise_signal, args=(signal.{number},))
 worker.start()
 worker.join()
 print(worker.exitcode)

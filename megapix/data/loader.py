@@ -15,10 +15,11 @@ results over in order.
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass, field
 from multiprocessing import forkserver, resource_tracker
 from typing import Any
@@ -46,6 +47,8 @@ AHEAD = 16
 """Steps by which shards are fetched into the cache before they are needed."""
 REPLACEMENTS = 8
 """Samples that are tried in place of a damaged one; if all are damaged too, the shards are."""
+STOPS = (signal.SIGTERM, signal.SIGUSR1)
+"""Signals that ask a run to stop."""
 
 
 @dataclass
@@ -173,8 +176,8 @@ class MicroBatches(Dataset[Batch]):
 
 def batches(
     config: DataConfig, located: Located, seed: int, layout: BatchLayout, rank: int, position: int, skipped: Skipped
-) -> Iterator[Batch]:
-    """Endless micro batches of `rank` from `position` on.
+) -> Generator[Batch, None, None]:
+    """Endless micro batches of `rank` from `position` on. Closing it ends the workers.
 
     Raises:
         InputError: more damaged samples than `max_replaced`, or one without a replacement; names shard and key.
@@ -188,8 +191,10 @@ def batches(
         pin_memory=torch.cuda.is_available(),
         multiprocessing_context=_context() if config.workers else None,
     )
-    replaced = 0
-    for batch in loader:
+    replaced, each = 0, iter(loader)
+    atexit.unregister(_end_workers)
+    atexit.register(_end_workers)  # again for these workers: what is registered last comes first
+    for batch in each:
         if isinstance(batch, InputError):
             raise batch
         replaced += len(batch.replaced)
@@ -205,13 +210,20 @@ def start_workers() -> None:
     """Start the process that workers are forked from, so that it loads this module while the network is built.
 
     It and the workers never see a signal that asks the run to stop: a launcher sends it to all processes, and the
-    batches are needed until the ranks have agreed on a step to stop at. They end when the rank does.
+    batches are needed until the ranks have agreed on a step to stop at. They end with their rank, however it ends.
     """
     _context()
-    resource_tracker.ensure_running()  # it is started first, and unblocks SIGTERM when it is
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGUSR1))
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+    resource_tracker.ensure_running()  # unblocks SIGTERM once it has started its own process
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
     forkserver.ensure_running()
     signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _end_workers() -> None:
+    """End workers that an error has left: torch and Python would ask with the signal that they do not see, and wait."""
+    for worker in multiprocessing.active_children():
+        worker.kill()
 
 
 def _context() -> Any:
