@@ -190,12 +190,11 @@ def manifest(features: Features) -> bytes:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def read_features(folder: str | Path, index: Index) -> Features:
-    """The features in a folder, if they are of that index and each file is there in its size; reads no numbers.
+def read_manifest(folder: str | Path) -> Features:
+    """What the manifest in a folder says.
 
     Raises:
-        InputError: no such folder, no manifest in it or a damaged one, features of another data set, or a file that is
-            missing, cut short or of other features.
+        InputError: no such folder, no manifest in it, or a damaged one.
     """
     folder = Path(folder)
     shown = f"repa.features = {str(folder)!r}"
@@ -207,11 +206,22 @@ def read_features(folder: str | Path, index: Index) -> Features:
     if not path.is_file():
         raise InputError(f"{shown} has no {MANIFEST_NAME}: run its 'data_prep features' command again until it is done")
     try:
-        features, sizes = _of_manifest(folder, json.loads(path.read_bytes()))
+        return _of_manifest(folder, json.loads(path.read_bytes()))
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path}: not such a manifest, a key is missing or has a wrong value: {error}") from error
+
+
+def read_features(folder: str | Path, index: Index) -> Features:
+    """The features in a folder, if they are of that index and each file is there in its size; reads no numbers.
+
+    Raises:
+        InputError: what `read_manifest` raises, features of another data set, or a file that is missing, cut short or
+            of other features.
+    """
+    features = read_manifest(folder)
+    shown, path = f"repa.features = {str(folder)!r}", features.folder / MANIFEST_NAME
     if features.data_digest != index.digest:
         raise InputError(
             f"{shown} are of the data set {features.data_digest[:16]}…, but the shards are {index.digest[:16]}…; "
@@ -219,19 +229,13 @@ def read_features(folder: str | Path, index: Index) -> Features:
         )
     if [file.samples for file in features.files] != [entry.samples for entry in index.shards]:
         raise InputError(f"{path}: its files have other samples than the shards")
-    for file, size in zip(features.files, sizes, strict=True):
-        if size != features.bytes_of(file):
-            raise InputError(
-                f"{path}: {file.name} is listed with {size} bytes, but width {features.width} makes "
-                f"{features.bytes_of(file)}"
-            )
+    for file in features.files:
         if fault := features.fault(file):
             raise InputError(f"{shown}: {fault}; run its 'data_prep features' command again")
     return features
 
 
-def _of_manifest(folder: Path, data: Any) -> tuple[Features, list[int]]:
-    """What a manifest says, and the size that it lists for each file."""
+def _of_manifest(folder: Path, data: Any) -> Features:
     if (found := (data["format"], data["version"])) != (FORMAT, VERSION):
         raise ValueError(f"format and version are {found}, expected {(FORMAT, VERSION)}")
     files, sizes = list[FeatureFile](), list[int]()
@@ -248,7 +252,11 @@ def _of_manifest(folder: Path, data: Any) -> tuple[Features, list[int]]:
             raise ValueError(f"{key} is {data[key]!r}")
     digests = data["encoder_digest"], data["data_digest"]
     width, dtype, flip = _count(data["width"]), data["dtype"], data["flip"]
-    return Features(folder, data["encoder"], *digests, width, dtype, flip, tuple(files)), sizes
+    features = Features(folder, data["encoder"], *digests, width, dtype, flip, tuple(files))
+    for file, size in zip(files, sizes, strict=True):
+        if size != features.bytes_of(file):
+            raise ValueError(f"{file.name} has {size} bytes, but width {width} makes {features.bytes_of(file)}")
+    return features
 
 
 def _count(value: Any, least: int = 1) -> int:

@@ -62,6 +62,7 @@ ALLOWED = {
             for name in ("checkpoint", "config", "data", "dist", "doctor", "ds_config", "engine", "model", "prepare")
         ),
         "megapix.errors",
+        "megapix.features",
     },
     "megapix.data": {"megapix.data", "megapix.config", "megapix.draws", "megapix.features", *CONTRACT},
     "data_prep": {"data_prep", *CONTRACT, *STATISTICS, *FEATURES},
