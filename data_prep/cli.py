@@ -1,4 +1,7 @@
-"""The command line: `data_prep write | index | demo | verify | inspect | stats`. Bad input: one line, exit code 2."""
+"""The command line: `data_prep write | index | demo | verify | inspect | stats | features`.
+
+Bad input: one line, exit code 2.
+"""
 
 from __future__ import annotations
 
@@ -174,6 +177,29 @@ class Stats(RemoteOptions):
     """Processes that read and decode."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class MakeFeatures(RemoteOptions):
+    """A frozen encoder's features of every image, for `megapix train --repa.features`. On a GPU where there is one.
+
+    The same command goes on after an interruption: a file that is finished is not computed again.
+    """
+
+    shards: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="SHARDS")]
+    """Shard folder, or index over shards."""
+    encoder: str
+    """Folder or Hugging Face hub name of a DINOv2 (or with registers, or DINOv3 ViT), as in repa.encoder."""
+    out: Annotated[Path, tyro.conf.arg(metavar="FEATURES")]
+    """Folder for the features; give it to `megapix train` as --repa.features."""
+    dtype: Literal["bf16", "fp32"] = "bf16"
+    """Number format that the encoder computes in and its features are stored in; that of the run's repa.dtype."""
+    flip: tyro.conf.FlagCreatePairsOff[bool] = True
+    """Whether mirror images are computed too, for runs with data.flip; without them, half the time and disk."""
+    batch: int = 64
+    """Images that go through the encoder together."""
+    workers: int = CPUS
+    """Processes that read and decode."""
+
+
 Command = (
     Annotated[Write, tyro.conf.subcommand("write", prefix_name=False)]
     | Annotated[MakeIndex, tyro.conf.subcommand("index", prefix_name=False)]
@@ -181,15 +207,22 @@ Command = (
     | Annotated[Verify, tyro.conf.subcommand("verify", prefix_name=False)]
     | Annotated[Inspect, tyro.conf.subcommand("inspect", prefix_name=False)]
     | Annotated[Stats, tyro.conf.subcommand("stats", prefix_name=False)]
+    | Annotated[MakeFeatures, tyro.conf.subcommand("features", prefix_name=False)]
 )
 
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point of the console script; returns the exit code."""
     command = tyro.cli(Command, args=argv, prog="data_prep", description=DESCRIPTION)
-    run: Any = {Write: _write, Demo: _write, MakeIndex: _index, Verify: _verify, Inspect: _inspect, Stats: _stats}[
-        type(command)
-    ]
+    run: Any = {
+        Write: _write,
+        Demo: _write,
+        MakeIndex: _index,
+        Verify: _verify,
+        Inspect: _inspect,
+        Stats: _stats,
+        MakeFeatures: _features,
+    }[type(command)]
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         return int(run(command))
@@ -335,5 +368,27 @@ def _stats(command: Stats) -> int:
     print(
         f"data_prep: {command.out}: {made.extractor} of {made.moments.count:,} images, "
         f"with the features of {len(made.features):,}"
+    )
+    return 0
+
+
+def _features(command: MakeFeatures) -> int:
+    from data_prep.features import features
+
+    made, was_finished = features(
+        command.shards,
+        command.encoder,
+        command.out,
+        command.dtype,
+        command.flip,
+        command.batch,
+        command.workers,
+        _access(command),
+    )
+    samples, size = sum(file.samples for file in made.files), sum(map(made.bytes_of, made.files)) / 1e6
+    print(
+        f"data_prep: {command.out} {'was finished already' if was_finished else 'is finished'}: features of "
+        f"{samples:,} images{' and their mirror images' if made.flip else ''}, width {made.width}, {made.dtype}, "
+        f"in {len(made.files)} files, {size:.1f} MB"
     )
     return 0

@@ -3,31 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
-from data_prep.pool import check_workers, in_processes
+from data_prep.decoded import Part, in_order, open_sized
+from data_prep.pool import check_workers
 from megapix.errors import InputError
-from megapix.images import Policy, decode_indexed
 from megapix.reference import Reference, Sums, write_reference
-from megapix.shards import RECORD, TABLE_NAME, Index, SampleRecord, check_table, read_index
-from megapix.storage import Access, Storage, open_storage
-
-Part = tuple[int, int]
-"""Half-open range of samples, all of one bucket."""
-
-
-@dataclass(frozen=True)
-class Shards:
-    """Where the images of an index lie; each process opens its own storage from it."""
-
-    folder: Path
-    index: Index
-    access: Access
+from megapix.shards import Index
+from megapix.storage import Access
 
 
 def stats(
@@ -63,13 +48,8 @@ def stats(
             raise InputError(f"{option} = {value}: expected at least {least}")
     if out.is_dir():
         raise InputError(f"--out {str(out)!r} is a folder; expected a file")
-    index = read_index(folder)
-    check_table(folder, index)
-    if Policy.from_dict(index.image_policy).mode == "untouched":
-        raise InputError(
-            f"the images in {str(folder)!r} are untouched, of any size; give an index with a policy: "
-            f"data_prep index {folder} --out INDEX --size 256"
-        )
+    shards = open_sized(folder, access)
+    index = shards.index
     if index.samples < 2:
         raise InputError(f"{str(folder)!r} holds one image: expected at least 2")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -77,7 +57,7 @@ def stats(
     sums, features = Sums(net.width), []
     chosen = np.arange(min(kept, index.samples)) * index.samples // max(1, min(kept, index.samples))
     with tqdm(total=index.samples, unit="img", disable=not progress, mininterval=0.5) as bar:
-        for (start, stop), pixels in _in_order(Shards(folder, index, access), batch, workers):
+        for (start, stop), pixels in in_order(shards, list(_parts(index, batch)), workers):
             found = net(torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous().to(device))[0].cpu().numpy()
             sums.add(found)
             features.append(found[chosen[(chosen >= start) & (chosen < stop)] - start])
@@ -85,17 +65,6 @@ def stats(
     reference = Reference(sums.moments(), np.concatenate(features), net.name, net.sha256, index.digest)
     write_reference(out, reference)
     return reference
-
-
-def _in_order(shards: Shards, batch: int, workers: int) -> Iterator[tuple[Part, NDArray[np.uint8]]]:
-    """Decoded parts, uint8 [B, H, W, 3], in order: sums of floating-point numbers depend on it."""
-    waiting: dict[int, tuple[Part, NDArray[np.uint8]]] = {}
-    following = 0
-    for part, pixels in in_processes(partial(_decode, shards), _parts(shards.index, batch), workers):
-        waiting[part[0]] = (part, pixels)
-        while following in waiting:
-            yield waiting[following]
-            following = waiting.pop(following)[0][1]
 
 
 def _parts(index: Index, batch: int) -> Iterator[Part]:
@@ -110,26 +79,3 @@ def _parts(index: Index, batch: int) -> Iterator[Part]:
         while start < end:
             yield start, min(start + batch, end)
             start = min(start + batch, end)
-
-
-def _decode(shards: Shards, part: Part) -> NDArray[np.uint8]:
-    storage, index = _storage(shards.index.base or str(shards.folder), shards.access), shards.index
-    policy = Policy.from_dict(index.image_policy)
-    start, stop = part
-    with open(shards.folder / TABLE_NAME, "rb") as file:
-        file.seek(start * RECORD.size)
-        data = file.read((stop - start) * RECORD.size)
-    return np.stack([_image(storage, index, policy, SampleRecord(*row)) for row in RECORD.iter_unpack(data)])
-
-
-_storage = lru_cache(maxsize=1)(open_storage)
-"""One for each process, since it keeps its files open."""
-
-
-def _image(storage: Storage, index: Index, policy: Policy, record: SampleRecord) -> NDArray[np.uint8]:
-    entry = index.shards[record.shard]
-    try:
-        data = storage.read(entry.name, record.offset, record.size)
-        return decode_indexed(data, policy, entry.bucket, index.prepared)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{storage.where(entry.name)}: the image at byte {record.offset}: {error}") from error

@@ -153,6 +153,8 @@ class RepaConfig:
 
     encoder: str = _machine("")
     """Folder or Hugging Face hub name of a DINOv2 (or with registers, or DINOv3 ViT); empty is off."""
+    features: str = _machine("")
+    """Local folder of the encoder's features, made by `data_prep features`: instead of the encoder."""
     digest: str = _identity("")
     """SHA-256 of the encoder's sizes and weights; a run fills it in, and if it is given the encoder must have it."""
     layer: int = _identity(8)
@@ -162,9 +164,14 @@ class RepaConfig:
     stop_at: Images = _schedule("never")
     """Images seen, or epochs, from which on neither the encoder nor its loss is computed."""
     dtype: Literal["bf16", "fp32"] = _identity("bf16")
-    """Number format that the encoder computes in."""
+    """Number format that the encoder computes in, or that its features were computed in."""
     micro_batch: int = _machine(0)
     """Images that the encoder sees at once; 0 is the run's micro batch."""
+
+    @property
+    def wanted(self) -> bool:
+        """Whether there are features to align with, from an encoder or from a folder."""
+        return bool(self.encoder or self.features)
 
 
 @dataclass(frozen=True)
@@ -567,15 +574,21 @@ def validate(config: Config) -> None:
 
 
 def _validate_repa(r: RepaConfig, depth: int) -> None:
-    if not r.encoder:
+    if r.encoder and r.features:
+        raise InputError(f"repa.encoder = {r.encoder!r} and repa.features = {r.features!r}: expected one of them")
+    if not r.wanted:
         for (key, value, _), (_, default, _) in zip(leaves(r), leaves(RepaConfig()), strict=True):
             if value != default:
-                raise InputError(f"repa.{key} = {value!r} has no effect without repa.encoder; give that, too")
+                raise InputError(
+                    f"repa.{key} = {value!r} has no effect without repa.encoder or repa.features; give one of them, too"
+                )
         return
     if not 1 <= r.layer <= depth:
         raise InputError(f"repa.layer = {r.layer}: expected 1 to model.depth = {depth}")
     if r.weight <= 0:
         raise InputError(f"repa.weight = {r.weight}: expected above 0; repa.stop_at = 0 switches REPA off in a run")
+    if r.features and r.micro_batch:
+        raise InputError(f"repa.micro_batch = {r.micro_batch} has no effect with repa.features: no encoder computes")
     if r.micro_batch < 0:
         raise InputError(f"repa.micro_batch = {r.micro_batch}: expected 0 (the run's micro batch) or more")
 

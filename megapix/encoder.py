@@ -98,27 +98,27 @@ def digest(model: Any) -> str:
     return hashed.hexdigest()
 
 
-def load(name: str, dtype: Literal["bf16", "fp32"], micro_batch: int) -> Encoder:
-    """The encoder in a local folder, or of a name on the Hugging Face hub, on the CPU.
+def load(name: str, dtype: Literal["bf16", "fp32"], micro_batch: int, option: str = "repa.encoder") -> Encoder:
+    """The encoder in a local folder, or of a name on the Hugging Face hub, on the CPU; `option` is where it was named.
 
     Raises:
         InputError: no such folder or name, another kind of model, or weights that are not all there.
     """
     if not Path(name).is_dir() and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
-        raise InputError(f"repa.encoder = {name!r}: no such folder, nor a name on the hub such as {EXAMPLE!r}")
+        raise InputError(f"{option} = {name!r}: no such folder, nor a name on the hub such as {EXAMPLE!r}")
     transformers = _transformers()
     try:
         config = transformers.AutoConfig.from_pretrained(name)
         if config.model_type not in KINDS:
-            raise InputError(f"repa.encoder = {name!r} is of kind {config.model_type!r}: expected {', '.join(KINDS)}")
+            raise InputError(f"{option} = {name!r} is of kind {config.model_type!r}: expected {', '.join(KINDS)}")
         model, loading = transformers.AutoModel.from_pretrained(
             name, config=config, dtype=torch.float32, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise InputError(f"repa.encoder = {name!r}: {_first_line(error)}") from error
+        raise InputError(f"{option} = {name!r}: {_first_line(error)}") from error
     # Without its weights transformers would start with random ones, and say so in a warning.
     if lacking := sorted(str(key) for key in (*loading["missing_keys"], *loading["mismatched_keys"])):
-        raise InputError(f"repa.encoder = {name!r} lacks {len(lacking)} of the encoder's tensors: {lacking[0]}, …")
+        raise InputError(f"{option} = {name!r} lacks {len(lacking)} of the encoder's tensors: {lacking[0]}, …")
     return Encoder(model, dtype, micro_batch)
 
 

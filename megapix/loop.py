@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -32,6 +32,7 @@ from megapix.checkpoint import Counters, State
 from megapix.claim import claim
 from megapix.config import Config
 from megapix.data import loader, order
+from megapix.data.loader import Batch
 from megapix.dist import World
 from megapix.ds_config import unproven
 from megapix.errors import Trouble
@@ -117,7 +118,7 @@ def _run(p: Plan, world: World, device: torch.device, stop: StopRequest, watch: 
         loader.start_workers()
     if p.teacher:
         p.teacher.to(device)
-    alignment = Alignment(c.repa.layer, p.teacher.width) if p.teacher else None
+    alignment = Alignment(c.repa.layer, p.aligned_width) if p.aligned_width else None
     net = engine.build_network(c.model, c.seed, c.machine, alignment)
     if c.init and not p.saved:
         initial = weights.load_weights(c.init, world=world)
@@ -166,7 +167,9 @@ def _steps(run: Run, state: State, happened: str) -> None:
     p, c, e, world, saver, watch = run.plan, run.config, run.engine, run.world, run.saver, run.watch
     total, counters, skipped = p.layout.total, state.counters, state.counters.skipped
     schedule, position, saved, spikes = e.lr_scheduler, counters.position, state, state.spikes
-    batches = loader.batches(c.data, p.located, c.seed, p.layout, world.rank, position, skipped)
+    stored = p.features if repa.active(c.repa, schedule.images_seen) else None
+    draw_from = partial(loader.batches, c.data, p.located, c.seed, p.layout, world.rank)
+    batches = draw_from(position, skipped, stored)
     sentinel = Sentinel(c.health, state.recent, state.standing_out)
     skips, mean = Skips(c.health.max_skipped, state.skipped_in_a_row), metrics.Mean()
     held_out = HeldOut(p.validation, c, world, run.device) if p.validation else None
@@ -205,20 +208,25 @@ def _steps(run: Run, state: State, happened: str) -> None:
         if consensus.any_rank(world, run.stop.asked, run.device):
             raise StopRequested
 
-    with bar, closing(board), closing(batches):
+    with bar, closing(board), ExitStack() as at_end:
+        at_end.callback(lambda: batches.close())  # the last ones
         while schedule.images_seen < p.end:
             seen, start, lr = schedule.images_seen, position, schedule.get_last_lr()[0]
             step, step_loss = counters.drawn // total + 1, torch.zeros((), device=run.device)
-            teacher = p.teacher if repa.active(c.repa, seen) else None
+            aligned = repa.active(c.repa, seen)
+            if stored and not aligned:  # the workers have read ahead; from here on none reads features
+                batches.close()
+                stored, batches = None, draw_from(position, skipped)
             norms = blocks.Watch(e) if _due(c.log.blocks_every, seen, seen + total, p.end) else None
             for _ in range(p.layout.accumulation):
                 watch.note(step, "data")
                 batch = report.draw(batches)
                 images, labels = (x.to(run.device, non_blocking=True) for x in (batch.images, batch.labels))
                 watch.note(step, "backward")
-                if teacher:
+                if aligned:
+                    features = p.teacher(images) if p.teacher else _stored(batch, run.device)
                     drawn = images, labels, batch.positions, c.seed, c.flow
-                    loss, t, apart = repa.training_loss(e, teacher, *drawn)
+                    loss, t, apart = repa.training_loss(e, features, *drawn)
                     e.backward(loss.mean() + c.repa.weight * apart.mean())
                     report.add_apart(apart)
                 else:
@@ -275,6 +283,12 @@ def _steps(run: Run, state: State, happened: str) -> None:
                 _stop(run)
         watch.note(counters.drawn // total + 1, "save")
         saver.finish()
+
+
+def _stored(batch: Batch, device: torch.device) -> torch.Tensor:
+    """The features that the loader has read with the images."""
+    assert batch.features is not None, "read while REPA is active"
+    return batch.features.to(device, non_blocking=True)
 
 
 def _on_spike(run: Run, spike: Spike, state: State) -> None:

@@ -15,6 +15,7 @@ from megapix.data.locate import Located, locate
 from megapix.dist import World, agree, gather, together
 from megapix.ds_config import read_knobs
 from megapix.errors import InputError
+from megapix.features import Features, read_features
 from megapix.images import Policy
 from megapix.shards import Index, write_atomic
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 LOCAL = (
     *("out", "data.path", "validation.path", "data.cache", "data.cache_gib", "data.workers"),
-    *("repa.encoder", "repa.micro_batch", "machine.ds_config", "machine.peak_tflops"),
+    *("repa.encoder", "repa.features", "repa.micro_batch", "machine.ds_config", "machine.peak_tflops"),
     *("evaluation.reference", "evaluation.extractor_weights"),
 )
 """Options that may be others on another node. (`write_config` sees that `out` is the same folder.)"""
@@ -45,6 +46,8 @@ class Plan:
     """Schedule options, and the number of ranks, where they differ from the checkpoint's."""
     teacher: Encoder | None = None
     """REPA's frozen encoder, if there is one."""
+    features: Features | None = None
+    """Or its features, computed before."""
     standard: Standard | None = None
     """What images are measured by in training, if they are."""
 
@@ -52,6 +55,12 @@ class Plan:
     def saved(self) -> Saved | None:
         """The checkpoint to go on from, if there is one."""
         return self.choice.saved
+
+    @property
+    def aligned_width(self) -> int:
+        """Width of the features that the run is aligned with; 0 without REPA."""
+        source = self.teacher or self.features
+        return source.width if source else 0
 
     @property
     def end(self) -> int:
@@ -91,9 +100,9 @@ def plan(asked: Config, ranks: int, choice: Choice | None = None) -> Plan:
         )
     validation = _validation(asked, index)
     resolved = config.freeze(asked, index.samples)
-    teacher = _teacher(asked.repa)
-    if teacher:
-        resolved = config.replace(resolved, "repa.digest", teacher.digest)
+    teacher, features = _teacher(asked.repa), _features(asked, index)
+    if source := teacher or features:
+        resolved = config.replace(resolved, "repa.digest", source.digest)
     standard = _standard(asked.evaluation)
     run = Path(asked.out)
     _check_writable(run)
@@ -101,7 +110,7 @@ def plan(asked: Config, ranks: int, choice: Choice | None = None) -> Plan:
     if choice.saved is None:
         if asked.init and not checkpoint.exported_file(Path(asked.init)):
             checkpoint.find(Path(asked.init), World(), hashed=False)
-        return Plan(resolved, located, layout, choice, validation, [], teacher, standard)
+        return Plan(resolved, located, layout, choice, validation, [], teacher, features, standard)
     folder, state = choice.saved.folder, choice.saved.state
     _check_batch(state, layout, str(folder))
     changes = config.compare(state.config, resolved, str(folder))
@@ -112,7 +121,7 @@ def plan(asked: Config, ranks: int, choice: Choice | None = None) -> Plan:
         )
     if state.layout.ranks != ranks:
         changes.append(f"ranks: {state.layout.ranks} -> {ranks}")
-    return Plan(resolved, located, layout, choice, validation, changes, teacher, standard)
+    return Plan(resolved, located, layout, choice, validation, changes, teacher, features, standard)
 
 
 def _teacher(repa: RepaConfig) -> Encoder | None:
@@ -138,6 +147,23 @@ def _standard(evaluation: EvaluationConfig) -> Standard | None:
     weights = Path(evaluation.extractor_weights) if evaluation.extractor_weights else None
     cpu = torch.device("cpu")
     return open_standard(Path(evaluation.reference), weights, cpu, prefix="--evaluation.")
+
+
+def _features(asked: Config, index: Index) -> Features | None:
+    repa = asked.repa
+    if not repa.features:
+        return None
+    found, shown = read_features(repa.features, index), f"repa.features = {repa.features!r}"
+    if asked.data.flip and not found.flip:
+        raise InputError(
+            f"{shown} has no features of mirror images, but data.flip = True; compute them with data_prep features "
+            "without --no-flip, or give --data.no-flip"
+        )
+    if found.dtype != repa.dtype:
+        raise InputError(f"{shown} were computed in {found.dtype}, but repa.dtype = {repa.dtype!r}")
+    if repa.digest not in ("", found.digest):
+        raise InputError(f"{shown} are of the encoder {found.digest[:16]}…, but repa.digest = {repa.digest!r}")
+    return found
 
 
 def _check_batch(state: State, layout: BatchLayout, where: str) -> None:

@@ -2,8 +2,9 @@
 
     loss = mean (v_θ(x_t, t, y) - v)² + weight · mean (1 - cos(h(s_l), f(x)))
 
-s_l are the patch tokens after block l, h the projector (`model/aligned.py`), f the encoder (`encoder.py`); the second
-mean is over images and the cells of the encoder's grid. Source: arXiv 2410.06940, in the form that PixelDiT uses.
+s_l are the patch tokens after block l, h the projector (`model/aligned.py`), f the encoder (`encoder.py`), whose
+features may have been computed before (`features.py`); the second mean is over images and the cells of the encoder's
+grid. Source: arXiv 2410.06940, in the form that PixelDiT uses.
 """
 
 from __future__ import annotations
@@ -19,12 +20,6 @@ from megapix import flow
 from megapix.config import FlowConfig, RepaConfig
 
 
-class Teacher(Protocol):
-    """The frozen encoder: uint8 images [B, 3, H, W] -> features float32 [B, rows, columns, F], without gradient."""
-
-    def __call__(self, images: Tensor) -> Tensor: ...
-
-
 class Student(Protocol):
     """What the objective needs of an `AlignedPixelDiT`, wrapped in an engine or not."""
 
@@ -36,7 +31,7 @@ class Student(Protocol):
 
 def active(config: RepaConfig, images_seen: int) -> bool:
     """Whether a step that starts at `images_seen` is aligned; `config` is resolved (spans are images or 'never')."""
-    return bool(config.encoder) and (config.stop_at == "never" or images_seen < int(config.stop_at))
+    return config.wanted and (config.stop_at == "never" or images_seen < int(config.stop_at))
 
 
 def apart(projected: Tensor, features: Tensor) -> Tensor:
@@ -46,19 +41,21 @@ def apart(projected: Tensor, features: Tensor) -> Tensor:
 
 def training_loss(
     net: Student,
-    teacher: Teacher,
+    features: Tensor,
     images: Tensor,
     labels: Tensor,
     positions: NDArray[np.int64],
     seed: int,
     config: FlowConfig,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`flow.training_loss` of each sample, t, and how far its tokens are from the teacher's features: [B] float32 each.
+    """`flow.training_loss` of each sample, t, and how far its tokens are from the features: [B] float32 each.
 
     One forward pass of the network gives both.
+
+    Args:
+        features: the encoder's, of these images: [B, rows, columns, F].
     """
     asked = flow.question(images, labels, positions, seed, config, net.null_class)
-    features = teacher(images)  # [B, rows, columns, F]
     rows, columns = features.shape[1:3]
     velocity, projected = net(asked.x_t, asked.t, asked.y, grid=(rows, columns))
     return flow.squared_error(velocity, asked.target), asked.t, apart(projected, features.flatten(1, 2))

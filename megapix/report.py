@@ -28,7 +28,7 @@ class Report:
         self._layout, self._world, self._device, self._saver = layout, world, device, saver
         self._cost, self._peak = flops.training(config.model, config.data.image_size), flops.peak_of(config, device)
         self._losses, self._clock, self._spent = metrics.LossMeter(device), metrics.Clock(), Spent()
-        self._apart = metrics.DeviceMean(device) if config.repa.encoder else None
+        self._apart = metrics.DeviceMean(device) if config.repa.wanted else None
         self._replaced, self._drawn, self._stall = 0, drawn, saver.stall
 
     def draw(self, batches: Iterator[Batch]) -> Batch:
@@ -46,8 +46,8 @@ class Report:
         self._losses.add(loss, t)
 
     def add_apart(self, apart: Tensor) -> None:
-        """Take a micro batch's distances from REPA's teacher [B]; does not wait for the device."""
-        assert self._apart, "there is a distance only with an encoder"
+        """Take a micro batch's distances from REPA's features [B]; does not wait for the device."""
+        assert self._apart, "there is a distance only with REPA"
         self._apart.add(apart)
 
     def row(self, counters: Counters) -> dict[str, float]:

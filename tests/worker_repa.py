@@ -52,7 +52,8 @@ def main(shards: str, folder: str, out: str, accumulation: str, *changes: str) -
         sums = []
         for mine in positions.reshape(layout.accumulation, layout.ranks, layout.micro)[:, world.rank]:
             batch = data[mine]
-            flow, _, apart = repa.training_loss(e, teacher, batch.images, batch.labels, batch.positions, c.seed, c.flow)
+            drawn = batch.images, batch.labels, batch.positions, c.seed, c.flow
+            flow, _, apart = repa.training_loss(e, teacher(batch.images), *drawn)
             e.backward(flow.mean() + WEIGHT * apart.mean())
             e.step()
             sums.append((flow.mean().item(), apart.mean().item()))

@@ -7,6 +7,7 @@ Stage by stage, in worker processes (or, with workers = 0, in the training proce
     read.ShardReader      sample number -> encoded image and label, one read, its CRC checked
     decode.Decoder        -> uint8 image [3, H, W]; another sample's, by (seed, position), if this one is damaged
     flip                  mirrored where (seed, position) says so
+    FeatureReader         sample number, mirrored or not -> REPA's features, where they were computed before
 
 Resume contract: `batches(..., position=p)` yields exactly what a loader started at 0 yields after p positions, for any
 number of ranks and workers and any micro batch. Workers hold no state that matters; torch's DataLoader hands their
@@ -20,7 +21,7 @@ import multiprocessing
 import signal
 import time
 from collections.abc import Generator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing import forkserver, resource_tracker
 from typing import Any
 
@@ -39,6 +40,7 @@ from megapix.data.order import Positions, Skipped
 from megapix.data.read import DamagedSample, ShardReader
 from megapix.draws import Purpose
 from megapix.errors import InputError
+from megapix.features import FeatureReader, Features
 from megapix.images import Pixels
 
 PREFETCH = 4
@@ -92,10 +94,14 @@ class Batch:
     replaced: tuple[str, ...] = ()
     """What was wrong with each sample that another one stands in for."""
     spent: Spent = field(default_factory=Spent)
+    features: Tensor | None = None
+    """An encoder's features of the images, where the run reads them: bf16 or float32 [B, rows, columns, F]."""
 
     def pin_memory(self) -> Batch:
         """Page-locked copies, so that the transfer to a GPU does not wait (called by DataLoader)."""
-        return Batch(self.images.pin_memory(), self.labels.pin_memory(), self.positions, self.replaced, self.spent)
+        images, labels = self.images.pin_memory(), self.labels.pin_memory()
+        features = None if self.features is None else self.features.pin_memory()
+        return replace(self, images=images, labels=labels, features=features)
 
 
 class MicroBatches(Dataset[Batch]):
@@ -106,10 +112,14 @@ class MicroBatches(Dataset[Batch]):
         config: how it is read.
         seed: the run's seed.
         batch: positions of one step.
+        features: an encoder's features of all images, if they are to be read too.
     """
 
-    def __init__(self, located: Located, config: DataConfig, seed: int, batch: int) -> None:
+    def __init__(
+        self, located: Located, config: DataConfig, seed: int, batch: int, features: Features | None = None
+    ) -> None:
         self.located, self.config, self.seed, self.batch = located, config, seed, batch
+        self._features = FeatureReader(features) if features else None
         self._opened: tuple[ShardReader, Decoder, order.Order] | None = None
 
     def __getitem__(self, positions: Positions) -> Batch | InputError:  # type: ignore[override]
@@ -129,22 +139,37 @@ class MicroBatches(Dataset[Batch]):
     def _batch(self, positions: Positions) -> Batch:
         reader, _, places = self._open()
         mirrored = draws.uniform(self.seed, Purpose.FLIP, positions) < 0.5
+        mirrored &= self.config.flip
         spent, replaced, images, labels = Spent(), list[str](), list[Pixels](), list[int]()
-        for i, sample in enumerate(places.at(positions).tolist()):
-            image, label = self._decoded(sample, int(positions[i]), replaced, spent)
-            images.append(image[..., ::-1] if self.config.flip and mirrored[i] else image)
+        shown = list[int]()
+        for i, asked in enumerate(places.at(positions).tolist()):
+            sample, image, label = self._decoded(asked, int(positions[i]), replaced, spent)
+            images.append(image[..., ::-1] if mirrored[i] else image)
             labels.append(label)
+            shown.append(sample)
         if reader.cache:
             ahead = places.at(positions + AHEAD * self.batch)
             reader.cache.prefetch(reader.shard_of(sample) for sample in ahead.tolist())
             spent.hits, spent.misses = reader.cache.hits, reader.cache.misses
             reader.cache.hits = reader.cache.misses = 0
-        return Batch(torch.from_numpy(np.stack(images)), torch.tensor(labels), positions, tuple(replaced), spent)
+        features = self._read(shown, mirrored.tolist(), spent)
+        pixels = torch.from_numpy(np.stack(images))
+        return Batch(pixels, torch.tensor(labels), positions, tuple(replaced), spent, features)
 
-    def _decoded(self, sample: int, position: int, replaced: list[str], spent: Spent) -> tuple[Pixels, int]:
-        """The sample, or if it is damaged another one of its bucket: which, depends on seed and position alone."""
+    def _read(self, samples: list[int], mirrored: list[bool], spent: Spent) -> Tensor | None:
+        """The features of the images that are shown, the replacements among them."""
+        if self._features is None:
+            return None
+        start = time.perf_counter()
+        stacked = torch.from_numpy(np.stack(list(map(self._features.read, samples, mirrored))))
+        spent.read += time.perf_counter() - start
+        return stacked.view(torch.bfloat16) if self._features.features.dtype == "bf16" else stacked
+
+    def _decoded(self, sample: int, position: int, replaced: list[str], spent: Spent) -> tuple[int, Pixels, int]:
+        """The sample with image and label, or if it is damaged another one of its bucket: which, depends on seed and
+        position alone."""
         try:
-            return self._image(sample, spent)
+            return sample, *self._image(sample, spent)
         except DamagedSample as error:
             damaged: InputError = error
         except DamagedShard as error:
@@ -156,7 +181,7 @@ class MicroBatches(Dataset[Batch]):
         tries = np.arange(REPLACEMENTS) + REPLACEMENTS * position
         for other in (draws.bits(self.seed, Purpose.REPLACEMENT, tries) % np.uint64(count)).tolist():
             try:
-                return self._image(first + other, spent)
+                return first + other, *self._image(first + other, spent)
             except (DamagedSample, DamagedShard):
                 continue
         raise damaged
@@ -175,15 +200,24 @@ class MicroBatches(Dataset[Batch]):
 
 
 def batches(
-    config: DataConfig, located: Located, seed: int, layout: BatchLayout, rank: int, position: int, skipped: Skipped
+    config: DataConfig,
+    located: Located,
+    seed: int,
+    layout: BatchLayout,
+    rank: int,
+    position: int,
+    skipped: Skipped,
+    features: Features | None = None,
 ) -> Generator[Batch, None, None]:
-    """Endless micro batches of `rank` from `position` on. Closing it ends the workers.
+    """Endless micro batches of `rank` from `position` on, with the samples' features if some are given.
+    Closing it ends the workers.
 
     Raises:
-        InputError: more damaged samples than `max_replaced`, or one without a replacement; names shard and key.
+        InputError: more damaged samples than `max_replaced`, or one without a replacement; names shard and key. Or
+            features that cannot be read.
     """
     loader = DataLoader(
-        MicroBatches(located, config, seed, layout.total),
+        MicroBatches(located, config, seed, layout.total, features),
         batch_size=None,
         sampler=order.micro_batches(position, layout, rank, skipped, config.reading_groups),
         num_workers=config.workers,

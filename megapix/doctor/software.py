@@ -7,6 +7,7 @@ import platform
 import shutil
 import sysconfig
 import time
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from megapix.data.loader import PREFETCH
 from megapix.dist import World
 from megapix.doctor.verdict import Verdict
 from megapix.ds_config import read_knobs
+from megapix.errors import InputError
+from megapix.features import read_manifest
 
 SHM = Path("/dev/shm")
 OP_SHM = 66 * 2**20
@@ -78,7 +81,11 @@ def communication_op() -> Verdict:
 
 def shared_memory(config: Config, layout: BatchLayout, ranks_here: int) -> Verdict:
     """/dev/shm holds the op's buffers and the batches on their way from the loader's workers."""
-    batches = config.data.workers * PREFETCH * layout.micro * 3 * config.data.image_size**2
+    features = 0
+    with suppress(InputError):  # what is wrong with them is said where the command is checked
+        stored = read_manifest(config.repa.features) if config.repa.features else None
+        features = max(map(stored.row_bytes, stored.files), default=0) if stored else 0
+    batches = config.data.workers * PREFETCH * layout.micro * (3 * config.data.image_size**2 + features)
     need = ranks_here * (batches + (0 if torch.cuda.is_available() else OP_SHM))
     free = shutil.disk_usage(SHM).free
     detail = f"{free / 2**20:,.0f} MiB free in {SHM}, {need / 2**20:,.0f} MiB needed for {ranks_here} of the ranks"
