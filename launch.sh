@@ -232,22 +232,15 @@ relay() {
   done
 }
 
-# The launcher gets a process group of its own, so that one signal ends every rank of this machine: deepspeed's runner
-# does not pass SIGTERM on, and its ranks would go on alone.
-start=("$python" -m deepspeed.launcher.runner --log_level error "${where[@]}" --master_port "$port")
-start+=(--no_local_rank --module megapix "$command" "${arguments[@]}")
-set -m
-if [[ $scratch && -z $no_ssh ]]; then "${start[@]}" 2> >(relay) & else "${start[@]}" & fi
-group=$!
-set +m
-
 forced='' # the exit code of a run that was ended by force
 asked=''
+group='' # of the launcher, once it is there
 
 # Ends every rank of this run, here and, where ssh started them, on the other nodes. DeepSpeed's own way would end all
 # jobs that this user has on those nodes; the port tells this one. A launcher gives its ranks 30 seconds.
 end_now() {
   forced=$1
+  [[ $group ]] || return 0
   if [[ $scratch && -z $no_ssh ]]; then
     kill -KILL -- "-$group" 2>/dev/null || true
     ours="deepspeed[.]launcher[.]launch .*--master_port=$port "
@@ -272,6 +265,16 @@ end_soon() {
 }
 trap end_soon TERM USR1 HUP
 trap 'asked=1; end_soon' INT
+
+# The launcher gets a process group of its own, so that one signal ends every rank of this machine: deepspeed's runner
+# does not pass SIGTERM on, and its ranks would go on alone.
+start=("$python" -m deepspeed.launcher.runner --log_level error "${where[@]}" --master_port "$port")
+start+=(--no_local_rank --module megapix "$command" "${arguments[@]}")
+set -m
+if [[ $scratch && -z $no_ssh ]]; then "${start[@]}" 2> >(relay) & else "${start[@]}" & fi
+group=$!
+set +m
+[[ -z $forced ]] || end_now "$forced" # a signal has come before the launcher was there
 
 patience=40 # seconds for the other nodes, once one is done: those of a launcher and some more
 while kill -0 "$group" 2>/dev/null; do

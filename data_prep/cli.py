@@ -233,7 +233,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"data_prep: error: {str(error.filename or '')!r}: {error.strerror or error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("data_prep: interrupted; the same command goes on from here", file=sys.stderr)
+        goes_on = "starts anew" if isinstance(command, Stats) else "goes on from here"
+        print(f"data_prep: interrupted; the same command {goes_on}", file=sys.stderr)
         return 130
 
 

@@ -79,8 +79,8 @@ def in_processes(work: Callable[[J], R], jobs: Iterable[J], workers: int) -> Ite
                     yield job, future.result()
         except BrokenProcessPool as error:
             raise InputError(
-                "a worker process was killed, perhaps for want of memory; the same command, with fewer --workers, "
-                "goes on from here"
+                "a worker process was killed, perhaps for want of memory; expected room for --workers processes: give "
+                "the same command with fewer"
             ) from error
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)

@@ -11,7 +11,7 @@ from data_prep.decoded import Part, in_order, open_sized
 from data_prep.pool import check_workers
 from megapix.errors import InputError
 from megapix.reference import Reference, Sums, write_reference
-from megapix.shards import Index
+from megapix.shards import Index, check_writable
 from megapix.storage import Access
 
 
@@ -46,8 +46,7 @@ def stats(
     for option, value, least in (("--features", kept, 0), ("--batch", batch, 1)):
         if value < least:
             raise InputError(f"{option} = {value}: expected at least {least}")
-    if out.is_dir():
-        raise InputError(f"--out {str(out)!r} is a folder; expected a file")
+    check_writable("--out", out)
     shards = open_sized(folder, access)
     index = shards.index
     if index.samples < 2:

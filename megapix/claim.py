@@ -37,6 +37,21 @@ def claim(run: Path, world: World, patience: float = PATIENCE) -> Iterator[None]
 
 def _lock(run: Path, patience: float) -> IO[str]:
     path = run / LOCK_NAME
+    while True:
+        file = _locked(run, path, patience)
+        try:
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                break
+        except FileNotFoundError:
+            pass
+        file.close()  # whoever held it has removed it: a lock on it keeps nobody out
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    return file
+
+
+def _locked(run: Path, path: Path, patience: float) -> IO[str]:
     try:
         run.mkdir(parents=True, exist_ok=True)
         file = open(path, "a+")  # noqa: SIM115 - it stays open, and so locked, while the run lasts
@@ -56,9 +71,6 @@ def _lock(run: Path, patience: float) -> IO[str]:
             waiting = True
             warn(f"{path} is held by {holder}: waiting up to {patience:.0f} s for its end")
         time.sleep(0.2)
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-    file.flush()
     return file
 
 

@@ -16,6 +16,7 @@ from megapix.config import PRESETS, Config
 from megapix.dist import World
 from megapix.errors import InputError, Trouble, one_of
 from megapix.evaluation.options import EvaluateOptions
+from megapix.shards import check_writable
 
 USAGE = """usage: megapix COMMAND ...
 
@@ -205,16 +206,18 @@ def sample(arguments: list[str], world: World) -> int:
     for name in ("per_class", "batch", "zoom"):
         if getattr(options, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} = {getattr(options, name)}: expected at least 1")
-    _check_file("--out", options.out)
-    if options.singles and options.singles.exists() and not options.singles.is_dir():
-        raise InputError(f"--singles {str(options.singles)!r} is not a folder")
+    if not 0 <= options.seed < 2**63:
+        raise InputError(f"--seed = {options.seed}: expected 0 to 2^63 - 1")
+    check_writable("--out", options.out)
+    if options.singles:
+        if options.singles.exists() and not options.singles.is_dir():
+            raise InputError(f"--singles {str(options.singles)!r} is not a folder")
+        check_writable("--singles", options.singles / "0.png")
     weights = load_weights(options.path, False if options.raw else None)
-    low, high = options.interval or (weights.about.sampling.guidance_from, weights.about.sampling.guidance_to)
-    asked = {
-        k: getattr(options, k) for k in ("sampler", "steps", "guidance", "shift") if getattr(options, k) is not None
-    }
-    sampling = replace(weights.about.sampling, guidance_from=low, guidance_to=high, **asked)
-    config.validate_sampling(sampling)
+    o = options
+    sampling = config.asked_sampling(
+        weights.about.sampling, o.interval, sampler=o.sampler, steps=o.steps, guidance=o.guidance, shift=o.shift
+    )
     size = options.size or (weights.about.image_size, weights.about.image_size)
     classes = options.classes or tuple(range(min(16, weights.about.model.num_classes)))
     write_samples(
@@ -259,7 +262,7 @@ def export(arguments: list[str], world: World) -> int:
     theirs = options.format == "nvlabs"
     if options.raw and options.ema and not theirs:
         raise InputError("--ema and --raw: expected one of them")
-    _check_file("--out", options.out)
+    check_writable("--out", options.out)
     from megapix import nvlabs, weights
 
     if theirs:
@@ -307,10 +310,9 @@ def import_(arguments: list[str], world: World) -> int:
 
     released = nvlabs.read(options.checkpoint, options.ema if options.ema or options.raw else None, options.trust)
     weights = nvlabs.weights_of(released, options.image_size, options.checkpoint)
-    low, high = options.interval or (weights.about.sampling.guidance_from, weights.about.sampling.guidance_to)
-    asked = {k: getattr(options, k) for k in ("guidance", "shift") if getattr(options, k) is not None}
-    sampling = replace(weights.about.sampling, guidance_from=low, guidance_to=high, **asked)
-    config.validate_sampling(sampling)
+    sampling = config.asked_sampling(
+        weights.about.sampling, options.interval, guidance=options.guidance, shift=options.shift
+    )
     about = replace(weights.about, sampling=sampling)
     write_model(options.out, replace(weights, about=about))
     print(f"megapix: {options.out}: the {about.kind} of {about.source}: {nvlabs.describe(about.model)}")
@@ -364,16 +366,6 @@ def evaluate(arguments: list[str], world: World) -> int:
 
         _complain(error, True)
         os._exit(EXIT_LOST)
-
-
-def _check_file(option: str, path: Path) -> None:
-    """Find out before the work whether a file can be written there."""
-    if path.is_dir():
-        raise InputError(f"{option} {str(path)!r} is a folder; expected a file")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{option} {str(path)!r}: its folder cannot be made: {error.strerror}") from error
 
 
 COMMANDS = {

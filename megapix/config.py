@@ -514,11 +514,7 @@ def validate(config: Config) -> None:
 
     for key, value, _ in leaves(config):
         need(not isinstance(value, float) or math.isfinite(value), key, "a finite number")
-    for key in ("patch_size", "width", "depth", "heads", "pixel_width", "pixel_depth", "num_classes"):
-        need(getattr(m, key) >= 1, f"model.{key}", "at least 1")
-    need(m.width % m.heads == 0, "model.heads", f"a divisor of model.width = {m.width}")
-    need(m.width // m.heads % 4 == 0, "model.heads", f"model.width / heads divisible by 4, not {m.width // m.heads}")
-    need(m.pixel_width % 4 == 0, "model.pixel_width", "a multiple of 4")
+    validate_model(m)
     need(d.image_size >= 1, "data.image_size", "at least 1")
     if d.image_size % m.patch_size:
         raise InputError(
@@ -573,6 +569,24 @@ def validate(config: Config) -> None:
     need(d.path != "", "data.path", "a shard folder (--data.path SHARDS)")
 
 
+def validate_model(m: ModelConfig) -> None:
+    """Check the sizes of a network.
+
+    Raises:
+        InputError: naming key, value and what would be right.
+    """
+
+    def need(holds: bool, key: str, right: str) -> None:
+        if not holds:
+            raise InputError(f"model.{key} = {getattr(m, key)!r}: expected {right}")
+
+    for key in ("patch_size", "width", "depth", "heads", "pixel_width", "pixel_depth", "num_classes"):
+        need(getattr(m, key) >= 1, key, "at least 1")
+    need(m.width % m.heads == 0, "heads", f"a divisor of model.width = {m.width}")
+    need(m.width // m.heads % 4 == 0, "heads", f"model.width / heads divisible by 4, not {m.width // m.heads}")
+    need(m.pixel_width % 4 == 0, "pixel_width", "a multiple of 4")
+
+
 def _validate_repa(r: RepaConfig, depth: int) -> None:
     if r.encoder and r.features:
         raise InputError(f"repa.encoder = {r.encoder!r} and repa.features = {r.features!r}: expected one of them")
@@ -593,21 +607,48 @@ def _validate_repa(r: RepaConfig, depth: int) -> None:
         raise InputError(f"repa.micro_batch = {r.micro_batch}: expected 0 (the run's micro batch) or more")
 
 
-def validate_sampling(s: SamplingConfig) -> None:
-    """Check sampling options, of a run or of `megapix sample`.
+SAMPLING_OPTIONS = {
+    "steps": "--steps",
+    "guidance": "--guidance",
+    "guidance_from": "--interval's first value",
+    "guidance_to": "--interval's second value",
+    "shift": "--shift",
+}
+"""What the commands that draw images call the options of `SamplingConfig`."""
+
+
+def validate_sampling(s: SamplingConfig, names: dict[str, str] | None = None) -> None:
+    """Check sampling options; `names` are what the user calls them, if they are not a run's.
 
     Raises:
-        InputError: naming key, value and what would be right.
+        InputError: naming option, value and what would be right.
     """
+
+    def shown(name: str) -> str:
+        return f"{(names or {}).get(name, f'sampling.{name}')} = {getattr(s, name)}"
+
     if s.steps < 1:
-        raise InputError(f"sampling.steps = {s.steps}: expected at least 1")
+        raise InputError(f"{shown('steps')}: expected at least 1")
     for name in ("guidance", "guidance_from", "guidance_to", "shift"):
         if not math.isfinite(getattr(s, name)):
-            raise InputError(f"sampling.{name} = {getattr(s, name)}: expected a finite number")
+            raise InputError(f"{shown(name)}: expected a finite number")
     if s.shift <= 0:
-        raise InputError(f"sampling.shift = {s.shift}: expected above 0")
+        raise InputError(f"{shown('shift')}: expected above 0")
     if s.guidance_from > s.guidance_to:
-        raise InputError(f"sampling.guidance_from = {s.guidance_from} is above guidance_to = {s.guidance_to}")
+        raise InputError(f"{shown('guidance_from')} is above {shown('guidance_to')}")
+
+
+def asked_sampling(own: SamplingConfig, interval: tuple[float, float] | None = None, **asked: Any) -> SamplingConfig:
+    """`own` with what a command's options --interval, --guidance and so on ask for; None keeps its own.
+
+    Raises:
+        InputError: naming option, value and what would be right.
+    """
+    low, high = interval or (own.guidance_from, own.guidance_to)
+    given = {name: value for name, value in asked.items() if value is not None}
+    sampling = dataclasses.replace(own, guidance_from=low, guidance_to=high, **given)
+    validate_sampling(sampling, SAMPLING_OPTIONS)
+    return sampling
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -18,7 +18,6 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from torch import Tensor
 
 from megapix.errors import InputError
@@ -112,14 +111,18 @@ def load(name: str, dtype: Literal["bf16", "fp32"], micro_batch: int, option: st
         if config.model_type not in KINDS:
             raise InputError(f"{option} = {name!r} is of kind {config.model_type!r}: expected {', '.join(KINDS)}")
         model, loading = transformers.AutoModel.from_pretrained(
-            name, config=config, dtype=torch.float32, output_loading_info=True
+            name, config=config, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise InputError(f"{option} = {name!r}: {_first_line(error)}") from error
+        encoder = Encoder(model, dtype, micro_batch)
+    except InputError:
+        raise
+    except Exception as error:  # a foreign configuration ends in whatever its values lead to
+        missing = "" if Path(name).is_dir() else "no such folder, and as a name on the hub: "
+        raise InputError(f"{option} = {name!r}: {missing}{_said(error)}") from error
     # Without its weights transformers would start with random ones, and say so in a warning.
     if lacking := sorted(str(key) for key in (*loading["missing_keys"], *loading["mismatched_keys"])):
         raise InputError(f"{option} = {name!r} lacks {len(lacking)} of the encoder's tensors: {lacking[0]}, …")
-    return Encoder(model, dtype, micro_batch)
+    return encoder
 
 
 def _transformers() -> Any:
@@ -143,5 +146,8 @@ def _side(patch_size: Any) -> int:
     return int(patch_size)
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
+def _said(error: Exception) -> str:
+    """What an error of transformers says, in a line; of OSErrors and ValueErrors, which it raises itself, the first."""
+    if isinstance(error, (OSError, ValueError)):
+        return " ".join(str(error).strip().splitlines()[:2])
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"

@@ -14,7 +14,9 @@ from __future__ import annotations
 import math
 import os
 import pickle
+import re
 import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,6 +33,8 @@ from megapix.weights import About, Weights, appearing, check_shapes, first, shap
 
 PREFIXES = {True: "ema_denoiser.", False: "denoiser."}
 """Whether they are the EMA -> what stands before each name."""
+LEGACY = (0x1950A86A20F9469CFC6C).to_bytes(10, "little")
+"""What a torch file from before 1.6 begins with, behind a few bytes of pickle."""
 PRESETS = {"PixelDiT-B": config.pixeldit_b, "PixelDiT-L": config.pixeldit_l, "PixelDiT-XL": config.pixeldit_xl}
 
 
@@ -66,12 +70,15 @@ def read(path: Path, ema: bool | None = None, trust: bool = False) -> Released:
         if kinds[not kind]:
             raise InputError(f"{path}: no tensor begins with {PREFIXES[kind]!r}, only with {PREFIXES[not kind]!r}")
         prefixes = " or ".join(map(repr, PREFIXES.values()))
-        raise InputError(f"{path}: no tensor of its state_dict begins with {prefixes}; it holds {first(list(state))}")
+        raise InputError(
+            f"{path}: no tensor of its state_dict begins with {prefixes}; it holds {first(list(state)) or 'none'}"
+        )
     tensors = kinds[kind]
     for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor) or tensor.dtype not in flat.DTYPES or tensor.layout != torch.strided:
+        if not isinstance(tensor, Tensor) or tensor.dtype not in flat.DTYPES or not _plain(tensor):
             what = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise InputError(f"{path}: {PREFIXES[kind]}{name} is {what}; expected float32, bfloat16 or float16")
+            raise InputError(f"{path}: {PREFIXES[kind]}{name} is {what}; expected float32, bfloat16 or float16, dense")
+    tensors = {name: tensor.resolve_neg() for name, tensor in tensors.items()}
     ignored = tuple(name for name in state if not name.startswith(tuple(PREFIXES.values())))
     return Released(tensors, recognise(shapes_of(tensors), str(path)), kind, ignored)
 
@@ -79,17 +86,17 @@ def read(path: Path, ema: bool | None = None, trust: bool = False) -> Released:
 def _state_dict(path: Path, trust: bool) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"{str(path)!r} is no file; expected a released checkpoint (.ckpt)")
-    mapped = zipfile.is_zipfile(path)  # torch's files are, since 1.6
+    mapped, zipped = _check_archive(path)
     try:
         data = torch.load(path, map_location="cpu", weights_only=not trust, mmap=mapped)
     except pickle.UnpicklingError as error:
         if trust:
             raise _unreadable(path, error) from error
-        unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(path) if mapped else []
-        held = f"it needs {first(sorted(unsafe))}" if unsafe else _line(error)
+        unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipped else []
+        unsafe = sorted(unsafe) or re.findall(r"GLOBAL ([\w.]+)", str(error))
         raise InputError(
-            f"{path} holds more than tensors ({held}), and loading that may run code; if you trust whom the file is "
-            "from, add --trust"
+            f"{path} holds more than tensors{f' (it needs {first(unsafe)})' if unsafe else ''}, and loading that may "
+            "run code; if you trust whom the file is from, add --trust"
         ) from None
     except Exception as error:  # unpickling a damaged or foreign file ends in whatever its bytes lead to
         raise _unreadable(path, error) from error
@@ -98,6 +105,32 @@ def _state_dict(path: Path, trust: bool) -> dict[str, Any]:
         held = f"its keys are {first([str(key) for key in data])}" if isinstance(data, Mapping) else type(data).__name__
         raise InputError(f"{path} has no state_dict: {held}; expected a released checkpoint (.ckpt)")
     return {str(name): value for name, value in state.items()}
+
+
+def _plain(tensor: Tensor) -> bool:
+    return tensor.layout == torch.strided and not tensor.is_meta
+
+
+def _check_archive(path: Path) -> tuple[bool, bool]:
+    """Whether a torch file can be mapped into memory, and whether it is an archive, as they are since torch 1.6.
+
+    Raises:
+        InputError: it is no torch file, or a part of it is damaged, which torch would not see.
+    """
+    if not zipfile.is_zipfile(path):
+        with open(path, "rb") as file:
+            if LEGACY not in file.read(32):
+                raise InputError(f"{path} is no torch file, or not a whole one; expected a released checkpoint (.ckpt)")
+        return False, False
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+            stored = all(part.compress_type == zipfile.ZIP_STORED for part in archive.infolist())
+    except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
+        raise _unreadable(path, error) from error
+    if damaged:
+        raise InputError(f"{path} is damaged: its part {damaged!r} has another CRC; get the file again")
+    return stored, True
 
 
 def _unreadable(path: Path, error: Exception) -> InputError:

@@ -131,7 +131,10 @@ def _ours(file: Any) -> Reference:
     moments, features = _moments(file, int(file["count"])), np.asarray(file["features"], np.float32)
     if features.ndim != 2 or features.shape[1] != len(moments.mu):
         raise ValueError(f"features {features.shape} do not fit mu {moments.mu.shape}")
-    return Reference(moments, features, about["extractor"], about["extractor_sha256"], about["data_digest"])
+    says = [about[key] for key in ("extractor", "extractor_sha256", "data_digest")]
+    if not all(isinstance(text, str) for text in says):
+        raise ValueError(f"extractor, its sha256 and the data's digest are {says}, expected texts")
+    return Reference(moments, features, *says)
 
 
 def _adms(file: Any) -> Reference:
@@ -143,6 +146,8 @@ def _adms(file: Any) -> Reference:
 
 def _moments(file: Any, count: int) -> Moments:
     mu, sigma = np.asarray(file["mu"], np.float64), np.asarray(file["sigma"], np.float64)
-    if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)) or not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
+    if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
         raise ValueError(f"mu {mu.shape} and sigma {sigma.shape} are not a mean and its covariance")
+    if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
+        raise ValueError("mu or sigma holds numbers that are not finite")
     return Moments(mu, sigma, count)

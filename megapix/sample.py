@@ -137,7 +137,8 @@ def write_samples(
     """Draw `per_class` images of each class and write the grid, one class a row, and perhaps single files.
 
     Raises:
-        InputError: a class that does not exist, or a size that the patch size does not divide.
+        InputError: a class that does not exist, a size that the patch size does not divide, images that are not
+            finite, or a file that cannot be written.
     """
     for c in classes:
         if not 0 <= c < weights.about.model.num_classes:
@@ -152,12 +153,20 @@ def write_samples(
     for start in range(0, len(labels), batch):
         some = labels[start : start + batch]
         noise = seeded_noise(seed, list(range(start, start + len(some))), size, device)
-        parts.append(to_uint8(draw(net, noise, some, config)))
+        drawn = draw(net, noise, some, config)
+        if not drawn.isfinite().all():
+            raise InputError(not_finite(weights.about.source))
+        parts.append(to_uint8(drawn))
     images = np.concatenate(parts)
     write_png(out, grid(images, per_class), zoom)
     if singles:
         for number, (label, image) in enumerate(zip(labels.tolist(), images, strict=True)):
             write_png(singles / f"{label:04d}-{number:06d}.png", image)
+
+
+def not_finite(source: str) -> str:
+    """What is said where a network draws something else than numbers."""
+    return f"{source}: its images are not finite: the weights have diverged, or are too large for this precision"
 
 
 def to_uint8(images: Tensor) -> np.ndarray:

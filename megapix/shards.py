@@ -34,6 +34,7 @@ import json
 import os
 import re
 import struct
+import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -148,11 +149,31 @@ def write_index(folder: Path, index: Index) -> None:
 def write_atomic(path: Path, data: bytes) -> None:
     """Write a whole file beside `path`, sync it to disk and rename it into place."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def check_writable(option: str, path: Path) -> None:
+    """Find out before the work whether a file can be written at `path`; its folder is made.
+
+    Raises:
+        InputError: it cannot; names `option`.
+    """
+    if path.is_dir():
+        raise InputError(f"{option} {str(path)!r} is a folder; expected a file")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise InputError(f"{option} {str(path)!r}: nothing can be written there: {error.strerror}") from error
 
 
 def read_index(folder: str | Path) -> Index:

@@ -144,8 +144,12 @@ def write_model(out: Path, weights: Weights) -> None:
     Raises:
         InputError: `out` is there and not empty, or cannot be written.
     """
-    out = Path(os.path.abspath(out))
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    out = Path(os.path.realpath(out))
+    try:
+        taken = out.exists() and (not out.is_dir() or any(out.iterdir()))
+    except OSError as error:
+        raise InputError(f"--out {str(out)!r} cannot be written: {error.strerror}") from error
+    if taken:
         raise InputError(f"--out {str(out)!r} exists already; expected a new or empty folder")
     about = config.to_dict(weights.about)
     run = {"model": about["model"], "data": {"image_size": about["image_size"]}, "sampling": about["sampling"]}
@@ -257,7 +261,8 @@ def _read_export(path: Path, ema: bool | None) -> Weights:
                 raise InputError(f"{path} holds {kinds[about.ema]} weights, but the {kinds[ema]} ones were asked for")
             return Weights({name: file.get_tensor(name) for name in file.keys()}, about)  # noqa: SIM118
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path}: cannot be read as exported weights: {error}") from error
+        hint = "; megapix import reads the authors' checkpoints" if path.suffix in (".ckpt", ".pt", ".pth") else ""
+        raise InputError(f"{path}: cannot be read as exported weights: {error}{hint}") from error
 
 
 def _parsed(data: dict[str, Any], path: Path) -> About:
@@ -265,6 +270,10 @@ def _parsed(data: dict[str, Any], path: Path) -> About:
     if not isinstance(size, int):
         raise ValueError(f"image_size is {size!r}, not a number of pixels")
     model = config.from_dict(ModelConfig, data["model"], str(path))
+    try:
+        config.validate_model(model)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
     sampling = config.from_dict(SamplingConfig, data["sampling"], str(path))
     classes = tuple(data["classes"])
     return About(model, sampling, size, classes, data["ema"], str(path), data["images_seen"])

@@ -331,6 +331,10 @@ def reference_of(extractor: str, sha256: str, width: int):  # type: ignore[no-un
         (other_reference, "reference '{folder}/other.npz' have sha256"),
         (lambda *_: ["--seed", "0"], "--seed goes not with --repeat: {folder}/score.json says it"),
         (lambda *_: ["--raw"], "--raw goes not with --repeat"),
+        (
+            lambda _, folder: ["--out", folder / "score.json"],
+            "--out '{folder}/score.json' is what --repeat",
+        ),
         (lambda *_: ["--reference", "gone.npz"], "--reference 'gone.npz' is no file"),
     ],
 )
@@ -368,7 +372,8 @@ def test_no_manifest(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[st
         (["--count", "1"], "--count = 1: expected at least 2"),
         (["--batch", "0"], "--batch = 0: expected at least 1"),
         (["--seed", "-1"], "--seed = -1: expected 0 to 2^63 - 1"),
-        (["--steps", "0"], "sampling.steps = 0: expected at least 1"),
+        (["--steps", "0"], "--steps = 0: expected at least 1"),
+        (["--interval", "0.9", "0.1"], "--interval's first value = 0.9 is above --interval's second value = 0.1"),
         (["--size", "16", "18"], "--size 16 18: expected multiples of the patch size 4"),
         (["--raw"], "holds EMA weights, but the raw ones were asked for"),
         (["--extractor", "inception"], "is of extractor effnet_lite0, but inception was asked for"),
@@ -396,6 +401,7 @@ def test_bad_options(
     ("make", "words"),
     [
         (reference_of("effnet_lite0", "d" * 64, 1280), "was made with weights dddddddddddddddd… of the extractor"),
+        (reference_of("effnet_lite0", "", 7), "is of 7 features, but effnet_lite0 has 1280"),
         (reference_of("mine", "", 7), "extractor 'mine' does not exist (one of: effnet_lite0, inception)"),
         (reference_of("inception", "", 2048), "extractor inception needs --extractor-weights FILE"),
     ],

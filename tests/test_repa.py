@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -366,6 +367,11 @@ def another_kind(folder: Path) -> None:
     transformers.ViTModel(transformers.ViTConfig(**encoders.SIZES, intermediate_size=48)).save_pretrained(folder)
 
 
+def without_patches(folder: Path) -> None:
+    config_file = folder / "config.json"
+    config_file.write_text(re.sub('"patch_size": 14', '"patch_size": 0', config_file.read_text()))
+
+
 BAD: dict[str, tuple[list[str], Any, tuple[str, ...]]] = {
     "no such folder": (["--repa.encoder", "./nowhere"], None, ("repa.encoder = './nowhere': no such folder",)),
     "empty folder": ([], lambda folder: (folder / "config.json").unlink(), ("repa.encoder = ", "config.json")),
@@ -373,6 +379,7 @@ BAD: dict[str, tuple[list[str], Any, tuple[str, ...]]] = {
     "not JSON": ([], lambda folder: (folder / "config.json").write_text("{"), ("repa.encoder = ", "valid JSON")),
     "cut weights": ([], truncated, ("repa.encoder = ", "file not fully covered")),
     "a tensor less": ([], one_tensor_less, ("lacks 1 of the encoder's tensors: layernorm.bias",)),
+    "no patches": ([], without_patches, ("repa.encoder = ", "ZeroDivisionError")),
     "another kind": ([], another_kind, ("is of kind 'vit'", "dinov2_with_registers")),
     "layer": (["--repa.layer", "3"], None, ("repa.layer = 3: expected 1 to model.depth = 2",)),
     "layer zero": (["--repa.layer", "0"], None, ("repa.layer = 0",)),

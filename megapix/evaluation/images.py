@@ -55,6 +55,8 @@ class Drawn:
     """[B, D]"""
     logits: NDArray[np.float32]
     """[B, K]"""
+    finite: bool
+    """Whether the network's images held numbers alone."""
 
 
 def draw(
@@ -75,7 +77,8 @@ def draw(
     numbers = list(range(block * images.batch, (block + 1) * images.batch))
     labels = torch.tensor([images.label(n) for n in numbers], device=device)
     noise = sample.seeded_noise(images.seed, numbers, images.size, torch.device("cpu")).to(device)
-    pixels = sample.to_uint8(sample.draw(net, noise, labels, images.sampling, each_step))
+    drawn = sample.draw(net, noise, labels, images.sampling, each_step)
+    finite, pixels = bool(drawn.isfinite().all()), sample.to_uint8(drawn)
     features, logits = extractor(torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous().to(device))
     kept = len(images.numbers(block))
-    return Drawn(pixels[:kept], features[:kept].float().cpu().numpy(), logits[:kept].float().cpu().numpy())
+    return Drawn(pixels[:kept], features[:kept].float().cpu().numpy(), logits[:kept].float().cpu().numpy(), finite)

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from megapix import config, dist
-from megapix.config import SamplingConfig
 from megapix.dist import World
 from megapix.errors import InputError
 from megapix.evaluation.manifest import Manifest, Scored, Source, read_scores, versions
 from megapix.evaluation.options import PLACES, EvaluateOptions
 from megapix.evaluation.standard import Standard, open_standard
+from megapix.shards import check_writable
 from megapix.weights import About, Weights, load_weights
 
 COUNT, BATCH = 50_000, 64
@@ -91,7 +91,14 @@ def _plan(options: EvaluateOptions, recorded: Scored | None, weights: Weights, d
             weights=sources["weights"],
             ema=about.ema,
             images_seen=about.images_seen,
-            sampling=_sampling(options, about),
+            sampling=config.asked_sampling(
+                about.sampling,
+                options.interval,
+                sampler=options.sampler,
+                steps=options.steps,
+                guidance=options.guidance,
+                shift=options.shift,
+            ),
             size=options.size or (about.image_size, about.image_size),
             classes=tuple(range(about.model.num_classes)) if options.classes is None else options.classes,
             count=COUNT if options.count is None else options.count,
@@ -108,13 +115,6 @@ def _plan(options: EvaluateOptions, recorded: Scored | None, weights: Weights, d
         )
     _check(manifest, about)
     return Plan(manifest, weights, standard, _out(options), recorded)
-
-
-def _sampling(options: EvaluateOptions, about: About) -> SamplingConfig:
-    names = ("sampler", "steps", "guidance", "shift")
-    asked = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
-    low, high = options.interval or (about.sampling.guidance_from, about.sampling.guidance_to)
-    return replace(about.sampling, guidance_from=low, guidance_to=high, **asked)
 
 
 def _check(manifest: Manifest, about: About) -> None:
@@ -138,9 +138,11 @@ def _out(options: EvaluateOptions) -> Path:
     out = options.out or Path("score.json")
     if options.repeat and not options.out:
         out = options.repeat.with_name(f"{options.repeat.stem}-repeated.json")
+    if options.repeat and out.resolve() == options.repeat.resolve():
+        raise InputError(f"--out {str(out)!r} is what --repeat is compared with; expected another file")
     for option, path in (("--out", out), ("--npz", options.npz)):
-        if path and path.is_dir():
-            raise InputError(f"{option} {str(path)!r} is a folder; expected a file")
+        if path:
+            check_writable(option, path)
     if options.images and options.images.exists() and not options.images.is_dir():
         raise InputError(f"--images {str(options.images)!r} is not a folder")
     return out

@@ -47,29 +47,43 @@ def evaluate(options: EvaluateOptions, world: World) -> int:
     work = p.out.with_name(f".{p.out.stem}-{m.key[:16]}.work")
     images = Images(m.count, m.batch, m.classes, m.seed, m.size, m.sampling)
     blocks = Blocks(work, images, options.npz is not None, options.images)
-    scored = dist.together(world, lambda: _finished(p, options, blocks) if world.main else None)
-    scored = dist.gather(world, scored)[0]
-    if scored:
-        world.say(f"{p.out} is finished")
-    else:
-        dist.together(world, lambda: _make_folders(p, options, work) if world.main else None)
+
+    def finished() -> Scored | None:
+        found = dist.together(world, lambda: _finished(p, options, blocks) if world.main else None)
+        if found := dist.gather(world, found)[0]:
+            world.say(f"{p.out} is finished: nothing was drawn; another --out evaluates anew")
+        return found
+
+    scored = finished()
+    if not scored:
         if world.main:
             _warn(p)
         with claim(work, world):
-            dist.together(world, lambda: _share(m, work, world))
-            todo = dist.gather(world, [block for block in range(images.blocks) if not blocks.done(block)])[0]
-            problem = None
-            try:
-                with one_thread() if device.type == "cpu" else nullcontext():
-                    _draw(p, blocks, todo[world.rank :: world.size], device, world)
-            except InputError as error:
-                problem = str(error)
-            _meet(world, problem, group)
-            scored = dist.together(world, lambda: _score(p, options, blocks) if world.main else None, group)
+            # The same command may have held the folder until now.
+            scored = finished() or _draw_and_score(p, options, blocks, device, world, group)
+            if world.main:
+                shutil.rmtree(work, ignore_errors=True)  # what should be left of it costs room alone
     if world.main and scored:
-        shutil.rmtree(work, ignore_errors=True)  # what should be left of it costs room alone
         _say(p, scored, world)
     return dist.gather(world, _differs(p.recorded, scored) if world.main and scored else 0)[0]
+
+
+def _draw_and_score(
+    p: Plan, options: EvaluateOptions, blocks: Blocks, device: torch.device, world: World, group: Any
+) -> Scored | None:
+    """Draw the blocks that are missing, each rank its share; the scores on rank 0."""
+    dist.together(world, lambda: _make_folders(p, options, blocks.folder) if world.main else None)
+    dist.together(world, lambda: _share(p.manifest, blocks.folder, world))
+    missing = [block for block in range(blocks.images.blocks) if not blocks.done(block)]
+    todo = dist.gather(world, missing)[0]
+    problem = None
+    try:
+        with one_thread() if device.type == "cpu" else nullcontext():
+            _draw(p, blocks, todo[world.rank :: world.size], device, world)
+    except InputError as error:
+        problem = str(error)
+    _meet(world, problem, group)
+    return dist.together(world, lambda: _score(p, options, blocks) if world.main else None, group)
 
 
 def _finished(p: Plan, options: EvaluateOptions, blocks: Blocks) -> Scored | None:
@@ -97,11 +111,7 @@ def _warn(p: Plan) -> None:
 
 
 def _make_folders(p: Plan, options: EvaluateOptions, work: Path) -> None:
-    for option, folder in (
-        ("--out", work),
-        ("--images", options.images),
-        ("--npz", options.npz.parent if options.npz else None),
-    ):
+    for option, folder in (("--out", work), ("--images", options.images)):
         try:
             if folder:
                 folder.mkdir(parents=True, exist_ok=True)
@@ -131,6 +141,8 @@ def _draw(p: Plan, blocks: Blocks, mine: list[int], device: torch.device, world:
     with tqdm(total=m.count, initial=blocks.images_done(), unit="img", disable=not world.main, **_bar_style()) as bar:
         for block in mine:
             drawn = draw(blocks.images, block, net, p.standard.extractor, device)
+            if not drawn.finite:
+                raise InputError(sample.not_finite(m.weights.path))
             for path, image in zip(blocks.pngs(block), drawn.pixels, strict=False):
                 sample.write_png(path, image)
             try:
@@ -154,6 +166,7 @@ def _meet(world: World, problem: str | None, group: Any) -> None:
 def _score(p: Plan, options: EvaluateOptions, blocks: Blocks) -> Scored:
     """Compute the scores from all blocks, and write everything."""
     scored = Scored(p.manifest, score(*blocks.read(), p.standard.reference))
+    _finished(p, options, blocks)  # another evaluation may have written there meanwhile
     if options.npz:
         write_npz(options.npz, blocks)
     write_scores(p.out, scored)

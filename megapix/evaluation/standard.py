@@ -64,4 +64,6 @@ def open_standard(
             f"{option} {str(path)!r} was made with weights {reference.extractor_sha256[:16]}… of the extractor "
             f"{name}, but these are {opened.sha256[:16]}…"
         )
+    if (width := len(reference.moments.mu)) != opened.width:
+        raise InputError(f"{option} {str(path)!r} is of {width} features, but {name} has {opened.width}")
     return Standard(path, sha256, reference, opened)
