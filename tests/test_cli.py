@@ -317,6 +317,7 @@ def test_marks_are_complete_and_frozen() -> None:
     assert {key for key, mark in marks.items() if mark == "schedule"} == {
         *(f"optim.{k}" for k in ("lr", "lr_after", "lr_step_at", "end_at", "warmup", "grad_clip")),
         *(f"health.{k}" for k in config.HealthConfig.__dataclass_fields__),
+        *("repa.weight", "repa.stop_at"),
     }
     assert {key for key, mark in marks.items() if mark == "identity"} == {
         "seed", "init", "precision", "data.image_size", "data.flip", "data.shuffle_window",
