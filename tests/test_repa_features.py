@@ -335,18 +335,31 @@ def test_a_run_with_features_is_the_run_with_the_encoder(
     assert saved(run).state.config.repa.digest == saved(online).state.config.repa.digest
 
 
-def test_a_run_goes_on_with_features_and_reads_none_in_the_end(
+def test_a_run_goes_on_with_features(
     shards_32: Path, teacher_folder: Path, stored: Path, online: Path, tmp_path: Path
 ) -> None:
-    """Begun with the encoder; from the step on at which REPA stops, features that cannot be read do no harm."""
+    run = tmp_path / "run"
+    succeed(1, "megapix", command(shards_32, run, "--repa.encoder", str(teacher_folder), end=3))
+    (rank,) = succeed(1, "megapix", command(shards_32, run, "--repa.features", str(stored)))
+    assert "going on from" in rank.out
+    assert_same_run(run, online)
+
+
+@pytest.mark.long
+def test_from_the_step_on_at_which_repa_stops_no_features_are_read(
+    shards_32: Path, stored: Path, online: Path, tmp_path: Path
+) -> None:
+    """Those that could not be read then do no harm, while they do one step before."""
     run, spoilt = tmp_path / "run", Path(shutil.copytree(stored, tmp_path / "spoilt"))
     for path in spoilt.glob("features-*.safetensors"):
         data = path.read_bytes()
         path.write_bytes(data[: len(data) // 2] + bytes(len(data) - len(data) // 2))
-    succeed(1, "megapix", command(shards_32, run, "--repa.encoder", str(teacher_folder), end=3))
+    succeed(1, "megapix", command(shards_32, run, "--repa.features", str(stored), end=STOP_AT - 1))
+    (rank,) = start(1, "megapix", command(shards_32, run, "--repa.features", str(spoilt), end=STOP_AT))
+    assert rank.code == 2
+    assert "are not those that were written" in rank.err
     for end, folder in ((STOP_AT, stored), (END, spoilt)):
-        (rank,) = succeed(1, "megapix", command(shards_32, run, "--repa.features", str(folder), end=end))
-        assert "going on from" in rank.out
+        succeed(1, "megapix", command(shards_32, run, "--repa.features", str(folder), end=end))
     assert_same_run(run, online)
 
 
