@@ -247,7 +247,7 @@ def test_reshard_and_export_refuse_bad_input(trained: Path, tmp_path: Path, caps
 
 
 @pytest.mark.parametrize(
-    ("ranks", "precision"), [(1, "fp32"), (1, "bf16"), pytest.param(4, "bf16", marks=pytest.mark.long)]
+    ("ranks", "precision"), [(1, "fp32"), *(pytest.param(n, "bf16", marks=pytest.mark.long) for n in (1, 4))]
 )
 def test_every_number_of_ranks_loads_the_same_bits(ranks: int, precision: str, shards: Path, tmp_path: Path) -> None:
     """Two ranks save; others load, and gather masters, both moments and the EMA of every parameter."""

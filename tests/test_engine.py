@@ -86,7 +86,7 @@ def test_losses_do_not_depend_on_the_number_of_ranks(trained: dict[int, Path]) -
 
 
 @pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.long), 2])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.long)])
 def test_the_sharded_ema_equals_a_dense_one_bit_for_bit(ranks: int, precision: str, shards: Path) -> None:
     succeed(ranks, "tests.worker_ema", [precision, shards])
 
@@ -195,6 +195,7 @@ def test_bf16_with_pixel_checkpointing_and_accumulation(shards: Path, tmp_path: 
     assert (pictures[0].width, pictures[0].height) == (2 + 2 * 18, 2 + 3 * 18)
 
 
+@pytest.mark.long
 def test_grid_does_not_depend_on_the_number_of_ranks(shards: Path, tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

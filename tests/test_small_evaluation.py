@@ -77,6 +77,7 @@ def test_the_scores_are_those_of_the_command(trained: Trained, stats: Path, tmp_
     assert fd[10] != fd[20], "the weights have moved meanwhile"
 
 
+@pytest.mark.long
 def test_one_rank_says_the_same(trained: Trained, shards: Path, stats: Path, tmp_path: Path) -> None:
     """One step from that run's EMA, too small to move a weight, so that both score the same ones."""
     still = ["--init", str(trained.folder), "--optim.lr", "1e-30", "--optim.end-at", str(STEP_BATCH)]
