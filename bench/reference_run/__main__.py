@@ -17,7 +17,7 @@ from bench.reference_run.train import VARIANTS, train
 
 RESULTS = Path(__file__).parent / "results"
 SCORE = "fd_effnet_lite0"
-DRAW = ["--count", "1000", "--sampler", "ab2", "--steps", "16", "--guidance", "1"]
+DRAW = ["--count", "500", "--sampler", "ab2", "--steps", "16", "--guidance", "1"]
 """How the scored images are drawn."""
 
 
@@ -33,14 +33,19 @@ def main() -> None:
     data = prepare(options.dataset, work, options.files)
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # two trainings at a time, each on a core of its own
     with ThreadPoolExecutor(2) as pool:
-        found = list(pool.map(lambda variant: measure(variant, data, work), options.variants))
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{options.dataset}.json"
-    results = json.loads(path.read_text()) if path.is_file() else {}
-    results |= dict(zip(options.variants, found, strict=True))
-    path.write_text(json.dumps({name: results[name] for name in VARIANTS if name in results}, indent=1) + "\n")
+        measured = {variant: pool.submit(measure, variant, data, work) for variant in options.variants}
+        for variant, future in measured.items():
+            keep(options.dataset, variant, future.result())
     for seen, grid in grids(data, work, options.variants[0]).items():
         shutil.copy(grid, RESULTS / f"{options.dataset}-{seen:06d}.png")
+
+
+def keep(dataset: str, variant: str, found: dict[str, Any]) -> None:
+    """Put a variant's results into the data set's file."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{dataset}.json"
+    results = (json.loads(path.read_text()) if path.is_file() else {}) | {variant: found}
+    path.write_text(json.dumps({name: results[name] for name in VARIANTS if name in results}, indent=1) + "\n")
 
 
 def measure(variant: str, data: Data, work: Path) -> dict[str, Any]:

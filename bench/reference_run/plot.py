@@ -29,7 +29,7 @@ def main() -> None:
                 middle.plot(*points(found["validation/loss_ema"]), label=variant, marker=".")
             score = {seen: scores[SCORE] for seen, scores in found["scores"].items()}
             right.plot(*points(score), label=variant, marker="o")
-        titles = (f"training loss, mean of {WINDOW * 320} images", "held-out loss of the EMA", f"{SCORE}, 1,000 images")
+        titles = (f"training loss, mean of {WINDOW * 320} images", "held-out loss of the EMA", f"{SCORE}, 500 images")
         for axis, title in zip((left, middle, right), titles, strict=True):
             axis.set(title=f"{name}: {title}", xlabel="images seen")
             axis.axvline(LR_STEP, color="grey", linestyle=":", label="learning rate / 10")
