@@ -15,7 +15,7 @@ from tests.runs import STEP_BATCH, arguments, scalars
     [
         pytest.param(1, "fp32", "post", "none", marks=pytest.mark.long),
         (2, "fp32", "pre", "full"),
-        (2, "bf16", "post", "full"),
+        pytest.param(2, "bf16", "post", "full", marks=pytest.mark.long),
     ],
 )
 def test_norms_are_those_of_a_plain_process(

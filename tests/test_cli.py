@@ -467,6 +467,7 @@ def test_launcher_without_a_gpu_that_works(broken: bool, own_shards: Path, tmp_p
     assert done.stderr.startswith("launch.sh: error: PYTHON = 'no-such-python': expected an interpreter")
 
 
+@pytest.mark.long
 def test_torchrun_starts_it_too(own_shards: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "megapix"]
     command += [*arguments(own_shards, tmp_path / "run"), "--optim.end-at", "16"]
@@ -584,7 +585,7 @@ def test_sample_refuses_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[
         ([str(file), "--classes", "0", "3"], "class 3 does not exist: expected 0 to 2"),
         ([str(file), "--size", "18", "16"], "size 18x16: expected multiples of the patch size 4"),
         ([str(file), "--size", "0", "0"], "size 0x0: expected multiples of the patch size 4"),
-        ([str(file), "--guidance", "nan"], "sampling.guidance = nan: expected a finite number"),
+        ([str(file), "--guidance", "nan"], "--guidance = nan: expected a finite number"),
         ([str(file), "--out", str(tmp_path)], "is a folder; expected a file"),
         ([str(file), "--out", str(file / "x.png")], "its folder cannot be made"),
         ([str(file), "--singles", str(file)], "is not a folder"),

@@ -211,6 +211,7 @@ def test_grid_does_not_depend_on_the_number_of_ranks(shards: Path, tmp_path: Pat
     assert np.abs(pictures[0].astype(int) - pictures[1].astype(int)).max() <= 1
 
 
+@pytest.mark.long
 def test_more_ranks_than_images_in_the_grid(shards: Path, tmp_path: Path) -> None:
     options = ["--optim.end-at", "8", "--log.samples-every", "8", "--log.grid-columns", "1", "--log.grid-classes", "1"]
     options += ["--sampling.sampler", "heun"]  # twice the evaluations, but as many meetings of the ranks

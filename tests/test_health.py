@@ -159,6 +159,7 @@ def drawn(record: Path) -> set[int]:
     return {int(position) for line in lines for position in line[1:]}
 
 
+@pytest.mark.long
 def test_warn_says_it_and_goes_on(poisoned: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     done = succeed(2, "megapix", arguments(poisoned, run, *SPIKES, "--checkpoint.keep", "1"))

@@ -198,7 +198,7 @@ def test_adms_reference_batches_are_read(tmp_path: Path) -> None:
     [
         ({"mu": np.ones(4), "sigma": np.eye(4)}, "mu has 4 numbers, but those of ADM's reference batches have 2048"),
         ({"mu": np.ones(2048), "sigma": np.eye(4)}, "not a mean and its covariance"),
-        ({"mu": np.full(2048, np.nan), "sigma": np.eye(2048)}, "not a mean and its covariance"),
+        ({"mu": np.full(2048, np.nan), "sigma": np.eye(2048)}, "holds numbers that are not finite"),
         ({"arr_0": np.ones(4)}, "mu"),
         ({"about": np.array('{"format": "other", "version": 9}')}, "('other', 9), expected ('megapix-stats', 1)"),
         ({"about": np.array("[1]")}, "list indices"),
