@@ -587,7 +587,7 @@ def test_sample_refuses_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[
         ([str(file), "--size", "0", "0"], "size 0x0: expected multiples of the patch size 4"),
         ([str(file), "--guidance", "nan"], "--guidance = nan: expected a finite number"),
         ([str(file), "--out", str(tmp_path)], "is a folder; expected a file"),
-        ([str(file), "--out", str(file / "x.png")], "its folder cannot be made"),
+        ([str(file), "--out", str(file / "x.png")], "nothing can be written there"),
         ([str(file), "--singles", str(file)], "is not a folder"),
         ([str(cut)], "cut.safetensors: cannot be read as exported weights"),
         ([str(foreign)], "has no 'megapix' in its metadata"),
@@ -603,5 +603,5 @@ def test_sample_refuses_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert not (tmp_path / "grid.png").exists()
     assert cli.main(["export", str(file), "--out", str(file / "below")]) == 2
     error = capsys.readouterr().err
-    assert "its folder cannot be made" in error
+    assert "nothing can be written there" in error
     assert error.count("\n") == 1
