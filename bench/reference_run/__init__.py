@@ -4,5 +4,5 @@
     python -m bench.reference_run openmoji --work WORK
     python -m bench.reference_run.plot                          draw docs/reference-run.png from both
 
-The same command goes on after an interruption. docs/reference-run.md says what is compared and shows the results.
+The same command goes on after an interruption, but for the plain loop, which starts anew.
 """

@@ -1,4 +1,4 @@
-"""Draw docs/reference-run.png from the results: python -m bench.reference_run.plot"""
+"""Draw docs/reference-run.png from the results, and print the document's tables: python -m bench.reference_run.plot"""
 
 from __future__ import annotations
 
@@ -37,6 +37,24 @@ def main() -> None:
         left.set_ylim(top=sorted(found["loss/train"].values())[-6])
         right.set_yscale("log")
     figure.savefig(OUT, dpi=80)
+    for name, results in sets.items():
+        print(f"\n{name}\n")
+        print("\n".join(table(results)))
+
+
+def table(results: dict[str, Any]) -> list[str]:
+    """Markdown: the score at each moment, and the losses at the end, a row for each variant."""
+    moments = list(next(iter(results.values()))["scores"])
+    columns = [*(f"{int(seen):,}" for seen in moments), "training loss", "held-out, EMA", "held-out, raw"]
+    lines = [f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    for variant, found in results.items():
+        cells = [f"{found['scores'][seen][SCORE]:.1f}" for seen in moments]
+        cells.append(f"{smoothed(found['loss/train'])[1][-1]:.4f}")
+        for kind in ("ema", "raw"):
+            losses = list(found.get(f"validation/loss_{kind}", {}).values())
+            cells.append(f"{losses[-1]:.4f}" if losses else "")
+        lines.append(f"| {variant} | {' | '.join(cells)} |")
+    return lines
 
 
 def points(values: dict[str, Any]) -> tuple[list[int], list[float]]:
