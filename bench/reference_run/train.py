@@ -19,9 +19,9 @@ from megapix.data.locate import locate
 from megapix.dist import World
 from megapix.weights import About, Weights
 
-MOMENTS, MOMENT = 4, 6_400
+MOMENTS, MOMENT = 4, 4_800
 """How often the weights are looked at, and how many images lie between."""
-LR_STEP = 12_800
+LR_STEP = 9_600
 """Images after which the learning rate falls to a tenth: half of all, as in the paper (epoch 160 of 320)."""
 PLAIN = "plain PyTorch"
 VARIANTS: dict[str, list[str]] = {
@@ -47,10 +47,10 @@ def _options(data: Data) -> list[str]:
     return [
         *("tiny", "--data.path", str(data.train), "--model.num-classes", str(data.classes)),
         *("--optim.lr-step-at", str(LR_STEP), "--optim.end-at", str(MOMENTS * MOMENT)),
-        *("--optim.ema-decay", "0.98"),  # of 800 steps: the preset's 0.995 would remember the first ones too long
+        *("--optim.ema-decay", "0.98"),  # of 600 steps: the preset's 0.995 would remember the first ones too long
         *("--checkpoint.every", str(MOMENT), "--checkpoint.keep-every", str(MOMENT), "--log.every", "320"),
         *("--log.samples-every", "never", "--log.blocks-every", "never"),
-        *("--validation.path", str(data.heldout), "--validation.every", "1600", "--validation.samples", "128"),
+        *("--validation.path", str(data.heldout), "--validation.every", "1200", "--validation.samples", "128"),
     ]
 
 
