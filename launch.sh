@@ -286,7 +286,11 @@ while kill -0 "$group" 2>/dev/null; do
 done
 code=0
 wait "$group" || code=$?
-while kill -0 -- "-$group" 2>/dev/null; do sleep 0.2; done
+patience=225 # fifths of a second for what the launcher has left behind
+while kill -0 -- "-$group" 2>/dev/null; do
+  sleep 0.2 || true
+  ((patience-- > 0)) || kill -KILL -- "-$group" 2>/dev/null || true
+done
 [[ -z $asked || -z $run ]] || rm -f "$run/stop" # if no rank has lived to obey it
 [[ -z $forced ]] || code=$forced
 ((code <= 128 || code == 130)) || code=69 # a rank ended by a signal, or a node that ssh has lost

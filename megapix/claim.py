@@ -45,9 +45,12 @@ def _lock(run: Path, patience: float) -> IO[str]:
         except FileNotFoundError:
             pass
         file.close()  # whoever held it has removed it: a lock on it keeps nobody out
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-    file.flush()
+    try:
+        os.truncate(file.fileno(), 0)
+        os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+    except OSError as error:
+        file.close()
+        raise InputError(f"{path}: cannot be written: {error.strerror}") from error
     return file
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import sys
@@ -91,6 +92,7 @@ def train(arguments: list[str], world: World) -> int:
     except InputError as error:
         # This rank alone knows; the others wait in a collective, until the launcher sees the code and ends them.
         _complain(error, True)
+        atexit._run_exitfuncs()
         os._exit(2)
     except Trouble as error:
         _complain(error, world.main)

@@ -25,6 +25,10 @@ SEED = 0
 """Of the noise: the default of `megapix evaluate`, and not the run's, so that runs can be compared."""
 
 
+Block = tuple[np.ndarray, np.ndarray, bool]
+"""Features and logits of a block of images, and whether they are finite."""
+
+
 class SmallEvaluation:
     """The images that are scored, and what they are measured by.
 
@@ -55,14 +59,14 @@ class SmallEvaluation:
         row = self._score(shares) if shares else {}
         return dist.gather(self._world, row)[0]
 
-    def _draw(self, engine_: Any, each_step: Callable[[], None]) -> list[tuple[np.ndarray, np.ndarray]]:
+    def _draw(self, engine_: Any, each_step: Callable[[], None]) -> list[Block]:
         """Features and logits of this rank's blocks: every `ranks`-th one."""
         images, mine = self._images, []
         with engine.ema_weights(engine_) as net:
             for block in range(self._world.rank, self._turns * self._world.size, self._world.size):
                 if block < images.blocks:
                     drawn = draw(images, block, net, self._standard.extractor, self._device, each_step)
-                    mine.append((drawn.features, drawn.logits))
+                    mine.append((drawn.features, drawn.logits, drawn.finite))
                 else:  # the last turn has no block for this rank
                     for _ in range(images.sampling.steps):
                         each_step()
@@ -72,9 +76,12 @@ class SmallEvaluation:
     def _turns(self) -> int:
         return -(-self._images.blocks // self._world.size)
 
-    def _score(self, shares: list[list[tuple[np.ndarray, np.ndarray]]]) -> dict[str, float]:
+    def _score(self, shares: list[list[Block]]) -> dict[str, float]:
         """The scores of all blocks, in their order, whoever has drawn them."""
         blocks = [shares[block % len(shares)][block // len(shares)] for block in range(self._images.blocks)]
-        features, logits = (np.concatenate(parts) for parts in zip(*blocks, strict=True))
+        if not all(finite for *_, finite in blocks):
+            dist.warn("the EMA's images are not finite: they are not scored")
+            return {}
+        features, logits = (np.concatenate([block[part] for block in blocks]) for part in (0, 1))
         found = score(features, logits, self._standard.reference)
         return {f"evaluation/{name}": value for name, value in found.items() if value is not None}

@@ -58,6 +58,10 @@ class Local:
         self.base = base
         self._files: OrderedDict[str, int] = OrderedDict()
 
+    def __del__(self) -> None:
+        for file in self._files.values():
+            os.close(file)
+
     def where(self, name: str) -> str:
         """What to call a file in messages."""
         return str(self.base / name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -81,6 +82,37 @@ print(worker.exitcode)
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.stdout == "0\n", done.stderr
+
+
+def test_workers_end_with_a_rank_that_is_killed(shards: Path, tmp_path: Path) -> None:
+    """The server that they are forked from, too: a launcher waits for the end of every process of its group."""
+    run = tmp_path / "run"
+    launch = Launch(1, "megapix", arguments(shards, run, "--data.workers", "2", *ENDLESS))
+    try:
+        launch.wait_for(lambda: len(logged(run)) >= 1)
+        (rank,) = launch.processes
+        assert len(alive(rank.pid)) == 5, "the rank, two workers, their server, and Python's resource tracker"
+        rank.kill()
+        rank.communicate(timeout=60)  # workers and server hold its pipes
+        deadline = time.monotonic() + 60
+        while alive(rank.pid):
+            assert time.monotonic() < deadline, alive(rank.pid)
+            time.sleep(0.05)
+    finally:
+        launch.kill()
+
+
+def alive(group: int) -> list[int]:
+    """The processes of a group, but for those that nobody has waited for yet."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, its = stat.read_text().rpartition(")")[2].split()[:3]
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if int(its) == group and state != "Z":
+            found.append(int(stat.parent.name))
+    return found
 
 
 def test_asked_while_sampling(shards: Path, tmp_path: Path) -> None:

@@ -18,7 +18,10 @@ from __future__ import annotations
 
 import atexit
 import multiprocessing
+import os
 import signal
+import sys
+import threading
 import time
 from collections.abc import Generator
 from dataclasses import dataclass, field, replace
@@ -49,6 +52,7 @@ AHEAD = 16
 """Steps by which shards are fetched into the cache before they are needed."""
 REPLACEMENTS = 8
 """Samples that are tried in place of a damaged one; if all are damaged too, the shards are."""
+QUIET = "ignore:resource_tracker:UserWarning"
 STOPS = (signal.SIGTERM, signal.SIGUSR1)
 """Signals that ask a run to stop."""
 
@@ -221,6 +225,7 @@ def batches(
         batch_size=None,
         sampler=order.micro_batches(position, layout, rank, skipped, config.reading_groups),
         num_workers=config.workers,
+        worker_init_fn=_end_with_rank if config.workers else None,
         prefetch_factor=PREFETCH if config.workers else None,
         pin_memory=torch.cuda.is_available(),
         multiprocessing_context=_context() if config.workers else None,
@@ -248,10 +253,25 @@ def start_workers() -> None:
     """
     _context()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+    sys.warnoptions.append(QUIET)  # it would end a lost rank's last words with what it has cleaned up after it
     resource_tracker.ensure_running()  # unblocks SIGTERM once it has started its own process
+    sys.warnoptions.remove(QUIET)
     signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
     forkserver.ensure_running()
     signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _end_with_rank(_: int) -> None:
+    """In a worker: end when the rank has ended, however it did. torch would look for the parent process, which is the
+    server, and workers and server hold each other's pipe open."""
+    rank = multiprocessing.parent_process()
+    assert rank
+
+    def wait() -> None:
+        rank.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, name="end with rank", daemon=True).start()
 
 
 def _end_workers() -> None:
