@@ -25,6 +25,7 @@ def test_norms_are_those_of_a_plain_process(
     succeed(ranks, "tests.worker_blocks", [precision, modulation, checkpointing, shards])
 
 
+@pytest.mark.long
 def test_a_run_writes_them_where_it_was_asked_to(shards: Path, tmp_path: Path) -> None:
     """Every third step and the last; the learning is the same with and without them."""
     options = ["--optim.end-at", str(7 * STEP_BATCH)]

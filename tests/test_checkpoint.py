@@ -437,6 +437,7 @@ def test_leftovers_of_a_killed_process(run: Path) -> None:
     assert saved(run).folder.name == SECOND
 
 
+@pytest.mark.long
 def test_going_back_by_hand_sets_the_later_ones_aside(
     shards: Path, run: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -540,6 +540,7 @@ def test_launch_sh_asks_a_run_to_stop(own_shards: Path, tmp_path: Path) -> None:
     assert not (run / "stop").exists()
 
 
+@pytest.mark.long
 def test_launch_sh_starts_the_doctor(own_shards: Path, tmp_path: Path) -> None:
     done = launch(tmp_path, "doctor", *arguments(own_shards, tmp_path / "run")[1:])
     assert done.returncode == 0, done.stdout + done.stderr

@@ -71,6 +71,7 @@ def mounts() -> None:
 
 
 @pytest.mark.usefixtures("mounts")
+@pytest.mark.long
 def test_everything_wrong_on_one_rank(shards: Path, tmp_path: Path) -> None:
     """Rank 1 has its own run folder and a small disk, lacks a shard, runs a changed checkout, and is 5 s ahead."""
     incomplete, checkout, clock = tmp_path / "incomplete", tmp_path / "checkout", tmp_path / "clock"

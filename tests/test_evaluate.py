@@ -201,6 +201,7 @@ def killed(command: list[str], folder: Path, count: int, batch: int) -> str:
     return f" {done}/{count} [00:00<"
 
 
+@pytest.mark.long
 def test_ranks_and_a_kill_change_no_number(
     files: Files, first: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -173,6 +173,7 @@ def test_warn_says_it_and_goes_on(poisoned: Path, tmp_path: Path) -> None:
     assert counters(run) == checkpoint.Counters(24 * STEP_BATCH, 24 * STEP_BATCH)
 
 
+@pytest.mark.long
 def test_stop_ends_the_run(poisoned: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     done = start(2, "megapix", arguments(poisoned, run, *SPIKES, "--health.on-spike", "stop"))

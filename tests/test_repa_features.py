@@ -335,6 +335,7 @@ def test_a_run_with_features_is_the_run_with_the_encoder(
     assert saved(run).state.config.repa.digest == saved(online).state.config.repa.digest
 
 
+@pytest.mark.long
 def test_a_run_goes_on_with_features(
     shards_32: Path, teacher_folder: Path, stored: Path, online: Path, tmp_path: Path
 ) -> None:

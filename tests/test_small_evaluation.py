@@ -119,6 +119,7 @@ def test_in_bf16_with_threads_and_beside_the_grid(shards: Path, stats: Path, tmp
     assert {name: row[8] for name, row in rows.items()} == {name: np.float32(value) for name, value in found.items()}
 
 
+@pytest.mark.long
 def test_asked_while_drawing(shards: Path, stats: Path, tmp_path: Path) -> None:
     """One block, so that rank 1 draws none, in so many steps that it would take hours."""
     run = tmp_path / "run"
