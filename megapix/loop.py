@@ -25,6 +25,7 @@ from megapix import (
     recovery,
     repa,
     retention,
+    stopping,
     storage,
     weights,
 )
@@ -115,7 +116,7 @@ def _run(p: Plan, world: World, device: torch.device, stop: StopRequest, watch: 
     """Build the engine, load the checkpoint, and train to the end."""
     c, folder = p.config, Path(p.config.out)
     if c.data.workers:
-        loader.start_workers()
+        loader.start_workers(stopping.SIGNALS)
     if p.teacher:
         p.teacher.to(device)
     alignment = Alignment(c.repa.layer, p.aligned_width) if p.aligned_width else None

@@ -72,9 +72,10 @@ def test_workers_do_not_hear_what_asks_the_run_to_stop(number: str) -> None:
     """In a new process, since the first one that Python starts of this kind has SIGTERM unblocked."""
     code = f"""
 import signal
+from megapix import stopping
 from megapix.data import loader
 
-loader.start_workers()
+loader.start_workers(stopping.SIGNALS)
 worker = loader._context().Process(target=signal.raise_signal, args=(signal.{number},))
 worker.start()
 worker.join()

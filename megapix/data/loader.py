@@ -23,7 +23,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Generator
+from collections.abc import Collection, Generator
 from dataclasses import dataclass, field, replace
 from multiprocessing import forkserver, resource_tracker
 from typing import Any
@@ -53,8 +53,6 @@ AHEAD = 16
 REPLACEMENTS = 8
 """Samples that are tried in place of a damaged one; if all are damaged too, the shards are."""
 QUIET = "ignore:resource_tracker:UserWarning"
-STOPS = (signal.SIGTERM, signal.SIGUSR1)
-"""Signals that ask a run to stop."""
 
 
 @dataclass
@@ -245,18 +243,21 @@ def batches(
         yield batch
 
 
-def start_workers() -> None:
+def start_workers(stops: Collection[signal.Signals]) -> None:
     """Start the process that workers are forked from, so that it loads this module while the network is built.
 
-    It and the workers never see a signal that asks the run to stop: a launcher sends it to all processes, and the
-    batches are needed until the ranks have agreed on a step to stop at. They end with their rank, however it ends.
+    They end with their rank, however it ends.
+
+    Args:
+        stops: what asks the run to stop. Server and workers never see these signals: a launcher sends them to all
+            processes, and the batches are needed until the ranks have agreed on a step to stop at.
     """
     _context()
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, stops)
     sys.warnoptions.append(QUIET)  # it would end a lost rank's last words with what it has cleaned up after it
     resource_tracker.ensure_running()  # unblocks SIGTERM once it has started its own process
     sys.warnoptions.remove(QUIET)
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+    signal.pthread_sigmask(signal.SIG_BLOCK, stops)
     forkserver.ensure_running()
     signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
