@@ -122,8 +122,7 @@ def _check(manifest: Manifest, about: About) -> None:
     for name, least in (("count", 2), ("batch", 1)):
         if getattr(manifest, name) < least:
             raise InputError(f"--{name} = {getattr(manifest, name)}: expected at least {least}")
-    if not 0 <= manifest.seed < 2**63:
-        raise InputError(f"--seed = {manifest.seed}: expected 0 to 2^63 - 1")
+    config.validate_seed(manifest.seed)
     if not manifest.classes:
         raise InputError("--classes names no class")
     for c in manifest.classes:
