@@ -70,7 +70,7 @@ def _plan(options: EvaluateOptions, recorded: Scored | None, weights: Weights, d
     extractor_path = options.extractor_weights
     if extractor_path is None and then and then.extractor_weights.path:
         extractor_path = Path(then.extractor_weights.path)
-    standard = open_standard(path, extractor_path, device, then.extractor if then else options.extractor)
+    standard = open_standard(path, extractor_path, then.extractor if then else options.extractor)
     reference, extractor = standard.reference, standard.extractor
     sources = {
         "weights": Source(str(Path(about.source).resolve()), weights_sha256(weights.tensors)),
