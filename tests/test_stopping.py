@@ -64,10 +64,10 @@ def test_workers_do_not_hear_what_asks_the_run_to_stop(number: str) -> None:
     code = f"""
 import signal
 from megapix import stopping
-from megapix.data import loader
+from megapix.data import workers
 
-loader.start_workers(stopping.SIGNALS)
-worker = loader._context().Process(target=signal.raise_signal, args=(signal.{number},))
+workers.start_server(stopping.SIGNALS)
+worker = workers.context().Process(target=signal.raise_signal, args=(signal.{number},))
 worker.start()
 worker.join()
 print(worker.exitcode)
