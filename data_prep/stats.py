@@ -52,7 +52,8 @@ def stats(
     if index.samples < 2:
         raise InputError(f"{str(folder)!r} holds one image: expected at least 2")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    net = open_extractor(extractor, weights, device)
+    net = open_extractor(extractor, weights)
+    net.to(device)
     sums, features = Sums(net.width), []
     chosen = np.arange(min(kept, index.samples)) * index.samples // max(1, min(kept, index.samples))
     with tqdm(total=index.samples, unit="img", disable=not progress, mininterval=0.5) as bar:

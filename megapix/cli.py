@@ -208,8 +208,7 @@ def sample(arguments: list[str], world: World) -> int:
     for name in ("per_class", "batch", "zoom"):
         if getattr(options, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} = {getattr(options, name)}: expected at least 1")
-    if not 0 <= options.seed < 2**63:
-        raise InputError(f"--seed = {options.seed}: expected 0 to 2^63 - 1")
+    config.validate_seed(options.seed)
     check_writable("--out", options.out)
     if options.singles:
         if options.singles.exists() and not options.singles.is_dir():

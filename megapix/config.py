@@ -572,9 +572,19 @@ def validate(config: Config) -> None:
     need(config.log.grid_classes >= 1, "log.grid_classes", "at least 1")
     need(config.log.grid_columns >= 1, "log.grid_columns", "at least 1")
     validate_sampling(config.sampling)
-    need(0 <= config.seed < 2**63, "seed", "0 to 2^63 - 1")
+    validate_seed(config.seed, "seed")
     need(config.out != "", "out", "a run folder (--out RUN)")
     need(d.path != "", "data.path", "a shard folder (--data.path SHARDS)")
+
+
+def validate_seed(seed: int, name: str = "--seed") -> None:
+    """Check a seed; `name` is what the user calls it.
+
+    Raises:
+        InputError: naming option, value and what would be right.
+    """
+    if not 0 <= seed < 2**63:
+        raise InputError(f"{name} = {seed}: expected 0 to 2^63 - 1")
 
 
 def validate_model(m: ModelConfig) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar, cast
@@ -120,6 +120,19 @@ def gather_on_main(world: World, value: Any) -> list[Any] | None:
     values: list[Any] | None = [None] * world.size if world.main else None
     torch.distributed.gather_object(value, values, dst=0)
     return values
+
+
+def turns(world: World, count: int) -> Iterator[int | None]:
+    """Numbers below `count` in turns of one for each rank: this rank's, and None where the last turn has none for it.
+    Every rank has equally many turns."""
+    for first in range(0, count, world.size):
+        number = first + world.rank
+        yield number if number < count else None
+
+
+def in_order(shares: list[list[T]]) -> list[T]:
+    """What the ranks have made of their numbers in `turns`, in the numbers' order; `shares` are in rank order."""
+    return [shares[number % len(shares)][number // len(shares)] for number in range(sum(map(len, shares)))]
 
 
 def total(world: World, numbers: torch.Tensor) -> list[float]:

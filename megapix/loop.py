@@ -25,13 +25,14 @@ from megapix import (
     recovery,
     repa,
     retention,
+    stopping,
     storage,
     weights,
 )
 from megapix.checkpoint import Counters, State
 from megapix.claim import claim
 from megapix.config import Config
-from megapix.data import loader, order
+from megapix.data import loader, order, workers
 from megapix.data.loader import Batch
 from megapix.dist import World
 from megapix.ds_config import unproven
@@ -115,7 +116,7 @@ def _run(p: Plan, world: World, device: torch.device, stop: StopRequest, watch: 
     """Build the engine, load the checkpoint, and train to the end."""
     c, folder = p.config, Path(p.config.out)
     if c.data.workers:
-        loader.start_workers()
+        workers.start_server(stopping.SIGNALS)
     if p.teacher:
         p.teacher.to(device)
     alignment = Alignment(c.repa.layer, p.aligned_width) if p.aligned_width else None

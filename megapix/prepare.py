@@ -140,13 +140,10 @@ def _teacher(repa: RepaConfig) -> Encoder | None:
 def _standard(evaluation: EvaluationConfig) -> Standard | None:
     if not evaluation.reference:
         return None
-    import torch
-
     from megapix.evaluation.standard import open_standard  # late: torch and the extractor, which no other check needs
 
     weights = Path(evaluation.extractor_weights) if evaluation.extractor_weights else None
-    cpu = torch.device("cpu")
-    return open_standard(Path(evaluation.reference), weights, cpu, prefix="--evaluation.")
+    return open_standard(Path(evaluation.reference), weights, prefix="--evaluation.")
 
 
 def _features(asked: Config, index: Index) -> Features | None:

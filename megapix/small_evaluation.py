@@ -56,15 +56,15 @@ class SmallEvaluation:
             mine = self._draw(engine_, partial(listen, "evaluate"))
         listen("score")
         shares = dist.gather_on_main(self._world, mine)
-        row = self._score(shares) if shares else {}
+        row = self._score(dist.in_order(shares)) if shares else {}
         return dist.gather(self._world, row)[0]
 
     def _draw(self, engine_: Any, each_step: Callable[[], None]) -> list[Block]:
         """Features and logits of this rank's blocks: every `ranks`-th one."""
         images, mine = self._images, []
         with engine.ema_weights(engine_) as net:
-            for block in range(self._world.rank, self._turns * self._world.size, self._world.size):
-                if block < images.blocks:
+            for block in dist.turns(self._world, images.blocks):
+                if block is not None:
                     drawn = draw(images, block, net, self._standard.extractor, self._device, each_step)
                     mine.append((drawn.features, drawn.logits, drawn.finite))
                 else:  # the last turn has no block for this rank
@@ -72,13 +72,8 @@ class SmallEvaluation:
                         each_step()
         return mine
 
-    @property
-    def _turns(self) -> int:
-        return -(-self._images.blocks // self._world.size)
-
-    def _score(self, shares: list[list[Block]]) -> dict[str, float]:
+    def _score(self, blocks: list[Block]) -> dict[str, float]:
         """The scores of all blocks, in their order, whoever has drawn them."""
-        blocks = [shares[block % len(shares)][block // len(shares)] for block in range(self._images.blocks)]
         if not all(finite for *_, finite in blocks):
             dist.warn("the EMA's images are not finite: they are not scored")
             return {}

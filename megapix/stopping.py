@@ -18,6 +18,7 @@ STOP_NAME = "stop"
 LOOK_EVERY = 1.0
 """Seconds between two looks for the file, which may lie on a slow file system."""
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+"""Those that ask a run to stop."""
 
 
 class StopRequested(Exception):

@@ -72,14 +72,11 @@ class HeldOut:
     def _means(self, net: Network, each_group: Callable[[], None]) -> list[float]:
         """Mean over all images at each of TIMES; summed in the order of the groups, whoever has computed them."""
         mine: list[list[float]] = []
-        turns = -(-len(self._groups) // self._world.size)
-        for turn in range(turns):
+        for number in dist.turns(self._world, len(self._groups)):
             each_group()
-            number = turn * self._world.size + self._world.rank
-            if number < len(self._groups):
+            if number is not None:
                 mine.append(self._sums(net, number).tolist())
-        shares = dist.gather(self._world, mine)
-        sums = [shares[number % len(shares)][number // len(shares)] for number in range(len(self._groups))]
+        sums = dist.in_order(dist.gather(self._world, mine))
         images = sum(len(group) for group in self._groups)
         return [sum(column) / images for column in zip(*sums, strict=True)]
 

@@ -163,11 +163,11 @@ def write_model(out: Path, weights: Weights) -> None:
 
 
 @contextmanager
-def appearing(out: Path) -> Iterator[Path]:
+def appearing(out: Path, option: str = "--out") -> Iterator[Path]:
     """A path to write a synced file or folder to; at the end it becomes `out`, whole or not at all.
 
     Raises:
-        InputError: it cannot be written.
+        InputError: it cannot be written; names `option`.
     """
     temporary = out.with_name(f".{out.name}.tmp")
     try:
@@ -176,7 +176,7 @@ def appearing(out: Path) -> Iterator[Path]:
         os.replace(temporary, out)
         checkpoint.sync_folder(out.parent)
     except OSError as error:
-        raise InputError(f"--out {str(out)!r} cannot be written: {error.strerror}") from error
+        raise InputError(f"{option} {str(out)!r} cannot be written: {error.strerror}") from error
     finally:
         _remove(temporary)
 

@@ -1,16 +1,23 @@
-"""The small run that the distributed tests share, as a configuration and as command-line arguments."""
+"""The small run that the distributed tests share, as a configuration and as command-line arguments, and what is done
+with it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megapix import checkpoint, config
+from megapix import checkpoint, cli, config
 from megapix.config import Config, DataConfig, LogConfig, MachineConfig, ModelConfig, OptimConfig, SamplingConfig
 from megapix.dist import World
+from tests.launch import Launch, Rank
+
+if TYPE_CHECKING:
+    import pytest
 
 STEP_BATCH = 8
 SMALL = Config(
@@ -32,6 +39,8 @@ SMALL = Config(
     log=LogConfig(every=STEP_BATCH, samples_every="never"),
     sampling=SamplingConfig(steps=3),
 )
+ENDLESS = ["--optim.end-at", "1000000000", "--checkpoint.every", "1000000000"]
+"""Options of a run that does not end by itself."""
 
 
 def arguments(shards: Path, out: Path, *overrides: str) -> list[str]:
@@ -47,6 +56,28 @@ def arguments(shards: Path, out: Path, *overrides: str) -> list[str]:
             else:
                 found += [f"--{option}", str(value)]
     return [*found, *overrides]
+
+
+def asked_to_stop(command: list[str], run: Path, ask: Callable[[Launch], None]) -> list[Rank]:
+    """`ask` two ranks to stop once three steps are logged; every rank must end with code 75."""
+    launch = Launch(2, "megapix", command)
+    try:
+        launch.wait_for(lambda: len(logged(run)) >= 3)
+        ask(launch)
+        done = launch.finish(timeout=60)
+    finally:
+        launch.kill()
+    assert [rank.code for rank in done] == [75, 75], done[0].err
+    return done
+
+
+def refused(asked: list[str], capsys: pytest.CaptureFixture[str], main: Callable[[list[str]], int] = cli.main) -> str:
+    """The one line that is said of bad input."""
+    capsys.readouterr()
+    assert main(asked) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1, error
+    return error
 
 
 def scalars(run: Path, tag: str) -> dict[int, float]:

@@ -91,7 +91,7 @@ def first(files: Files, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_statistics_are_those_of_all_images(files: Files, image_folder: Path, shards: Path) -> None:
-    extractor = EfficientNetLite0(torch.device("cpu"))
+    extractor = EfficientNetLite0()
     pixels = np.stack([np.asarray(Image.open(path)) for path in sorted(image_folder.rglob("*.png"))])
     features, logits = extractor(torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous())
     found, _ = read_reference(files.stats)
@@ -111,7 +111,7 @@ def test_workers_and_parts_change_nothing_and_features_are_spread(files: Files, 
 
 
 def test_buckets_go_apart(tmp_path: Path) -> None:
-    generator, extractor = np.random.default_rng(0), EfficientNetLite0(torch.device("cpu"))
+    generator, extractor = np.random.default_rng(0), EfficientNetLite0()
     for number in range(6):
         (tmp_path / "images" / "one").mkdir(parents=True, exist_ok=True)
         shape = (64, 32, 3) if number % 2 else (32, 64, 3)
@@ -141,7 +141,7 @@ def test_the_lite_networks_see_what_they_were_trained_on() -> None:
         clock[(x - 128 - 80 * np.sin(angle)) ** 2 + (y - 128 + 80 * np.cos(angle)) ** 2 < 25] = 10
     clock[(abs(x - 128) < 3) & (y < 128) & (y > 60)] = 10
     clock[(abs(y - 128) < 4) & (x > 128) & (x < 175)] = 10
-    _, logits = EfficientNetLite0(torch.device("cpu"))(torch.from_numpy(clock).permute(2, 0, 1)[None].contiguous())
+    _, logits = EfficientNetLite0()(torch.from_numpy(clock).permute(2, 0, 1)[None].contiguous())
     assert 892 in logits[0].topk(5).indices.tolist()  # wall clock
 
 
@@ -523,16 +523,16 @@ def test_inception_is_torch_fidelitys(tmp_path: Path, monkeypatch: pytest.Monkey
 
     from megapix.errors import InputError
 
-    path, cpu = tmp_path / "inception.pth", torch.device("cpu")
+    path = tmp_path / "inception.pth"
     torch.save({}, path)
     with pytest.raises(InputError, match="no Inception of torch-fidelity: Error"):
-        Inception(path, cpu)
+        Inception(path)
     with monkeypatch.context() as patched:  # random weights, in the layout that its constructor wants
         patched.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda *_: None)
         made = FeatureExtractorInceptionV3("x", ["2048", "logits_unbiased"], str(path))
     torch.save(made.state_dict(), path)
     images = torch.randint(256, (2, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    extractor = Inception(path, cpu)
+    extractor = Inception(path)
     features, logits = extractor(images)
     assert (features.shape, logits.shape) == ((2, extractor.width), (2, 1008))
     torch.testing.assert_close((features, logits), made(images), rtol=1e-4, atol=1e-5)

@@ -26,7 +26,7 @@ from megapix.model import AlignedPixelDiT, Alignment, PixelDiT
 from megapix.model.aligned import regrid
 from tests import encoders
 from tests.launch import start, succeed
-from tests.runs import SMALL, STEP_BATCH, arguments, saved, scalars, shard_tensors
+from tests.runs import SMALL, STEP_BATCH, arguments, refused, saved, scalars, shard_tensors
 from tests.worker_repa import LAYER, STEPS, WEIGHT, network
 
 MODEL = ModelConfig(patch_size=4, width=32, depth=3, heads=2, pixel_width=8, pixel_depth=1, num_classes=3)
@@ -398,13 +398,10 @@ def test_bad_input_is_one_line(
     folder = Path(shutil.copytree(teacher_folder, tmp_path / "teacher"))
     if damage:
         damage(folder)
-    capsys.readouterr()
-    assert cli.main([*command(shards_32, folder, tmp_path / "run", *options), "--dry-run"]) == 2
-    captured = capsys.readouterr()
-    assert captured.err.startswith("megapix: error: ")
-    assert captured.err.count("\n") == 1, captured.err
+    error = refused([*command(shards_32, folder, tmp_path / "run", *options), "--dry-run"], capsys)
+    assert error.startswith("megapix: error: ")
     for part in words:
-        assert part in captured.err, captured.err
+        assert part in error, error
 
 
 def test_another_encoder_makes_another_run(

@@ -39,7 +39,7 @@ from megapix.images import Policy
 from megapix.shards import RECORD, SampleRecord
 from tests import encoders
 from tests.launch import ROOT, start, succeed
-from tests.runs import SMALL, STEP_BATCH, arguments, saved, scalars, shard_tensors
+from tests.runs import SMALL, STEP_BATCH, arguments, refused, saved, scalars, shard_tensors
 from tests.test_data_prep import hashes
 
 SIZE, SAMPLES = 32, 40
@@ -417,15 +417,6 @@ BAD: dict[str, tuple[list[str], Callable[[Path], object] | None, tuple[str, ...]
     "micro batch": (["--repa.micro-batch", "4"], None, ("repa.micro_batch = 4 has no effect with repa.features",)),
     "layer": (["--repa.layer", "3"], None, ("repa.layer = 3: expected 1 to model.depth = 2",)),
 }
-
-
-def refused(asked: list[str], capsys: pytest.CaptureFixture[str], main: Callable[[list[str]], int] = cli.main) -> str:
-    """The one line that is said of bad input."""
-    capsys.readouterr()
-    assert main(asked) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1, error
-    return error
 
 
 @pytest.mark.parametrize("name", BAD)

@@ -22,8 +22,8 @@ from megapix.evaluation.threads import one_thread
 from megapix.metrics import LAYOUT
 from megapix.prepare import plan
 from megapix.reference import Reference, read_reference, write_reference
-from tests.launch import Launch, Rank, start, succeed
-from tests.runs import SMALL, STEP_BATCH, arguments, counters, flat_vectors, logged, saved, scalars
+from tests.launch import Rank, start, succeed
+from tests.runs import ENDLESS, SMALL, STEP_BATCH, arguments, asked_to_stop, counters, flat_vectors, saved, scalars
 
 COUNT, BATCH = 10, 4
 """Three blocks, the last of which is not full: of two ranks the second has nothing to draw in the second turn."""
@@ -123,16 +123,9 @@ def test_in_bf16_with_threads_and_beside_the_grid(shards: Path, stats: Path, tmp
 def test_asked_while_drawing(shards: Path, stats: Path, tmp_path: Path) -> None:
     """One block, so that rank 1 draws none, in so many steps that it would take hours."""
     run = tmp_path / "run"
-    endless = ["--sampling.steps", "10000000", "--optim.end-at", "1000000000", "--checkpoint.every", "1000000000"]
-    few = ["--evaluation.count", str(BATCH)]
-    launch = Launch(2, "megapix", arguments(shards, run, *options(stats, 3), *few, *endless))
-    try:
-        launch.wait_for(lambda: len(logged(run)) >= 3)
-        launch.signal(signal.SIGTERM, [1])
-        done = launch.finish(timeout=60)
-    finally:
-        launch.kill()
-    assert [rank.code for rank in done] == [75, 75], done[0].err
+    slow = ["--evaluation.count", str(BATCH), "--sampling.steps", "10000000"]
+    command = arguments(shards, run, *options(stats, 3), *slow, *ENDLESS)
+    asked_to_stop(command, run, lambda launch: launch.signal(signal.SIGTERM, [1]))
     assert counters(run).images_seen == 3 * STEP_BATCH
 
 

@@ -14,9 +14,7 @@ import torch
 
 from megapix.checkpoint import PARTS
 from tests.launch import ROOT, Launch, succeed
-from tests.runs import STEP_BATCH, arguments, counters, flat_vectors, logged, saved, scalars
-
-ENDLESS = ["--optim.end-at", "1000000000", "--checkpoint.every", "1000000000"]
+from tests.runs import ENDLESS, STEP_BATCH, arguments, asked_to_stop, counters, flat_vectors, logged, saved, scalars
 
 
 def by_signal(number: signal.Signals, ranks: list[int] | None) -> Callable[[Launch, Path], None]:
@@ -42,14 +40,7 @@ def test_asked_to_stop(how: str, shards: Path, tmp_path: Path) -> None:
     ask, name = ASKS[how]
     run = tmp_path / "run"
     options = ["--data.workers", "1", "--optim.lr-step-at", "never"]
-    launch = Launch(2, "megapix", arguments(shards, run, *options, *ENDLESS))
-    try:
-        launch.wait_for(lambda: len(logged(run)) >= 3)
-        ask(launch, run)
-        done = launch.finish(timeout=60)
-    finally:
-        launch.kill()
-    assert [rank.code for rank in done] == [75, 75], done[0].err
+    done = asked_to_stop(arguments(shards, run, *options, *ENDLESS), run, lambda launch: ask(launch, run))
     assert all("Traceback" not in rank.err for rank in done)
     stopped = counters(run)
     assert stopped.images_seen == stopped.position >= 3 * STEP_BATCH
@@ -72,10 +63,11 @@ def test_workers_do_not_hear_what_asks_the_run_to_stop(number: str) -> None:
     """In a new process, since the first one that Python starts of this kind has SIGTERM unblocked."""
     code = f"""
 import signal
-from megapix.data import loader
+from megapix import stopping
+from megapix.data import workers
 
-loader.start_workers()
-worker = loader._context().Process(target=signal.raise_signal, args=(signal.{number},))
+workers.start_server(stopping.SIGNALS)
+worker = workers.context().Process(target=signal.raise_signal, args=(signal.{number},))
 worker.start()
 worker.join()
 print(worker.exitcode)
@@ -119,12 +111,6 @@ def test_asked_while_sampling(shards: Path, tmp_path: Path) -> None:
     """A grid of one image, so that rank 1 draws none, in so many steps that it would take hours."""
     run = tmp_path / "run"
     options = ["--log.samples-every", "24", "--sampling.steps", "10000000", "--log.grid-columns", "1"]
-    launch = Launch(2, "megapix", arguments(shards, run, *options, "--log.grid-classes", "1", *ENDLESS))
-    try:
-        launch.wait_for(lambda: len(logged(run)) >= 3)
-        launch.signal(signal.SIGTERM, [1])
-        done = launch.finish(timeout=60)
-    finally:
-        launch.kill()
-    assert [rank.code for rank in done] == [75, 75], done[0].err
+    command = arguments(shards, run, *options, "--log.grid-classes", "1", *ENDLESS)
+    asked_to_stop(command, run, lambda launch: launch.signal(signal.SIGTERM, [1]))
     assert counters(run).images_seen == 24

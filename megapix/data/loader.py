@@ -16,17 +16,9 @@ results over in order.
 
 from __future__ import annotations
 
-import atexit
-import multiprocessing
-import os
-import signal
-import sys
-import threading
 import time
 from collections.abc import Generator
 from dataclasses import dataclass, field, replace
-from multiprocessing import forkserver, resource_tracker
-from typing import Any
 
 import numpy as np
 import torch
@@ -35,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from megapix import draws
 from megapix.config import BatchLayout, DataConfig
-from megapix.data import order
+from megapix.data import order, workers
 from megapix.data.cache import DamagedShard
 from megapix.data.decode import Decoder
 from megapix.data.locate import Located
@@ -52,9 +44,6 @@ AHEAD = 16
 """Steps by which shards are fetched into the cache before they are needed."""
 REPLACEMENTS = 8
 """Samples that are tried in place of a damaged one; if all are damaged too, the shards are."""
-QUIET = "ignore:resource_tracker:UserWarning"
-STOPS = (signal.SIGTERM, signal.SIGUSR1)
-"""Signals that ask a run to stop."""
 
 
 @dataclass
@@ -225,14 +214,13 @@ def batches(
         batch_size=None,
         sampler=order.micro_batches(position, layout, rank, skipped, config.reading_groups),
         num_workers=config.workers,
-        worker_init_fn=_end_with_rank if config.workers else None,
+        worker_init_fn=workers.end_with_rank if config.workers else None,
         prefetch_factor=PREFETCH if config.workers else None,
         pin_memory=torch.cuda.is_available(),
-        multiprocessing_context=_context() if config.workers else None,
+        multiprocessing_context=workers.context() if config.workers else None,
     )
     replaced, each = 0, iter(loader)
-    atexit.unregister(_end_workers)
-    atexit.register(_end_workers)  # again for these workers: what is registered last comes first
+    workers.end_at_exit()
     for batch in each:
         if isinstance(batch, InputError):
             raise batch
@@ -243,46 +231,3 @@ def batches(
                 f"{config.max_replaced} on each rank)"
             )
         yield batch
-
-
-def start_workers() -> None:
-    """Start the process that workers are forked from, so that it loads this module while the network is built.
-
-    It and the workers never see a signal that asks the run to stop: a launcher sends it to all processes, and the
-    batches are needed until the ranks have agreed on a step to stop at. They end with their rank, however it ends.
-    """
-    _context()
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
-    sys.warnoptions.append(QUIET)  # it would end a lost rank's last words with what it has cleaned up after it
-    resource_tracker.ensure_running()  # unblocks SIGTERM once it has started its own process
-    sys.warnoptions.remove(QUIET)
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
-    forkserver.ensure_running()
-    signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _end_with_rank(_: int) -> None:
-    """In a worker: end when the rank has ended, however it did. torch would look for the parent process, which is the
-    server, and workers and server hold each other's pipe open."""
-    rank = multiprocessing.parent_process()
-    assert rank
-
-    def wait() -> None:
-        rank.join()
-        os._exit(1)
-
-    threading.Thread(target=wait, name="end with rank", daemon=True).start()
-
-
-def _end_workers() -> None:
-    """End workers that an error has left: torch and Python would ask with the signal that they do not see, and wait."""
-    for worker in multiprocessing.active_children():
-        worker.kill()
-
-
-def _context() -> Any:
-    """Workers are forked from a clean server process, which has loaded this module once: a fork of the trainer itself
-    would copy its threads' locks."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    return context

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import zipfile
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 from numpy.lib import format as npy
 
-from megapix.errors import InputError
 from megapix.evaluation.blocks import Blocks
+from megapix.weights import appearing
 
 
 def write_npz(path: Path, blocks: Blocks) -> None:
@@ -20,16 +19,11 @@ def write_npz(path: Path, blocks: Blocks) -> None:
     Raises:
         InputError: it cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
     header = {"descr": "|u1", "fortran_order": False, "shape": (blocks.images.count, *blocks.images.size, 3)}
-    try:
-        with zipfile.ZipFile(temporary, "w") as archive, archive.open("arr_0.npy", "w", force_zip64=True) as file:
-            npy.write_array_header_1_0(file, header)
+    with appearing(path, "--npz") as temporary, open(temporary, "wb") as file:
+        with zipfile.ZipFile(file, "w") as archive, archive.open("arr_0.npy", "w", force_zip64=True) as member:
+            npy.write_array_header_1_0(member, header)
             for block in range(blocks.images.blocks):
-                file.write(np.load(blocks.pixels(block), allow_pickle=False).tobytes())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise InputError(f"--npz {str(path)!r} cannot be written: {error.strerror}") from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
+                member.write(np.load(blocks.pixels(block), allow_pickle=False).tobytes())
+        file.flush()
+        os.fsync(file.fileno())

@@ -70,7 +70,7 @@ def _plan(options: EvaluateOptions, recorded: Scored | None, weights: Weights, d
     extractor_path = options.extractor_weights
     if extractor_path is None and then and then.extractor_weights.path:
         extractor_path = Path(then.extractor_weights.path)
-    standard = open_standard(path, extractor_path, device, then.extractor if then else options.extractor)
+    standard = open_standard(path, extractor_path, then.extractor if then else options.extractor)
     reference, extractor = standard.reference, standard.extractor
     sources = {
         "weights": Source(str(Path(about.source).resolve()), weights_sha256(weights.tensors)),
@@ -122,8 +122,7 @@ def _check(manifest: Manifest, about: About) -> None:
     for name, least in (("count", 2), ("batch", 1)):
         if getattr(manifest, name) < least:
             raise InputError(f"--{name} = {getattr(manifest, name)}: expected at least {least}")
-    if not 0 <= manifest.seed < 2**63:
-        raise InputError(f"--seed = {manifest.seed}: expected 0 to 2^63 - 1")
+    config.validate_seed(manifest.seed)
     if not manifest.classes:
         raise InputError("--classes names no class")
     for c in manifest.classes:

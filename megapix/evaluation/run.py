@@ -138,6 +138,7 @@ def _draw(p: Plan, blocks: Blocks, mine: list[int], device: torch.device, world:
     """Draw this rank's blocks and write their features."""
     m = p.manifest
     net = network(p.weights, device).to(torch.bfloat16 if m.precision == "bf16" else torch.float32)
+    p.standard.extractor.to(device)
     with tqdm(total=m.count, initial=blocks.images_done(), unit="img", disable=not world.main, **_bar_style()) as bar:
         for block in mine:
             drawn = draw(blocks.images, block, net, p.standard.extractor, device)

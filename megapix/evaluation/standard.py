@@ -38,10 +38,8 @@ class Standard:
         return found
 
 
-def open_standard(
-    path: Path, weights: Path | None, device: torch.device, extractor: str | None = None, prefix: str = "--"
-) -> Standard:
-    """Read reference statistics and load their extractor; torch's random state is left as it was.
+def open_standard(path: Path, weights: Path | None, extractor: str | None = None, prefix: str = "--") -> Standard:
+    """Read reference statistics and load their extractor on the CPU; torch's random state is left as it was.
 
     Args:
         weights: file of the extractor's weights, where they are the user's.
@@ -58,7 +56,7 @@ def open_standard(
     if name != reference.extractor:
         raise InputError(f"{option} {str(path)!r} is of extractor {reference.extractor}, but {name} was asked for")
     with torch.random.fork_rng(devices=[]):  # networks are filled with random numbers before their weights are read
-        opened = open_extractor(name, weights, device, f"{prefix}extractor-weights")
+        opened = open_extractor(name, weights, f"{prefix}extractor-weights")
     if reference.extractor_sha256 not in ("", opened.sha256):
         raise InputError(
             f"{option} {str(path)!r} was made with weights {reference.extractor_sha256[:16]}… of the extractor "
