@@ -4,26 +4,38 @@
 
 Counted are the storages that are alive after the forward pass of one image at 256 x 256 in bf16, each once, without
 weights and inputs: of the pixel pathway (four PiT blocks and the output layer), and of the patch pathway (26 blocks).
+What a policy has moved to host memory is counted by itself.
 """
 
 from __future__ import annotations
 
 import gc
+import typing
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from megapix.config import ModelConfig, pixeldit_xl, replace
-from megapix.engine import checkpoint_function
+from megapix import recompute
+from megapix.config import MachineConfig, ModelConfig, PixelPolicy, pixeldit_xl, replace
 from megapix.model import PixelDiT
 from megapix.model.embed import rope_table
 from megapix.model.layers import Rope
+from megapix.offload import InHostMemory
 
-IMAGE_SIZE = 256
+
+class Held(NamedTuple):
+    """Bytes alive between forward and backward."""
+
+    device: int
+    host: int
+    """Moved to host memory by the policy 'offload'."""
+
+    def __str__(self) -> str:
+        return f"{self.device / 2**20:.1f} MiB" + (f", {self.host / 2**20:.1f} MiB on the host" if self.host else "")
 
 
 class LiveStorages(TorchDispatchMode):
@@ -42,52 +54,55 @@ class LiveStorages(TorchDispatchMode):
                 self._seen[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
         return out
 
-    def bytes(self) -> int:
-        """Bytes of those that are still alive."""
+    def held(self) -> Held:
+        """Of those that are still alive."""
         gc.collect()
-        return sum(size for reference, size in self._seen.values() if not reference.expired())
+        moved = {m.copy._cdata for m in gc.get_objects() if type(m) is InHostMemory}
+        alive = {key: size for key, (reference, size) in self._seen.items() if not reference.expired()}
+        host = sum(size for key, size in alive.items() if key in moved)
+        return Held(sum(alive.values()) - host, host)
 
 
-def held_by(work: Callable[[], Any]) -> int:
+def held_by(work: Callable[[], Any]) -> Held:
     """Bytes of the storages made by `work` that are alive while its result is."""
     with LiveStorages() as live:
         result = work()
-    held = live.bytes()
+    held = live.held()
     del result
     return held
 
 
-def pixel_pathway_bytes(config: ModelConfig, policy: str) -> int:
-    """Bytes an image in bf16; the patch pathway is left out, its depth plays no part."""
-    torch.manual_seed(0)
-    net = PixelDiT(replace(config, "depth", 1), pixel_checkpoint=checkpoint_function(policy)).bfloat16()
-    x, rope = _image_and_rope(config)
+def pixel_pathway(config: ModelConfig, policy: PixelPolicy, size: int = 256) -> Held:
+    """Held for an image in bf16 by the pixel pathway; the patch pathway is left out, its depth plays no part."""
+    net, x, rope = _set_up(replace(config, "depth", 1), MachineConfig(pixel_checkpointing=policy), size)
     s = torch.randn(1, rope[0].shape[0], config.width).bfloat16().requires_grad_()
     net.pixel_pathway(x, s, rope)  # position tables are made once, before the count
     return held_by(lambda: net.pixel_pathway(x, s, rope))
 
 
-def patch_pathway_bytes(config: ModelConfig, policy: str) -> int:
-    """Bytes an image in bf16 of the whole patch pathway; the pixel pathway is left out."""
-    torch.manual_seed(0)
-    net = PixelDiT(replace(config, "pixel_depth", 1), patch_checkpoint=checkpoint_function(policy)).bfloat16()
-    x, rope = _image_and_rope(config)
+def patch_pathway(config: ModelConfig, policy: str | int, size: int = 256) -> Held:
+    """Held for an image in bf16 by the patch pathway; the pixel pathway is left out."""
+    net, x, rope = _set_up(replace(config, "pixel_depth", 1), MachineConfig(patch_checkpointing=policy), size)
     t, y = torch.rand(1), torch.zeros(1, dtype=torch.long)
     net.patch_pathway(x, t, y, rope)
     return held_by(lambda: net.patch_pathway(x, t, y, rope)[0])
 
 
-def _image_and_rope(config: ModelConfig) -> tuple[torch.Tensor, Rope]:
-    side = IMAGE_SIZE // config.patch_size
-    rope = rope_table(side, side, config.width // config.heads, torch.device("cpu"))
-    return torch.randn(1, 3, IMAGE_SIZE, IMAGE_SIZE).bfloat16(), rope
+def _set_up(model: ModelConfig, machine: MachineConfig, size: int) -> tuple[PixelDiT, torch.Tensor, Rope]:
+    torch.manual_seed(0)
+    net = PixelDiT(model).bfloat16()
+    recompute.apply(net, machine)
+    side = size // model.patch_size
+    rope = rope_table(side, side, model.width // model.heads, torch.device("cpu"))
+    return net, torch.randn(1, 3, size, size).bfloat16(), rope
 
 
 def main() -> None:
     """Print a line for each pathway and policy."""
-    for pathway, count in (("pixel", pixel_pathway_bytes), ("patch", patch_pathway_bytes)):
-        for policy in ("none", "full"):
-            print(f"{pathway}_checkpointing {policy}: {count(pixeldit_xl(), policy) / 2**20:.1f} MiB an image")
+    for policy in typing.get_args(PixelPolicy):
+        print(f"pixel_checkpointing {policy}: {pixel_pathway(pixeldit_xl(), policy)}")
+    for every in ("none", 4, 2, "full"):
+        print(f"patch_checkpointing {every}: {patch_pathway(pixeldit_xl(), every)}")
 
 
 if __name__ == "__main__":

@@ -42,14 +42,11 @@ class Watch:
         self._rows = {name: row for row, name in enumerate(names)}
         self._modulation: dict[str, Tensor] = {}
         self._applied = False
-        self._compiled: list[tuple[nn.Module, Any]] = []
+        torch.compiler.set_stance("force_eager")  # a compiled block's graph knows no hooks: this step goes without it
         self._handles = [engine.optimizer.optimizer.register_step_pre_hook(self._add_gradients)]
         for name, block in network.named_modules():
             modulation = getattr(block, "adaLN_modulation", None)
             if modulation is not None:
-                # A compiled block's graph knows no hooks: this one step goes without it.
-                if compiled := block.__dict__.pop("forward", None):
-                    self._compiled.append((block, compiled))
                 chunks = block.chunks if isinstance(block, PiTBlock) else 0
                 width = block.norm1.weight.numel()
                 hook = partial(self._add_modulation, block_of(name + "."), chunks, width)
@@ -59,8 +56,7 @@ class Watch:
         """Take the hooks out and return the scalars of all ranks; none if the step was skipped. Every rank calls it."""
         for handle in self._handles:
             handle.remove()
-        for block, compiled in self._compiled:
-            block.forward = compiled
+        torch.compiler.set_stance("default")
         if not self._applied:
             return {}
         modulation = torch.cat(list(self._modulation.values()))  # [tags, 2]: sum of squares, count

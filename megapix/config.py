@@ -30,6 +30,9 @@ Images = int | str
 
 Sampler = Literal["euler", "heun", "ab2"]
 
+PixelPolicy = Literal["none", "selective", "selective_modulation", "full", "offload"]
+"""What the pixel pathway keeps for its backward pass (`recompute.py`)."""
+
 T = TypeVar("T")
 
 
@@ -180,10 +183,13 @@ class MachineConfig:
 
     micro_batch: int = _machine(0)
     """Images in one forward pass of one rank; 0 takes global_batch / ranks, without accumulation."""
-    pixel_checkpointing: Literal["none", "full"] = _machine("full")
-    """Activation checkpointing of the pixel pathway: 'full' recomputes each PiT block in backward."""
-    patch_checkpointing: Literal["none", "full"] = _machine("none")
-    """Activation checkpointing of the patch pathway: 'full' recomputes each of its blocks in backward."""
+    pixel_checkpointing: PixelPolicy = _machine("full")
+    """What backward finds of the pixel pathway: 'none' keeps all activations, 'selective' results of matrix products,
+    'selective_modulation' those but the pixel-wise modulation, 'full' each PiT block's input; the rest is computed
+    again. 'offload' keeps all in host memory."""
+    patch_checkpointing: Literal["none", "full"] | int = _machine("none")
+    """What backward finds of the patch pathway: 'none' keeps all activations, 'full' each block's input, a number k
+    that of every k-th block and all of the others; the rest is computed again."""
     compile: bool = _machine(False)
     """Compile the network's blocks with torch.compile; on CPUs this needs a C++ compiler."""
     ds_config: str = _machine("zero2")
@@ -542,6 +548,8 @@ def validate(config: Config) -> None:
     need(o.grad_clip >= 0, "optim.grad_clip", "0 (off) or more")
     need(0 <= o.ema_decay < 1, "optim.ema_decay", "0 <= decay < 1")
     need(config.machine.micro_batch >= 0, "machine.micro_batch", "0 (global batch / ranks) or more")
+    every = config.machine.patch_checkpointing
+    need(isinstance(every, str) or every >= 1, "machine.patch_checkpointing", "'none', 'full', or at least 1")
     need(
         config.machine.watchdog == 0 or config.machine.watchdog >= 2,
         "machine.watchdog",

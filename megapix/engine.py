@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import fcntl
-import functools
 import logging
 import os
 import resource
@@ -17,18 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.utils.checkpoint
 import torch.utils.cpp_extension
 from torch import Tensor
 
-from megapix import flat
+from megapix import flat, recompute
 from megapix.checkpoint import PARTS, Layout, Saved
 from megapix.config import BatchLayout, Config, MachineConfig, ModelConfig
 from megapix.dist import World, agree, together
 from megapix.ds_config import deepspeed_config
 from megapix.errors import InputError
 from megapix.model import AlignedPixelDiT, Alignment, PixelDiT
-from megapix.model.pixeldit import Checkpoint
 from megapix.optim import EMA, AdamWWithEMA
 from megapix.schedule import ImagesSeenSchedule
 
@@ -124,31 +121,23 @@ def build_network(
 ) -> PixelDiT:
     """The network with its initial weights, a function of the seed; the global generator is left as it was.
 
-    `machine` says which blocks are recomputed in backward and whether they are compiled; without it none is.
-    `alignment` adds REPA's projector.
+    `machine` says what each block keeps for backward and whether it is compiled; without it each keeps what autograd
+    saves, and none is compiled. `alignment` adds REPA's projector.
 
     Raises:
-        InputError: the blocks are to be compiled, and the machine cannot.
+        InputError: the blocks are to be compiled on CPUs, and there is no C++ compiler.
     """
-    pixel, patch = (machine.pixel_checkpointing, machine.patch_checkpointing) if machine else ("none", "none")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        checkpoints = checkpoint_function(pixel), checkpoint_function(patch)
-        network = AlignedPixelDiT(config, alignment, *checkpoints) if alignment else PixelDiT(config, *checkpoints)
-    if machine and machine.compile:
-        compile_blocks(network)
+        network = AlignedPixelDiT(config, alignment) if alignment else PixelDiT(config)
+    if machine:
+        if machine.compile:
+            _need_a_compiler()
+        recompute.apply(network, machine)
     return network
 
 
-def compile_blocks(network: PixelDiT) -> None:
-    """Compile the forward pass of each block, at its first call; names of parameters and hooks stay as they are.
-
-    Blocks of one kind share their code, so each kind is compiled once and not once for each layer, as compiling the
-    whole network would. What cannot be compiled is an error and not a slow step.
-
-    Raises:
-        InputError: there is no C++ compiler, which CPU ranks need.
-    """
+def _need_a_compiler() -> None:
     from torch._inductor import cpp_builder, exc  # late: a second of imports that only compiled runs need
 
     if get_accelerator().device_name() == "cpu":
@@ -158,16 +147,6 @@ def compile_blocks(network: PixelDiT) -> None:
             raise InputError(
                 "machine.compile = True: torch.compile finds no C++ compiler; expected g++, or another one in CXX"
             ) from error
-    for block in (*network.patch_blocks, *network.pixel_blocks, network.final_layer):
-        block.forward = torch.compile(block.forward, fullgraph=True)
-
-
-def checkpoint_function(policy: str) -> Checkpoint | None:
-    """The checkpoint function of a checkpointing policy: torch's non-reentrant one for 'full', none for 'none'."""
-    if policy == "none":
-        return None
-    # No dropout in the network, so there is no generator state to keep for the recomputation.
-    return functools.partial(torch.utils.checkpoint.checkpoint, use_reentrant=False, preserve_rng_state=False)
 
 
 def build(config: Config, layout: BatchLayout, network: PixelDiT, knobs: dict[str, Any] | None = None) -> Any:

@@ -2,31 +2,23 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 
 import pytest
 import torch
-import torch.utils.checkpoint
 from torch import nn
 
 from megapix.config import ModelConfig, pixeldit_b, pixeldit_l, pixeldit_xl, preset
-from megapix.engine import checkpoint_function
 from megapix.model import PixelDiT, embed, layers, pixeldit
 from tests import reference
 
 SMALL = ModelConfig(patch_size=4, width=32, depth=2, heads=2, pixel_width=8, pixel_depth=2, num_classes=3)
 
 
-def randomised(
-    config: ModelConfig,
-    seed: int = 0,
-    pixel: pixeldit.Checkpoint | None = None,
-    patch: pixeldit.Checkpoint | None = None,
-) -> PixelDiT:
-    """A network none of whose parameters is at its (often zero) initial value; the two wrap each pathway's blocks."""
+def randomised(config: ModelConfig, seed: int = 0) -> PixelDiT:
+    """A network none of whose parameters is at its (often zero) initial value."""
     torch.manual_seed(seed)
-    net = PixelDiT(config, pixel, patch)
+    net = PixelDiT(config)
     with torch.no_grad():
         for p in net.parameters():
             p.add_(torch.randn_like(p) * 0.1)
@@ -75,15 +67,44 @@ def test_bf16_is_bf16_with_fp32_inside_the_sensitive_operations() -> None:
 
 @pytest.mark.parametrize("shape", [(2, 1, 8), (2, 5, 8)])
 def test_norm_and_modulation_against_the_formula(shape: tuple[int, ...]) -> None:
-    torch.manual_seed(0)
-    norm = layers.RMSNorm(8).double()
-    x = torch.randn(2, 5, 8, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn(8, dtype=torch.float64, requires_grad=True)
-    shift, scale = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    norm.weight = nn.Parameter(weight.detach().clone())
+    x, weight = doubles(2, 5, 8), doubles(8)
+    shift, scale = doubles(*shape, seed=1), doubles(*shape, seed=2)
     expected = reference.rms(x, weight) * (1 + scale) + shift
-    torch.testing.assert_close(norm.modulated(x, shift, scale), expected, rtol=1e-12, atol=1e-12)
+    agrees(norm_of(weight).modulated(x, shift, scale), expected)
     assert torch.autograd.gradcheck(layers._NormModulate.apply, (x, weight, shift, scale))
+
+
+def test_norm_alone_and_modulation_alone_against_the_formula() -> None:
+    x, weight, shift, scale = doubles(2, 5, 8), doubles(8), doubles(2, 5, 8, seed=1), doubles(2, 5, 8, seed=2)
+    agrees(norm_of(weight)(x), reference.rms(x, weight))
+    assert torch.autograd.gradcheck(layers._Norm.apply, (x, weight))
+    agrees(layers.modulate(x, shift, scale), x * (1 + scale) + shift)
+    assert torch.autograd.gradcheck(layers._Modulate.apply, (x, shift, scale))
+
+
+def test_norm_and_rotation_against_complex_numbers() -> None:
+    x, weight = doubles(2, 6, 3, 8), doubles(8)
+    turns = reference.rope_turns(2, 3, 8)
+    rope = turns.real.contiguous(), turns.imag.contiguous()
+    normed = reference.rms(x, weight)
+    expected = torch.complex(normed[..., 0::2], normed[..., 1::2]) * turns[None, :, None, :]
+    agrees(norm_of(weight).rotated(x, rope), torch.stack([expected.real, expected.imag], -1).flatten(-2))
+    assert torch.autograd.gradcheck(layers._NormRotate.apply, (x, weight, *rope))
+
+
+def doubles(*shape: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, dtype=torch.float64, generator=generator).requires_grad_()
+
+
+def norm_of(weight: torch.Tensor) -> layers.RMSNorm:
+    norm = layers.RMSNorm(len(weight)).double()
+    norm.weight = nn.Parameter(weight.detach().clone())
+    return norm
+
+
+def agrees(found: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
 def hand_count(c: ModelConfig) -> int:
@@ -208,60 +229,3 @@ def test_position_tables_are_computed_once_for_a_size() -> None:
     assert [table.cache_info().misses for table in tables] == before
     net(*inputs(2, 16, 12))
     assert embed.rope_table.cache_info().misses == before[0] + 1
-
-
-@pytest.mark.parametrize("modulation", ["pre", "post"])
-def test_checkpointing_gives_the_same_gradients_and_recomputes_each_block_once(modulation: str) -> None:
-    config = ModelConfig(**{**SMALL.__dict__, "modulation": modulation})
-    gradients, forwards = {}, {}
-    policies = [("none", "none"), ("full", "none"), ("none", "full"), ("full", "full")]
-    for policy in policies:
-        net = randomised(config, pixel=checkpoint_function(policy[0]), patch=checkpoint_function(policy[1]))
-        calls = dict.fromkeys(["pixel", "patch"], 0)
-
-        def count(_module: nn.Module, _args: object, calls: dict[str, int] = calls, kind: str = "") -> None:
-            calls[kind] += 1
-
-        for block in net.pixel_blocks:
-            block.register_forward_pre_hook(functools.partial(count, kind="pixel"))
-        for block in net.patch_blocks:
-            block.register_forward_pre_hook(functools.partial(count, kind="patch"))
-        net(*inputs()).square().mean().backward()
-        gradients[policy] = {name: p.grad.clone() for name, p in net.named_parameters()}
-        forwards[policy] = calls
-    for pixel, patch in policies:
-        assert forwards[pixel, patch] == {"pixel": 4 if pixel == "full" else 2, "patch": 4 if patch == "full" else 2}
-        for name, gradient in gradients["none", "none"].items():
-            assert torch.equal(gradient, gradients[pixel, patch][name]), name
-
-
-def test_checkpointing_is_off_when_evaluating() -> None:
-    def never(*_: object) -> None:
-        raise AssertionError("no activation is kept in eval mode")
-
-    net = randomised(SMALL, pixel=never, patch=never).eval()
-    net(*inputs())
-    for wrapped in ({"pixel": never}, {"patch": never}):
-        with pytest.raises(AssertionError):
-            randomised(SMALL, **wrapped)(*inputs())
-
-
-def test_checkpointing_holds_little_memory_at_xl() -> None:
-    """One image at 256 x 256 in bf16 (figures: docs/architecture.md); of the patch pathway two blocks of XL's 26."""
-    from bench.activation_memory import patch_pathway_bytes, pixel_pathway_bytes
-
-    held = {policy: pixel_pathway_bytes(pixeldit_xl(), policy) / 2**20 for policy in ("none", "full")}
-    assert held["full"] <= 15.0
-    assert held["none"] <= 260.0, "no more than keeping every intermediate of a plain implementation"
-    two = ModelConfig(**{**pixeldit_xl().__dict__, "depth": 2})
-    patch = {policy: patch_pathway_bytes(two, policy) / 2**20 for policy in ("none", "full")}
-    assert patch["full"] < 0.25 * patch["none"]
-
-
-def test_held_memory_is_counted_by_hand() -> None:
-    from bench.activation_memory import held_by
-
-    x, weight = torch.randn(1000), torch.randn(1000, requires_grad=True)
-    # exp keeps its result (4,000 bytes); the product by 2 keeps nothing and its result is the one returned (4,000).
-    assert held_by(lambda: (x * weight).exp() * 2.0) == 8_000
-    assert held_by(lambda: x.view(10, 100)) == 0

@@ -18,7 +18,7 @@ from data_prep.plan import Options
 from data_prep.sources.image_folder import ImageFolder
 from data_prep.write import write
 from megapix import checkpoint, cli, config, encoder, engine, flow, repa, weights
-from megapix.config import ModelConfig
+from megapix.config import MachineConfig, ModelConfig
 from megapix.data.loader import MicroBatches
 from megapix.data.locate import locate
 from megapix.images import Policy
@@ -158,9 +158,8 @@ def test_the_network_without_the_projector_is_the_plain_one() -> None:
 @pytest.mark.parametrize("policy", ["none", "full"])
 def test_gradients_reach_the_blocks_up_to_the_layer(policy: str) -> None:
     """Of the distance alone, and with activation checkpointing the same ones."""
-    function = engine.checkpoint_function(policy)
-    torch.manual_seed(0)
-    net = AlignedPixelDiT(MODEL, Alignment(2, 5), function, function).train()
+    machine = MachineConfig(pixel_checkpointing=policy, patch_checkpointing=policy)
+    net = engine.build_network(MODEL, 0, machine, Alignment(2, 5))
     x, t, y = torch.randn(2, 3, 16, 16), torch.tensor([0.2, 0.9]), torch.tensor([0, 2])
     _, projected = net(x, t, y, grid=(2, 2))
     repa.apart(projected, torch.randn(2, 4, 5, generator=torch.Generator().manual_seed(1))).mean().backward()

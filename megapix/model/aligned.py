@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megapix.config import ModelConfig
-from megapix.model.pixeldit import Checkpoint, PixelDiT
+from megapix.model.pixeldit import PixelDiT
 
 PROJECTOR = "projector."
 """Beginning of the names of the projector's parameters."""
@@ -36,18 +36,10 @@ class AlignedPixelDiT(PixelDiT):
     Args:
         config: sizes, as of PixelDiT.
         alignment: the block, and F.
-        pixel_checkpoint: as of PixelDiT.
-        patch_checkpoint: as of PixelDiT.
     """
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        alignment: Alignment,
-        pixel_checkpoint: Checkpoint | None = None,
-        patch_checkpoint: Checkpoint | None = None,
-    ) -> None:
-        super().__init__(config, pixel_checkpoint, patch_checkpoint)
+    def __init__(self, config: ModelConfig, alignment: Alignment) -> None:
+        super().__init__(config)
         self.layer = alignment.layer
         width = config.width
         # Made last: the network's own initial weights are those that it has without it.

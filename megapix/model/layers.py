@@ -26,22 +26,23 @@ Rope = tuple[Tensor, Tensor]
 
 
 class RMSNorm(nn.Module):
-    """RMSNorm with a learned weight, eps 1e-6, statistics in fp32; `wide` returns before the final rounding."""
+    """RMSNorm with a learned weight, eps 1e-6, in fp32 inside, rounded once to the dtype of x; with what follows it."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
 
-    def wide(self, x: Tensor) -> Tensor:
-        """Normalised in fp32, not rounded back."""
-        return F.rms_norm(wide(x), self.weight.shape, wide(self.weight), EPS)
+    def forward(self, x: Tensor) -> Tensor:
+        """norm(x)."""
+        return _Norm.apply(x, self.weight)  # type: ignore[no-untyped-call]
 
     def modulated(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-        """norm(x)·(1 + scale) + shift, in fp32 inside, rounded once to the dtype of x."""
+        """norm(x)·(1 + scale) + shift."""
         return _NormModulate.apply(x, self.weight, shift, scale)  # type: ignore[no-untyped-call]
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.wide(x).to(x.dtype)
+    def rotated(self, x_BLHh: Tensor, rope: Rope) -> Tensor:
+        """norm(x), each pair of adjacent channels (a, b) turned to (a·cos - b·sin, a·sin + b·cos)."""
+        return _NormRotate.apply(x_BLHh, self.weight, *rope)  # type: ignore[no-untyped-call]
 
 
 def wide(x: Tensor) -> Tensor:
@@ -50,21 +51,51 @@ def wide(x: Tensor) -> Tensor:
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x·(1 + scale) + shift in fp32, rounded once to the dtype of x."""
-    return (wide(x) * (1.0 + wide(scale)) + wide(shift)).to(x.dtype)
+    """x·(1 + scale) + shift in fp32, rounded once to the dtype of x; all of one shape."""
+    return _Modulate.apply(x, shift, scale)  # type: ignore[no-untyped-call]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Norm, modulation and rotation, each as one operation with a backward written out
+#
+# The chain rule op by op would keep up to five fp32 tensors of x's size for backward; these keep x itself, one number
+# for each row, and what lives elsewhere anyway (weights, modulation, position tables). All else is computed again.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _inverse_rms(x32: Tensor) -> Tensor:
+    return x32.square().mean(-1, keepdim=True).add_(EPS).rsqrt_()
+
+
+def _norm_backward(g: Tensor, unit: Tensor, rstd: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of x and weight from g, that of norm(x), all fp32; `unit` is x·rstd. Overwrites g."""
+    d_weight = (g * unit).flatten(0, -2).sum(0)
+    g.mul_(wide(weight))
+    d_x = torch.addcmul(g, unit, (g * unit).mean(-1, keepdim=True), value=-1).mul_(rstd)
+    return d_x, d_weight.to(weight.dtype)
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        x32 = wide(x)
+        rstd = _inverse_rms(x32)
+        ctx.save_for_backward(x, weight, rstd)
+        return (x32 * rstd).mul_(wide(weight)).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight, rstd = ctx.saved_tensors
+        d_x, d_weight = _norm_backward(wide(grads[0]).clone(), wide(x) * rstd, rstd, weight)
+        return d_x.to(x.dtype), d_weight
 
 
 class _NormModulate(torch.autograd.Function):
-    """RMSNorm and modulation as one operation with a backward written out.
-
-    The chain rule op by op would keep five fp32 tensors of x's size for backward; this keeps x itself, one number for
-    each row, and the scale, which lives in the modulation tensor anyway. Everything else is computed again.
-    """
-
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
         x32 = wide(x)
-        rstd = x32.square().mean(-1, keepdim=True).add_(EPS).rsqrt_()
+        rstd = _inverse_rms(x32)
         ctx.save_for_backward(x, weight, scale, rstd)
         ctx.shift_shape = shift.shape
         normed = (x32 * rstd).mul_(wide(weight))
@@ -74,22 +105,54 @@ class _NormModulate(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         x, weight, scale, rstd = ctx.saved_tensors
-        g, w, unit = wide(grads[0]), wide(weight), wide(x) * rstd  # unit: x before the weight
-        g_unit = g * unit
-        d_scale = (g_unit * w).sum_to_size(scale.shape)
-        by_scale = wide(scale) + 1.0
-        d_weight = g_unit.mul_(by_scale).flatten(0, -2).sum(0)
-        g_w = (g * by_scale).mul_(w)
-        d_x = torch.addcmul(g_w, unit, (g_w * unit).mean(-1, keepdim=True), value=-1).mul_(rstd)
+        g, unit = wide(grads[0]), wide(x) * rstd
+        d_scale = (g * unit).mul_(wide(weight)).sum_to_size(scale.shape)
         d_shift = g.sum_to_size(ctx.shift_shape)
-        return d_x.to(x.dtype), d_weight.to(weight.dtype), d_shift.to(x.dtype), d_scale.to(scale.dtype)
+        d_x, d_weight = _norm_backward(g * (wide(scale) + 1.0), unit, rstd, weight)
+        return d_x.to(x.dtype), d_weight, d_shift.to(x.dtype), d_scale.to(scale.dtype)
 
 
-def rotate(x_BLHh: Tensor, rope: Rope) -> Tensor:
-    """Turn each pair of adjacent channels (a, b) to (a·cos - b·sin, a·sin + b·cos); fp32 in and out."""
-    cos, sin = (table[:, None, :] for table in rope)  # [L, 1, h/2]
+class _Modulate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(x, scale)
+        x32 = wide(x)
+        return torch.addcmul(x32, x32, wide(scale)).add_(wide(shift)).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x, scale = ctx.saved_tensors
+        g = wide(grads[0])
+        return torch.addcmul(g, g, wide(scale)).to(x.dtype), grads[0], (g * wide(x)).to(scale.dtype)
+
+
+class _NormRotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_BLHh: Tensor, weight: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        x32 = wide(x_BLHh)
+        rstd = _inverse_rms(x32)
+        ctx.save_for_backward(x_BLHh, weight, cos, sin, rstd)
+        return _turn((x32 * rstd).mul_(wide(weight)), cos, sin).to(x_BLHh.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        x, weight, cos, sin, rstd = ctx.saved_tensors
+        g = _turn(wide(grads[0]), cos, -sin)  # back
+        d_x, d_weight = _norm_backward(g, wide(x) * rstd, rstd, weight)
+        return d_x.to(x.dtype), d_weight, None, None
+
+
+def _turn(x_BLHh: Tensor, cos_Lh: Tensor, sin_Lh: Tensor) -> Tensor:
+    cos, sin = cos_Lh[:, None, :], sin_Lh[:, None, :]  # [L, 1, h/2]
     a, b = x_BLHh.view(*x_BLHh.shape[:-1], -1, 2).unbind(-1)  # [B, L, H, h/2]
     return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Layers and blocks
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 class Attention(nn.Module):
@@ -106,8 +169,7 @@ class Attention(nn.Module):
     def forward(self, x_BLD: Tensor, rope: Rope) -> Tensor:
         qkv = self.qkv(x_BLD).view(*x_BLD.shape[:2], 3, self.heads, -1)  # [B, L, 3, H, h]
         q, k, v = qkv.unbind(2)  # [B, L, H, h]
-        q = rotate(self.q_norm.wide(q), rope).to(v.dtype)
-        k = rotate(self.k_norm.wide(k), rope).to(v.dtype)
+        q, k = self.q_norm.rotated(q, rope), self.k_norm.rotated(k, rope)  # [B, L, H, h]
         out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))  # [B, H, L, h]
         return self.proj(out.transpose(1, 2).flatten(2))  # [B, L, D]
 

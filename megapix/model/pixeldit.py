@@ -5,9 +5,6 @@ Shape suffixes: B batch, C = 3 colours, L patches, P pixels of a patch, N = B·L
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
@@ -24,8 +21,6 @@ from megapix.model.embed import (
 from megapix.model.layers import FinalLayer, PatchBlock, PiTBlock, Rope
 
 CHANNELS = 3
-Checkpoint = Callable[..., Any]
-"""Runs `fn(*args)` and may recompute it in backward, as `torch.utils.checkpoint.checkpoint` does."""
 
 
 class PixelDiT(nn.Module):
@@ -33,20 +28,11 @@ class PixelDiT(nn.Module):
 
     Args:
         config: sizes and the two choices (patch FFN, pixel modulation).
-        pixel_checkpoint: wraps each PiT block and the output layer in training; None keeps their activations.
-        patch_checkpoint: wraps each block of the patch pathway likewise.
     """
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        pixel_checkpoint: Checkpoint | None = None,
-        patch_checkpoint: Checkpoint | None = None,
-    ) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.pixel_checkpoint = pixel_checkpoint
-        self.patch_checkpoint = patch_checkpoint
         patch = config.patch_size
         self.s_embedder = PatchEmbedder(CHANNELS * patch * patch, config.width)
         self.t_embedder = TimestepEmbedder(config.width)
@@ -96,7 +82,7 @@ class PixelDiT(nn.Module):
         t_emb = self.t_embedder(t)[:, None]  # [B, 1, D]
         c = F.silu(t_emb + self.y_embedder(y)[:, None])  # [B, 1, D]
         for number, block in enumerate(self.patch_blocks, 1):
-            s = self._run(self.patch_checkpoint, block, s, c, rope)  # [B, L, D]
+            s = block(s, c, rope)  # [B, L, D]
             tokens = s if number == after else tokens
         return F.silu(t_emb + s), tokens  # [B, L, D] each
 
@@ -107,11 +93,6 @@ class PixelDiT(nn.Module):
         pixels = rearrange(x, "b c (r i) (q j) -> b (r q) (i j) c", i=patch, j=patch)
         tokens = (self.pixel_embedder(pixels) + positions.to(x.dtype)).flatten(0, 1)  # [N, P, d]
         for block in self.pixel_blocks:
-            tokens = self._run(self.pixel_checkpoint, block, tokens, s, rope)  # [N, P, d]
-        out = self._run(self.pixel_checkpoint, self.final_layer, tokens)  # [N, P, C]
+            tokens = block(tokens, s, rope)  # [N, P, d]
+        out = self.final_layer(tokens)  # [N, P, C]
         return rearrange(out, "(b r q) (i j) c -> b c (r i) (q j)", r=height // patch, q=width // patch, i=patch)
-
-    def _run(self, checkpoint: Checkpoint | None, layer: nn.Module, *args: Any) -> Tensor:
-        if checkpoint is None or not self.training:
-            return layer(*args)
-        return checkpoint(layer, *args)

@@ -1,0 +1,117 @@
+"""What stays of a block between its forward and its backward pass: the activation checkpointing policies.
+
+    none                  every activation that autograd saves
+    selective             inputs and results of matrix products; the cheap rest is computed again
+    selective_modulation  as selective, but the pixel-wise modulation, a PiT block's largest result, is computed again
+    full                  the block's input alone
+    offload               nothing on the device: what autograd saves waits in host memory
+
+A policy takes the place of a block's `forward`; parameters, names and results stay as they are.
+"""
+
+from __future__ import annotations
+
+import logging
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from megapix.config import MachineConfig
+from megapix.model import PixelDiT
+from megapix.offload import offloaded
+
+aten = torch.ops.aten
+MATMULS = {
+    aten.mm.default,
+    aten.addmm.default,
+    aten._scaled_dot_product_flash_attention_for_cpu.default,
+    aten._scaled_dot_product_flash_attention.default,
+    aten._scaled_dot_product_efficient_attention.default,
+    aten._scaled_dot_product_cudnn_attention.default,
+}
+"""What linear layers and attention become, on CPUs and GPUs."""
+
+
+def apply(network: PixelDiT, machine: MachineConfig) -> None:
+    """Give each block the policy that the options name for its pathway, and compile it if that is asked for.
+
+    Compiled is what a policy makes of a block, so the compiler sees what is to be computed again. Blocks of one kind
+    share their code, so each kind is compiled once and not once for each layer. What cannot be compiled is an error
+    and not a slow step.
+    """
+    if machine.compile:
+        # The blocks do write in place, but in autograd functions, into tensors of their own.
+        logging.getLogger("torch._higher_order_ops.wrap").addFilter(lambda r: "in-place ops" not in r.getMessage())
+    pixel, patch = machine.pixel_checkpointing, machine.patch_checkpointing
+    for block in (*network.pixel_blocks, network.final_layer):
+        _prepare(block, pixel, machine.compile)
+    for number, block in enumerate(network.patch_blocks, 1):
+        every = 1 if patch == "full" else patch
+        _prepare(block, "full" if isinstance(every, int) and number % every == 0 else "none", machine.compile)
+
+
+def _prepare(block: nn.Module, policy: str, compiled: bool) -> None:
+    forward: Any = MethodType(RECOMPUTING.get(policy, type(block).forward), block)
+    if compiled:
+        forward = torch.compile(forward, fullgraph=True)
+    if policy == "offload":
+        forward = offloaded(block, forward)
+    block.forward = forward
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Recomputation: each of these is the forward pass of a block
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _full(block: nn.Module, *args: Any) -> Tensor:
+    return _checkpointed(block, args)
+
+
+def _selective(block: nn.Module, *args: Any) -> Tensor:
+    return _checkpointed(block, args, context_fn=_keep_matmuls)
+
+
+def _selective_modulation(block: nn.Module, *args: Any) -> Tensor:
+    return _checkpointed(block, args, context_fn=_keep_matmuls_but_the_modulation)
+
+
+RECOMPUTING = {"full": _full, "selective": _selective, "selective_modulation": _selective_modulation}
+
+
+def _checkpointed(block: nn.Module, args: Any, **how: Any) -> Tensor:
+    # No dropout in the network, so there is no generator state to keep for the recomputation.
+    return checkpoint(type(block).forward, block, *args, use_reentrant=False, preserve_rng_state=False, **how)
+
+
+def _keep_matmuls() -> Any:
+    return create_selective_checkpoint_contexts(_all)  # type: ignore[no-untyped-call]
+
+
+def _keep_matmuls_but_the_modulation() -> Any:
+    return create_selective_checkpoint_contexts(_AllButTheFirst())  # type: ignore[no-untyped-call]
+
+
+def _all(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return _policy(op in MATMULS)
+
+
+class _AllButTheFirst:
+    """Keeps every product but the first, which in a PiT block is the modulation. Some releases of torch ask in the
+    recomputation, too, so each pass counts for itself."""
+
+    def __init__(self) -> None:
+        self._seen = {False: 0, True: 0}
+
+    def __call__(self, context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        if op not in MATMULS:
+            return _policy(False)
+        self._seen[context.is_recompute] += 1
+        return _policy(self._seen[context.is_recompute] > 1)
+
+
+def _policy(keep: bool) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE

@@ -1,0 +1,201 @@
+"""Checkpointing policies: the same gradients, nothing computed more often than it should be, and bytes by hand."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import typing
+from collections import Counter
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from bench.activation_memory import Held, held_by, patch_pathway, pixel_pathway
+from megapix import activations, recompute
+from megapix.config import MachineConfig, ModelConfig, PixelPolicy, pixeldit_xl
+from megapix.model import PixelDiT
+from megapix.offload import offloaded
+from tests.test_model import SMALL, inputs, randomised
+
+POST = dataclasses.replace(SMALL, modulation="post")
+POLICIES: tuple[PixelPolicy, ...] = typing.get_args(PixelPolicy)
+ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+
+
+def with_policies(config: ModelConfig, pixel: PixelPolicy, patch: str | int) -> PixelDiT:
+    net = randomised(config)
+    recompute.apply(net, MachineConfig(pixel_checkpointing=pixel, patch_checkpointing=patch))
+    return net
+
+
+class Operations(TorchDispatchMode):
+    """Counts what is computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count: Counter[object] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.count[func] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@functools.cache
+def gradients(config: ModelConfig, pixel: PixelPolicy, patch: str | int) -> dict[str, Tensor]:
+    net = with_policies(config, pixel, patch)
+    net(*inputs()).square().mean().backward()
+    return {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("config", [SMALL, POST], ids=["pre", "post"])
+@pytest.mark.parametrize("patch", ["none", "full", 2])
+@pytest.mark.parametrize("pixel", POLICIES)
+def test_gradients_are_the_same_bit_for_bit(config: ModelConfig, pixel: PixelPolicy, patch: str | int) -> None:
+    expected, found = gradients(config, "none", "none"), gradients(config, pixel, patch)
+    assert found.keys() == expected.keys()
+    assert [name for name, gradient in expected.items() if not torch.equal(gradient, found[name])] == []
+
+
+# Two blocks in each pathway. Products of a PiT block: modulation, compaction, qkv, projection, expansion and two of the
+# MLP; of a patch block: modulation, qkv, projection and two of the MLP. The output layer's is not needed again.
+@pytest.mark.parametrize(
+    ("pixel", "patch", "attention", "products"),
+    [
+        ("none", "none", 0, 0),
+        ("selective", "none", 0, 0),
+        ("selective_modulation", "none", 0, 2),
+        ("full", "none", 2, 2 * 7),
+        ("offload", "none", 0, 0),
+        ("none", "full", 2, 2 * 5),
+        ("none", 2, 1, 5),
+        ("none", 3, 0, 0),
+    ],
+)
+def test_what_is_computed_again(pixel: PixelPolicy, patch: str | int, attention: int, products: int) -> None:
+    def forward_and_backward(net: PixelDiT) -> Counter[object]:
+        with Operations() as operations:
+            net(*inputs()).square().mean().backward()
+        return operations.count
+
+    plain, found = (forward_and_backward(with_policies(SMALL, *p)) for p in (("none", "none"), (pixel, patch)))
+    matmuls = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+    assert found[ATTENTION] - plain[ATTENTION] == attention
+    assert sum(found[op] - plain[op] for op in matmuls) == products
+
+
+def test_nothing_is_kept_and_nothing_wrapped_without_gradients() -> None:
+    for policy in POLICIES:
+        net = with_policies(SMALL, policy, "full").eval()
+        with torch.no_grad():
+            assert held_by(lambda net=net: net(*inputs()))[0] == 2 * 3 * 8 * 12 * 4, "the result alone"
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("pixel", POLICIES)
+def test_compiled_blocks_give_the_same_gradients_and_keep_as_much(pixel: PixelPolicy) -> None:
+    """What autograd saves of compiled blocks is counted by its hooks: they see the results of a graph."""
+    expected, net = gradients(SMALL, "none", "none"), randomised(SMALL)
+    recompute.apply(net, MachineConfig(pixel_checkpointing=pixel, patch_checkpointing=2, compile=True))
+    weights = {p.untyped_storage().data_ptr() for p in net.parameters()}
+    sizes: dict[int, int] = {}
+
+    def count(saved: Tensor) -> Tensor:
+        if (storage := saved.untyped_storage()).data_ptr() not in weights:
+            sizes[storage.data_ptr()] = storage.nbytes()
+        return saved
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda saved: saved):
+        out = net(*inputs(2, 32, 32))
+    if pixel != "offload":  # it has hooks of its own
+        counted = activations.per_image(SMALL, 32, 4, pixel, 2)
+        assert sum(sizes.values()) == pytest.approx(2 * (counted["patch"] + counted["pixel"]), rel=0.15)
+    del out
+    net.zero_grad()
+    net(*inputs()).square().mean().backward()
+    for name, p in net.named_parameters():
+        assert p.grad is not None
+        torch.testing.assert_close(p.grad, expected[name], rtol=1e-5, atol=1e-5 * float(expected[name].abs().max()))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bytes
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_counter_on_cases_counted_by_hand() -> None:
+    x, weight = torch.randn(1000), torch.randn(1000, requires_grad=True)
+    # exp keeps its result (4,000 bytes); the product by 2 keeps nothing and its result is the one returned (4,000).
+    assert held_by(lambda: (x * weight).exp() * 2.0) == Held(8_000, 0)
+    assert held_by(lambda: x.view(10, 100)) == Held(0, 0)
+
+
+class Twice(nn.Module):
+    """Two products without biases, which start from 100 rows of 50 numbers, and exp between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(50, 40, bias=False), nn.Linear(40, 30, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x).exp())
+
+
+@pytest.mark.parametrize(
+    ("policy", "device", "host"),
+    [
+        ("none", 100 * 40 + 100 * 30, 0),  # exp keeps its result, which the second product needs, too
+        ("selective", 100 * 40 + 100 * 30, 0),  # both products
+        ("selective_modulation", 100 * 30, 0),  # the second, which is the result
+        ("full", 100 * 30, 0),  # the result
+        ("offload", 100 * 30, 100 * 40 + 100 * 50),  # exp's result and the input
+    ],
+)
+def test_each_policy_on_a_case_counted_by_hand(policy: PixelPolicy, device: int, host: int) -> None:
+    block, x = Twice(), torch.randn(100, 50)
+    recompute._prepare(block, policy, compiled=False)
+    assert held_by(lambda: block(x)) == Held(device * 4, host * 4)
+
+
+@pytest.mark.parametrize("change", [{}, {"mlp": "swiglu"}, {"modulation": "post"}], ids=["default", "swiglu", "post"])
+def test_bytes_counted_by_hand_are_those_measured(change: dict[str, str]) -> None:
+    """Wide enough that the class and time embeddings, one vector an image, do not count."""
+    model = ModelConfig(patch_size=16, width=64, depth=4, heads=2, pixel_depth=2, num_classes=3)
+    model = dataclasses.replace(model, **change)
+    for pixel in POLICIES:
+        counted, held = activations.per_image(model, 128, 2, pixel=pixel)["pixel"], pixel_pathway(model, pixel, 128)
+        assert counted == pytest.approx(held.device, rel=1e-3), pixel
+        assert activations.on_host(model, 128, 2) == pytest.approx(held.host, rel=1e-3) or pixel != "offload"
+    for patch in ("none", 2, 3, "full"):
+        counted = activations.per_image(model, 128, 2, patch=patch)["patch"]
+        assert counted == pytest.approx(patch_pathway(model, patch, 128).device, rel=0.02), patch
+
+
+def test_bytes_of_xl_at_256_pixels() -> None:
+    """The figures of docs/performance.md; the test above proves the count."""
+    held = {policy: activations.per_image(pixeldit_xl(), 256, 2, pixel=policy)["pixel"] / 2**20 for policy in POLICIES}
+    assert held["none"] <= 190
+    assert held["selective"] <= 125
+    assert held["selective_modulation"] <= 75
+    assert held["full"] <= 11
+    assert held["offload"] <= 1
+
+
+def test_an_offloaded_storage_moves_once_whatever_is_saved_of_it() -> None:
+    block, x, shared = nn.Linear(8, 6), torch.randn(4, 8), torch.randn(3, requires_grad=True)
+
+    def forward(x: Tensor, shared: Tensor) -> Tensor:
+        a, b = block(x).chunk(2, dim=-1)  # two views of one storage
+        return a * b * shared
+
+    run = offloaded(block, forward)
+    # To the host: the input [4, 8], the linear layer's result [4, 6], the first product [4, 3]; `shared` stays.
+    assert held_by(lambda: run(x, shared)) == Held(4 * 3 * 4, (4 * 8 + 4 * 6 + 4 * 3) * 4)
+    wanted = [*block.parameters(), shared]
+    for kept in (False, True):  # with a graph that is kept, everything comes back a second time
+        out = run(x, shared).sum()
+        for _ in range(1 + kept):
+            found = torch.autograd.grad(out, wanted, retain_graph=kept)
+            for gradient, expected in zip(found, torch.autograd.grad(forward(x, shared).sum(), wanted), strict=True):
+                assert torch.equal(gradient, expected)
