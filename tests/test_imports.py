@@ -44,6 +44,7 @@ ALLOWED = {
     "megapix.metrics": {"megapix.config", "megapix.dist", "megapix.events"},
     "megapix.events": set(),
     "megapix.flops": {"megapix.config"},
+    "megapix.profiling": {"megapix.dist"},
     "megapix.blocks": {"megapix.config", "megapix.model"},
     "megapix.images": {"megapix.errors"},
     "megapix.storage": {"megapix.errors"},
