@@ -65,6 +65,10 @@ ALLOWED = {
         "megapix.errors",
         "megapix.features",
     },
+    "megapix.bench": {
+        *(f"megapix.{name}" for name in ("bench", "checkpoint", "config", "consensus", "data", "dist", "ds_config")),
+        *(f"megapix.{name}" for name in ("engine", "errors", "flops", "flow", "prepare", "saver", "shards")),
+    },
     "megapix.data": {"megapix.data", "megapix.config", "megapix.draws", "megapix.features", *CONTRACT},
     "data_prep": {"data_prep", *CONTRACT, *STATISTICS, *FEATURES},
 }
@@ -142,6 +146,7 @@ def test_no_circles() -> None:
         ["megapix", "doctor", "tiny", "--help"],
         ["megapix", "import", "--help"],
         ["megapix", "evaluate", "--help"],
+        ["megapix", "bench", "step", "tiny", "--help"],
         ["data_prep", "--help"],
     ],
 )

@@ -27,6 +27,7 @@ def steps_of(path: Path) -> list[str]:
     return sorted({event["name"] for event in events(path) if str(event.get("name")).startswith("ProfilerStep#")})
 
 
+@pytest.mark.long
 def test_a_traced_run_is_the_same_run(shards: Path, tmp_path: Path) -> None:
     """Seven steps on two ranks: the fourth and fifth are traced on each; losses and weights are equal to the bit."""
     traced, plain = tmp_path / "traced", tmp_path / "plain"
