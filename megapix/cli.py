@@ -13,6 +13,7 @@ from typing import Literal
 import tyro
 
 from megapix import config, dist
+from megapix.bench.options import StepOptions, check_batch
 from megapix.config import PRESETS, Config
 from megapix.dist import World
 from megapix.errors import InputError, Trouble, one_of
@@ -31,6 +32,7 @@ Pretraining of PixelDiT, the pixel-space diffusion transformer, on DeepSpeed.
   evaluate  draw images and score them against reference statistics, or repeat a score (several ranks: launch.sh)
   doctor    look on every node for what would make a `train` command fail later; with --parity, compare ZeRO-2 on
             these machines with plain PyTorch
+  bench     time a training step here: MFU against this machine's own peak, and where the time goes
 
 'megapix COMMAND --help' documents each.
 """
@@ -56,6 +58,19 @@ DeepSpeed's op, hosts, clocks, shared memory, GPUs, the run folder, free disk, s
 Exit code 1 if the run would fail, 0 if not (there may be warnings), 2 for bad input. PRESET is one of
 
 {presets}
+"""
+
+
+BENCH_USAGE = """usage: megapix bench step PRESET [OPTIONS]
+       megapix bench step --config FILE [OPTIONS]
+
+Times whole training steps of a configuration on this machine, through the engine of `megapix train`: MFU against the
+matmul peak that is measured beside them, and the parts of a step. Under a launcher it runs on all its ranks. PRESET is
+one of
+
+{presets}
+
+'megapix bench step PRESET --help' lists the options, with those of `megapix train` that change a step.
 """
 
 
@@ -133,18 +148,37 @@ def parse_run(arguments: list[str], world: World, command: str = "train") -> Con
         InputError: unknown preset, or a file that cannot be read or holds an unknown key.
         SystemExit: an option that tyro refuses (code 2), or --help (code 0).
     """
+    default, name, rest = _named(arguments)
+    return tyro.cli(Config, default=default, args=rest, prog=f"megapix {command} {name}", console_outputs=world.main)
+
+
+def parse_step(arguments: list[str], world: World, command: str = "megapix bench step") -> StepOptions:
+    """The options of a benchmark of a step, from `PRESET [OPTIONS]` or `--config FILE [OPTIONS]`; as `parse_run`.
+
+    Raises:
+        InputError: as `parse_run`, or a batch that is asked for twice.
+        SystemExit: as `parse_run`.
+    """
+    run, name, rest = _named(arguments)
+    default = StepOptions.of(run)
+    prog, speak = f"{command} {name}", world.main
+    options = tyro.cli(StepOptions, default=default, args=rest, prog=prog, console_outputs=speak)
+    check_batch(options, default)
+    return options
+
+
+def _named(arguments: list[str]) -> tuple[Config, str, list[str]]:
+    """The configuration that PRESET or --config FILE names, how it is named, and the arguments that follow."""
     first, rest = arguments[0], arguments[1:]
     if first == "--config":
         if not rest:
             raise InputError("--config needs a JSON file")
-        default, name, rest = _read_config(Path(rest[0])), f"--config {rest[0]}", rest[1:]
-    elif first.startswith("-"):
+        return _read_config(Path(rest[0])), f"--config {rest[0]}", rest[1:]
+    if first.startswith("-"):
         raise InputError(
             f"the first argument is {first!r}: expected a preset{one_of(first, list(PRESETS))} or --config FILE"
         )
-    else:
-        default, name = config.preset(first), first
-    return tyro.cli(Config, default=default, args=rest, prog=f"megapix {command} {name}", console_outputs=world.main)
+    return config.preset(first), first, rest
 
 
 def _read_config(path: Path) -> Config:
@@ -369,6 +403,33 @@ def evaluate(arguments: list[str], world: World) -> int:
         os._exit(EXIT_LOST)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# bench
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def bench(arguments: list[str], world: World) -> int:
+    """Time a training step on this rank, together with all others."""
+    arguments = [a for a in arguments if not a.startswith("--local_rank=")]
+    if arguments and arguments[0] not in ("step", "-h", "--help"):
+        raise InputError(f"megapix bench {arguments[0]!r} does not exist (one of: step)")
+    if len(arguments) < 2 or arguments[1] in ("-h", "--help"):
+        return _print_usage(BENCH_USAGE, [a for a in arguments if a != "step"])
+    options = parse_step(arguments[1:], world)
+
+    from megapix import engine
+    from megapix.bench import run
+
+    try:
+        return engine.leave(world, run.step(options, world))
+    except dist.Agreed as error:
+        _complain(error, world.main)
+        return engine.leave(world, 2)
+    except Trouble as error:
+        _complain(error, world.main)
+        return engine.leave(world, 1)
+
+
 COMMANDS = {
     "train": train,
     "sample": sample,
@@ -377,6 +438,7 @@ COMMANDS = {
     "reshard": reshard,
     "evaluate": evaluate,
     "doctor": doctor,
+    "bench": bench,
 }
 
 

@@ -254,6 +254,8 @@ class LogConfig:
     """Rows of the grid: the first classes."""
     grid_columns: int = _machine(4)
     """Columns of the grid: samples of each class."""
+    profile: int = _machine(0)
+    """Steps that each rank traces with torch.profiler into OUT/profile, after the first three; 0 is off."""
 
 
 @dataclass(frozen=True)
@@ -571,6 +573,7 @@ def validate(config: Config) -> None:
     need(config.evaluation.batch >= 1, "evaluation.batch", "at least 1")
     need(config.log.grid_classes >= 1, "log.grid_classes", "at least 1")
     need(config.log.grid_columns >= 1, "log.grid_columns", "at least 1")
+    need(config.log.profile >= 0, "log.profile", "0 (off) or more")
     validate_sampling(config.sampling)
     validate_seed(config.seed, "seed")
     need(config.out != "", "out", "a run folder (--out RUN)")

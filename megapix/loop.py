@@ -41,6 +41,7 @@ from megapix.grid import ema_grid
 from megapix.health import Sentinel, Skips, Spike
 from megapix.model import Alignment, PixelDiT
 from megapix.prepare import Plan, plan, same_everywhere, write_config
+from megapix.profiling import Trace
 from megapix.report import Report
 from megapix.saver import Saver
 from megapix.small_evaluation import SmallEvaluation
@@ -60,6 +61,8 @@ class Run:
     saver: Saver
     stop: StopRequest
     watch: Watchdog
+    trace: Trace | None
+    """The profiler, where it is asked for."""
 
     @property
     def config(self) -> Config:
@@ -135,8 +138,12 @@ def _run(p: Plan, world: World, device: torch.device, stop: StopRequest, watch: 
     write_config(world, p)
     for path in dist.together(world, lambda: retention.settle(folder, p.saved) if world.main else []):
         dist.warn(f"set aside, because the run goes on from before it: {path}")
-    with closing(Saver(folder, c.checkpoint, world)) as saver:
-        _until_the_end(Run(p, world, device, e, saver, stop, watch), state)
+    with ExitStack() as at_end:
+        saver, trace = at_end.enter_context(closing(Saver(folder, c.checkpoint, world))), None
+        if c.log.profile:
+            done = state.counters.drawn // p.layout.total
+            trace = at_end.enter_context(closing(Trace(c.log.profile, folder / "profile", world.rank, done)))
+        _until_the_end(Run(p, world, device, e, saver, stop, watch, trace), state)
 
 
 def _until_the_end(run: Run, state: State) -> None:
@@ -214,6 +221,9 @@ def _steps(run: Run, state: State, happened: str) -> None:
         while schedule.images_seen < p.end:
             seen, start, lr = schedule.images_seen, position, schedule.get_last_lr()[0]
             step, step_loss = counters.drawn // total + 1, torch.zeros((), device=run.device)
+            if run.trace:
+                watch.note(step, "profile")
+                run.trace.begin_step()
             aligned = repa.active(c.repa, seen)
             if stored and not aligned:  # the workers have read ahead; from here on none reads features
                 batches.close()

@@ -35,10 +35,15 @@ class AdamWWithEMA(torch.optim.AdamW):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> Any:
         loss = super().step(closure)
+        self.update_ema()
+        return loss
+
+    @torch.no_grad()
+    def update_ema(self) -> None:
+        """Move the EMA towards the weights that the step has made; a part of `step`."""
         for p in self._params():
             if p.grad is not None:
                 self.state[p][EMA].lerp_(p, 1.0 - self.ema_decay)
-        return loss
 
     def _params(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]

@@ -38,9 +38,9 @@ EXIT_LOST = 69
 """Exit code of every rank that is left when one died or hangs; the same command goes on from the last checkpoint."""
 BEAT = 1.0
 """Seconds between heartbeats."""
-LONG = ("start", "save", "load", "score")
+LONG = ("start", "save", "load", "score", "profile")
 """Phases that are long and say nothing new meanwhile: building, loading and compiling; writing a checkpoint; going back
-to one; scoring images on rank 0."""
+to one; scoring images on rank 0; writing a trace."""
 PATIENCE = 10.0
 """`seconds` times this may pass without news in the phases of LONG, and in the whole first step, which compiles."""
 GRACE = 2.0

@@ -47,6 +47,7 @@ ALLOWED = {
     "megapix.activations": {"megapix.config"},
     "megapix.offload": set(),
     "megapix.recompute": {"megapix.config", "megapix.model", "megapix.offload"},
+    "megapix.profiling": {"megapix.dist"},
     "megapix.blocks": {"megapix.config", "megapix.model"},
     "megapix.images": {"megapix.errors"},
     "megapix.storage": {"megapix.errors"},
@@ -66,6 +67,10 @@ ALLOWED = {
         ),
         "megapix.errors",
         "megapix.features",
+    },
+    "megapix.bench": {
+        *(f"megapix.{name}" for name in ("bench", "checkpoint", "config", "consensus", "data", "dist", "ds_config")),
+        *(f"megapix.{name}" for name in ("engine", "errors", "flops", "flow", "prepare", "saver", "shards")),
     },
     "megapix.data": {"megapix.data", "megapix.config", "megapix.draws", "megapix.features", *CONTRACT},
     "data_prep": {"data_prep", *CONTRACT, *STATISTICS, *FEATURES},
@@ -144,6 +149,7 @@ def test_no_circles() -> None:
         ["megapix", "doctor", "tiny", "--help"],
         ["megapix", "import", "--help"],
         ["megapix", "evaluate", "--help"],
+        ["megapix", "bench", "step", "tiny", "--help"],
         ["data_prep", "--help"],
     ],
 )
