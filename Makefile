@@ -8,7 +8,7 @@ BIN    := $(VENV)/bin
 DEMO   := runs/quickstart
 SHARDS := runs/openmoji-32
 
-.PHONY: quickstart test test-long checks clean
+.PHONY: quickstart test test-long gpu-checks checks clean
 .DELETE_ON_ERROR:
 
 quickstart: $(VENV)/.installed
@@ -32,6 +32,10 @@ test: $(VENV)/.installed-dev
 
 test-long: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m long
+
+# Parity and speed on a GPU, as Markdown; no network is needed once .venv is there.
+gpu-checks: $(VENV)/.installed
+	$(BIN)/python -m bench.gpu_checks --out gpu-checks.md
 
 checks: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -43,6 +43,8 @@ def apply(network: PixelDiT, machine: MachineConfig) -> None:
     and not a slow step.
     """
     if machine.compile:
+        # A graph for each kind of block, with and without gradients, and for each of a few batch and image sizes.
+        torch._dynamo.config.recompile_limit = 64
         # The blocks do write in place, but in autograd functions, into tensors of their own.
         logging.getLogger("torch._higher_order_ops.wrap").addFilter(lambda r: "in-place ops" not in r.getMessage())
     pixel, patch = machine.pixel_checkpointing, machine.patch_checkpointing

@@ -93,7 +93,7 @@ def table(n: dict[str, Any]) -> str:
     c, machine, batch, peak = n["configuration"], n["machine"], n["batch"], n["peak"]
     step, repeats = _spread(n["step"]), len(n["step"]["each"])
     checkpointing = f"checkpointing pixel {c['machine']['pixel_checkpointing']}, patch "
-    checkpointing += c["machine"]["patch_checkpointing"]
+    checkpointing += str(c["machine"]["patch_checkpointing"])
     of_sheet = n["mfu_of_data_sheet"]
     sheet = f"{100 * of_sheet:.1f} % of {peak['data_sheet_tflops']:g} TFLOP/s" if of_sheet else "not known"
     lines = [
