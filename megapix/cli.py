@@ -8,7 +8,7 @@ import os
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal, TypeVar
 
 import tyro
 
@@ -18,6 +18,9 @@ from megapix.dist import World
 from megapix.errors import InputError, Trouble, one_of
 from megapix.evaluation.options import EvaluateOptions
 from megapix.shards import check_writable
+from megapix.sizing.options import PlanOptions
+
+T = TypeVar("T")
 
 USAGE = """usage: megapix COMMAND ...
 
@@ -31,6 +34,7 @@ Pretraining of PixelDiT, the pixel-space diffusion transformer, on DeepSpeed.
   evaluate  draw images and score them against reference statistics, or repeat a score (several ranks: launch.sh)
   doctor    look on every node for what would make a `train` command fail later; with --parity, compare ZeRO-2 on
             these machines with plain PyTorch
+  plan      predict memory, the largest micro batch, speed and the checkpoint interval of a run on GPUs not yet at hand
 
 'megapix COMMAND --help' documents each.
 """
@@ -58,9 +62,21 @@ Exit code 1 if the run would fail, 0 if not (there may be warnings), 2 for bad i
 {presets}
 """
 
+PLAN_USAGE = """usage: megapix plan PRESET --gpus N [--gpu-memory 80GB] [--gpu H100] [--SECTION.OPTION VALUE ...]
+       megapix plan --config FILE --gpus N [--SECTION.OPTION VALUE ...]
+
+Takes the options of `megapix train` and those of the machines, and predicts memory, the largest micro batch of each
+checkpointing policy, speed, scaling, and how often to save. Touches no GPU and reads no data. Exit code 2 if nothing
+fits, saying how many bytes are missing. PRESET is one of
+
+{presets}
+
+'megapix plan PRESET --help' lists every option; those under --assume are all that is assumed.
+"""
+
 
 # ---------------------------------------------------------------------------------------------------------------------
-# train, doctor
+# train, doctor, plan
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -119,6 +135,27 @@ def doctor(arguments: list[str], world: World) -> int:
         return leave(world, 2)
 
 
+@dataclass(frozen=True)
+class Planned:
+    """A run, and the machines to predict it for."""
+
+    run: Annotated[Config, tyro.conf.arg(name="")]
+    machines: Annotated[PlanOptions, tyro.conf.arg(name="")]
+
+
+def plan(arguments: list[str], world: World) -> int:
+    """Predict a run on machines that it has not seen yet."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        return _print_usage(PLAN_USAGE, arguments)
+    default, name, rest = _base(arguments)
+    asked = _parse(Planned, Planned(default, PlanOptions()), f"plan {name}", rest, world)
+
+    from megapix.sizing.plan import show
+
+    print(show(asked.run, asked.machines, name))
+    return 0
+
+
 def _print_usage(usage: str, arguments: list[str]) -> int:
     """Print the usage with all presets: to stdout if it was asked for, to stderr (and code 2) without arguments."""
     presets = "\n".join(f"  {name:8} {about}" for name, (_, about) in PRESETS.items())
@@ -133,18 +170,26 @@ def parse_run(arguments: list[str], world: World, command: str = "train") -> Con
         InputError: unknown preset, or a file that cannot be read or holds an unknown key.
         SystemExit: an option that tyro refuses (code 2), or --help (code 0).
     """
+    default, name, rest = _base(arguments)
+    return _parse(Config, default, f"{command} {name}", rest, world)
+
+
+def _base(arguments: list[str]) -> tuple[Config, str, list[str]]:
+    """The configuration that a command's first arguments name, what it is called, and the options after it."""
     first, rest = arguments[0], arguments[1:]
     if first == "--config":
         if not rest:
             raise InputError("--config needs a JSON file")
-        default, name, rest = _read_config(Path(rest[0])), f"--config {rest[0]}", rest[1:]
-    elif first.startswith("-"):
+        return _read_config(Path(rest[0])), f"--config {rest[0]}", rest[1:]
+    if first.startswith("-"):
         raise InputError(
             f"the first argument is {first!r}: expected a preset{one_of(first, list(PRESETS))} or --config FILE"
         )
-    else:
-        default, name = config.preset(first), first
-    return tyro.cli(Config, default=default, args=rest, prog=f"megapix {command} {name}", console_outputs=world.main)
+    return config.preset(first), first, rest
+
+
+def _parse(kind: type[T], default: T, command: str, arguments: list[str], world: World) -> T:
+    return tyro.cli(kind, default=default, args=arguments, prog=f"megapix {command}", console_outputs=world.main)
 
 
 def _read_config(path: Path) -> Config:
@@ -378,6 +423,7 @@ COMMANDS = {
     "reshard": reshard,
     "evaluate": evaluate,
     "doctor": doctor,
+    "plan": plan,
 }
 
 
