@@ -1,12 +1,15 @@
 """Bytes that a rank sends in one optimizer step of ZeRO-2, counted from the collectives that DeepSpeed really calls.
 
 usage: torchrun --nproc-per-node 2 -m bench.bytes_sent [--preset tiny] [--precision bf16] [--micro-batch 4]
-       [--accumulation 1] [--ds-config zero2]
+       [--accumulation 1] [--ds-config zero2] [--to-owner]
 
 A real engine takes one step, and every collective that reaches PyTorch is noted with its numbers. What a rank sends is
 that of a ring: of S bytes an all-reduce sends 2·S·(N-1)/N, a reduce-scatter, an all-gather and one of N equal reduces
 together half of it. Printed are the calls, and the sum beside ZeRO-2's minimum: gradients reduce-scattered once, in the
 format that they are reduced in, and weights gathered once, which is 2Ψ numbers for Ψ parameters.
+
+--to-owner sets DeepSpeed's `use_multi_rank_bucket_allreduce` to false, which no run's configuration may: each share of
+a bucket is then reduced to the rank that owns it.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 from megapix import config, dist, engine
 from megapix.config import Config
+from megapix.ds_config import deepspeed_config
 
 RING = {"allreduce_": 2.0, "reduce_": 1.0, "_reduce_scatter_base_": 1.0, "_allgather_base_": 1.0, "broadcast_": 1.0}
 """Collective of torch.distributed -> how often its numbers pass a rank's link in a ring, but for the factor (N-1)/N.
@@ -92,6 +96,7 @@ def main() -> None:
     parser.add_argument("--micro-batch", type=int, default=4)
     parser.add_argument("--accumulation", type=int, default=1)
     parser.add_argument("--ds-config", default="zero2")
+    parser.add_argument("--to-owner", action="store_true")
     options = parser.parse_args()
     world = dist.from_environment()
     engine.start(world)
@@ -101,11 +106,14 @@ def main() -> None:
     c = replace(c, precision=options.precision, machine=machine, optim=replace(c.optim, global_batch=total))
     net = engine.build_network(c.model, c.seed, c.machine)
     parameters = sum(p.numel() for p in net.parameters())
-    e = engine.build(c, config.batch_layout(c, world.size), net)
+    layout = config.batch_layout(c, world.size)
+    knobs = deepspeed_config(c, layout)
+    knobs["zero_optimization"]["use_multi_rank_bucket_allreduce"] = not options.to_owner
+    e = engine.build(c, layout, net, knobs)
     sent = in_one_step(e, c, options.accumulation, options.micro_batch)
     world.say(
         f"{options.preset}, {parameters:,} parameters, {options.precision}, {world.size} ranks, "
-        f"accumulation {options.accumulation}, {options.ds_config}"
+        f"accumulation {options.accumulation}, {options.ds_config}{', to the owner' * options.to_owner}"
     )
     for (name, dtype), calls in sorted(sent.calls.items(), key=str):
         world.say(f"  {name.strip('_')}: {calls} calls, {sent.numbers[name, dtype]:,} numbers of {dtype}")

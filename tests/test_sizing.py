@@ -51,7 +51,7 @@ def _check_memory(held: dict[str, int], precision: str, ranks: int) -> None:
 def _check_wire(found: dict[str, Any], precision: str, ranks: int) -> None:
     """Gradients are all-reduced, which is twice the minimum, and weights gathered once."""
     psi = parameters.count(config.tiny().model)
-    predicted = wire.sent(psi, precision, ranks, 1, ZERO2)
+    predicted = wire.sent(psi, precision, ranks, 1)
     assert found["sent"] == pytest.approx(predicted.gradients + predicted.weights, rel=1e-3)
     assert predicted.least == pytest.approx(least(psi, precision, ranks))
     assert found["calls"]["allreduce_ torch.float32"] == pytest.approx(psi, rel=1e-3)

@@ -65,13 +65,13 @@ def of_step(
     where = a.host * 1e9 if offload else device
     over_pcie = 2 * memory.offloaded(c) * images + (offload and (4 * accumulation + width) * share)
     buckets = math.ceil(psi / int(zero.get("reduce_bucket_size", 500_000_000))) * accumulation
-    sent, rounds = wire.sent(psi, c.precision, ranks, accumulation, knobs), wire.passes(knobs)
+    sent = wire.sent(psi, c.precision, ranks, accumulation)
     return Seconds(
         products=images * flops.training(c.model, size) / compute,
         recomputed=images * again / compute,
         pixels=images * traffic / device,
         moved=over_pcie / (a.pcie * 1e9),
-        reduced=wire.seconds(sent.gradients, rounds * buckets, ranks, nodes, m),
+        reduced=wire.seconds(sent.gradients, wire.GRADIENT_PASSES * buckets, ranks, nodes, m),
         optimizer=4 * share * (CLIP_PASSES + a.optimizer_passes) / where,
         ema=4 * share * EMA_PASSES / where,
         gathered=wire.seconds(sent.weights, 1, ranks, nodes, m),

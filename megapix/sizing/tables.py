@@ -134,19 +134,13 @@ def scaling(rows: list[tuple[int, int, Candidate | str]], o: PlanOptions, c: Con
         first = first or each
         policy = f"{machine.pixel_checkpointing}/{machine.patch_checkpointing}"
         policy += ", offload" if "offload" in machine.ds_config else ""
-        sent = wire.sent(parameters.count(c.model), c.precision, gpus, x.accumulation, _knobs(x))
+        sent = wire.sent(parameters.count(c.model), c.precision, gpus, x.accumulation)
         cells = [policy, f"{machine.micro_batch} x {x.accumulation}", f"{x.bytes.peak / GIB:.1f}"]
         cells += [f"{(sent.gradients + sent.weights) / GIB:.2f}", f"{x.seconds.total:.3f}", f"{x.images_per_s:,.0f}"]
         cells += [f"{x.mfu(m):.1%}", f"{each / first:.0%}", f"{o.images / x.images_per_s / 3600:.2f}"]
         lines.append([str(gpus), str(nodes), *cells])
     head = ["GPUs", "nodes", "pixel/patch", "micro x accumulation", "peak GiB", "GiB sent a step", "step s"]
     return table([*head, "images/s", "MFU", "of the first's speed a GPU", "hours an epoch"], lines)
-
-
-def _knobs(x: Candidate) -> dict[str, object]:
-    from megapix.ds_config import read_knobs
-
-    return read_knobs(x.config.machine.ds_config, x.config.machine.unproven)
 
 
 def schedule(x: Candidate, o: PlanOptions) -> Iterator[str]:

@@ -2,20 +2,21 @@
 
 An all-reduce of S bytes makes each rank send 2·S·(N-1)/N, a reduce-scatter and an all-gather half of that each. ZeRO-2
 needs one reduce-scatter of gradients for each backward pass and one all-gather of weights for each step. DeepSpeed
-0.19.8 all-reduces the gradients by default, although each rank keeps only its share: `python -m bench.bytes_sent`
+0.19.8 all-reduces the gradients, although each rank keeps only its share: `python -m bench.bytes_sent`
 counts it.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from megapix.sizing.memory import WIDTH
 from megapix.sizing.options import Machine
 
 GRADIENT_WIDTH = 4
-"""Gradients are reduced in fp32."""
+"""Bytes of a gradient between ranks: they are reduced in fp32."""
+GRADIENT_PASSES = 2
+"""An all-reduce sends each number twice: to be added up, and the sum back to all."""
 
 
 @dataclass(frozen=True)
@@ -28,18 +29,11 @@ class Sent:
     """Of both, if gradients were reduce-scattered."""
 
 
-def sent(psi: int, precision: str, ranks: int, accumulation: int, knobs: dict[str, Any]) -> Sent:
+def sent(psi: int, precision: str, ranks: int, accumulation: int) -> Sent:
     """Bytes that a rank sends for Ψ parameters."""
     share = (ranks - 1) / ranks
     weights, reduced = WIDTH[precision] * psi * share, GRADIENT_WIDTH * psi * share * accumulation
-    return Sent(reduced * passes(knobs), weights, reduced + weights)
-
-
-def passes(knobs: dict[str, Any]) -> int:
-    """How often a gradient passes a link: 2 if it is all-reduced, 1 if each share goes to its rank alone."""
-    zero = knobs["zero_optimization"]
-    alone = zero.get("reduce_scatter", True) and not zero.get("use_multi_rank_bucket_allreduce", True)
-    return 1 if alone and zero.get("contiguous_gradients", True) else 2
+    return Sent(reduced * GRADIENT_PASSES, weights, reduced + weights)
 
 
 def seconds(size: float, hops: float, ranks: int, nodes: int, m: Machine) -> float:
