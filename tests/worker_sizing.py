@@ -20,9 +20,10 @@ from megapix.optim import EMA
 
 
 def configuration(precision: str, ranks: int) -> Config:
-    """The tiny preset with one image a rank: states are nearly all that is alive."""
+    """The tiny preset with one image a rank, so that states are nearly all that is alive; fp32 with the fused AdamW."""
     c = config.tiny()
-    return replace(c, precision=precision, optim=replace(c.optim, global_batch=ranks))
+    machine = replace(c.machine, fused_adamw=precision == "fp32")
+    return replace(c, precision=precision, machine=machine, optim=replace(c.optim, global_batch=ranks))
 
 
 def storages(tensors: list[Any]) -> int:
@@ -44,6 +45,7 @@ def measure(precision: str, world: World) -> dict[str, Any]:
     c = configuration(precision, world.size)
     e = engine.build(c, config.batch_layout(c, world.size), engine.build_network(c.model, 0))
     zero, held = e.optimizer, {}
+    assert zero.optimizer.fused == c.machine.fused_adamw
     average, optimizer_step = zero.average_tensor, zero.optimizer.step
 
     def reducing(*args: Any) -> None:

@@ -77,7 +77,8 @@ def of_rank(c: Config, knobs: dict[str, Any], ranks: int, micro: int, accumulati
     # fp32 one rank's slices are one vector already.
     reducing = full * (2 + 4 if c.precision == "bf16" else 4 * (ranks > 1))
     # AdamW's square root of the second moment, or before it the fp64 copy of a gradient whose norm is taken.
-    stepping = on_device * max(fp32, 8 * min(parameters.largest(c.model), share))
+    root = 0 if c.machine.fused_adamw else fp32
+    stepping = on_device * max(root, 8 * min(parameters.largest(c.model), share))
     activations, backward = micro * _held(c), micro * _backward(c)
     states = weights + on_device * 4 * fp32
     # The gradients' partition exists as backward starts if a micro batch has been added to it before.

@@ -14,6 +14,11 @@ from megapix.sizing.options import Machine
 
 CLIP_PASSES = 4
 """fp32 numbers moved for each gradient: read for overflow, read for its norm, read and written when it is clipped."""
+FOREACH_PASSES = 18
+"""fp32 numbers that torch's foreach AdamW moves for each parameter: first moment 3, second 2 + 3, square root, bias and
+epsilon 2 each, weights 4."""
+FUSED_PASSES = 7
+"""Its fused AdamW: gradient read; weights and both moments read and written."""
 EMA_PASSES = 3
 """fp32 numbers moved for each parameter: EMA read and written, master read."""
 
@@ -33,7 +38,7 @@ class Seconds:
     reduced: float
     """Gradients between ranks."""
     optimizer: float
-    """Clipping and AdamW's memory traffic."""
+    """Memory traffic of clipping and AdamW."""
     ema: float
     gathered: float
     """Weights between ranks."""
@@ -72,8 +77,13 @@ def of_step(
         pixels=images * traffic / device,
         moved=over_pcie / (a.pcie * 1e9),
         reduced=wire.seconds(sent.gradients, wire.GRADIENT_PASSES * buckets, ranks, nodes, m),
-        optimizer=4 * share * (CLIP_PASSES + a.optimizer_passes) / where,
+        optimizer=4 * share * (CLIP_PASSES + adamw_passes(c, m)) / where,
         ema=4 * share * EMA_PASSES / where,
         gathered=wire.seconds(sent.weights, 1, ranks, nodes, m),
         rest=a.overhead,
     )
+
+
+def adamw_passes(c: Config, m: Machine) -> float:
+    """fp32 numbers that AdamW moves through memory for each parameter."""
+    return m.assume.optimizer_passes or (FUSED_PASSES if c.machine.fused_adamw else FOREACH_PASSES)

@@ -12,7 +12,7 @@ from megapix.sizing.choose import Candidate
 from megapix.sizing.memory import Bytes
 from megapix.sizing.options import Assumptions, Machine, PlanOptions
 from megapix.sizing.saving import Interval
-from megapix.sizing.speed import Seconds
+from megapix.sizing.speed import Seconds, adamw_passes
 
 GIB = 2**30
 WHAT = {
@@ -49,9 +49,9 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |" for line in lines)
 
 
-def assumptions(o: PlanOptions, m: Machine) -> str:
+def assumptions(c: Config, o: PlanOptions, m: Machine) -> str:
     """Everything that is assumed, with the option that changes it."""
-    used = {"memory": m.memory_bandwidth / 1e9, "link": m.link / 1e9}
+    used = {"memory": m.memory_bandwidth / 1e9, "link": m.link / 1e9, "optimizer_passes": adamw_passes(c, m)}
     unit = {
         "compute_share": "of the peak, reached by matrix products",
         "memory": "GB/s, GPU memory",
