@@ -14,7 +14,6 @@ from bench.bytes_sent import least
 from megapix import cli, config, flops, parameters
 from megapix.activations import PATCH_POLICIES, PIXEL_POLICIES, bytes_per_image
 from megapix.ds_config import read_knobs
-from megapix.errors import InputError
 from megapix.model import PixelDiT
 from megapix.sizing import choose, memory, options, saving, speed, wire
 from megapix.sizing.options import Assumptions, Machine, PlanOptions
@@ -226,9 +225,16 @@ def test_bad_input_is_one_line(arguments: list[str], expected: str, capsys: pyte
     assert err.count("\n") == 1
 
 
-def test_what_does_not_fit_says_what_would() -> None:
-    """ZeRO-2 shares masters, moments, EMA and gradients out, so more GPUs help as long as all weights fit on one."""
-    c, small = config.preset("xl-256"), replace(H100, memory=8 * 2**30)
-    error = choose.refuse(choose.candidates(config.replace(c, "machine.micro_batch", 8), 1, 1, small), c, small, "14GB")
-    assert isinstance(error, InputError)
-    assert "expected --gpus 2 or more" in str(error) or "no number of GPUs helps" in str(error)
+@pytest.mark.parametrize(
+    ("gib", "micro", "expected"),
+    [
+        (30.0, 256, "expected a smaller --machine.micro-batch"),
+        (5.8, 0, "expected --gpus 8 or more"),  # ZeRO-2 shares masters, moments, EMA and gradients out
+        (4.0, 0, "no number of GPUs helps: ZeRO-2 keeps all weights on each"),
+    ],
+)
+def test_what_does_not_fit_says_what_would(gib: float, micro: int, expected: str) -> None:
+    c, m = config.replace(config.preset("xl-256"), "machine.micro_batch", micro), replace(H100, memory=int(gib * 2**30))
+    found = choose.candidates(c, 1, 1, m)
+    assert choose.best(found) is None
+    assert expected in str(choose.refuse(found, c, m, f"{gib}GiB"))

@@ -103,7 +103,7 @@ def refuse(found: list[Candidate], c: Config, m: Machine, gpu_memory: str) -> In
     machine = small.config.machine
     missing = (small.bytes.peak - m.memory) / 2**30
     return InputError(
-        f"--gpu-memory = {gpu_memory!r}: micro batch {machine.micro_batch} on {small.ranks} GPUs needs "
+        f"--gpu-memory = {gpu_memory!r}: micro batch {machine.micro_batch} with --gpus {small.ranks} needs "
         f"{small.bytes.peak / 2**30:.1f} GiB and {m.memory / 2**30:.1f} GiB are there, {missing:.1f} GiB too few, even "
         f"with {', '.join(option.removeprefix('--machine.') for option in small.options)}; {_help(c, small, m)}"
     )
