@@ -8,7 +8,7 @@ import os
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal, TypeVar
 
 import tyro
 
@@ -19,6 +19,9 @@ from megapix.dist import World
 from megapix.errors import InputError, Trouble, one_of
 from megapix.evaluation.options import EvaluateOptions
 from megapix.shards import check_writable
+from megapix.sizing.options import PlanOptions
+
+T = TypeVar("T")
 
 USAGE = """usage: megapix COMMAND ...
 
@@ -33,6 +36,7 @@ Pretraining of PixelDiT, the pixel-space diffusion transformer, on DeepSpeed.
   doctor    look on every node for what would make a `train` command fail later; with --parity, compare ZeRO-2 on
             these machines with plain PyTorch
   bench     time a training step here: MFU against this machine's own peak, and where the time goes
+  plan      predict memory, the largest micro batch, speed and the checkpoint interval of a run on GPUs not yet at hand
 
 'megapix COMMAND --help' documents each.
 """
@@ -60,6 +64,18 @@ Exit code 1 if the run would fail, 0 if not (there may be warnings), 2 for bad i
 {presets}
 """
 
+PLAN_USAGE = """usage: megapix plan PRESET --gpus N [--gpu-memory 80GB] [--gpu H100] [--SECTION.OPTION VALUE ...]
+       megapix plan --config FILE --gpus N [--SECTION.OPTION VALUE ...]
+
+Takes the options of `megapix train` and those of the machines, and predicts memory, the largest micro batch of each
+checkpointing policy, speed, scaling, and how often to save. Touches no GPU and reads no data. Exit code 2 if nothing
+fits, saying how many bytes are missing. PRESET is one of
+
+{presets}
+
+'megapix plan PRESET --help' lists every option; those under --assume are all that is assumed.
+"""
+
 
 BENCH_USAGE = """usage: megapix bench step PRESET [OPTIONS]
        megapix bench step --config FILE [OPTIONS]
@@ -75,7 +91,7 @@ one of
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# train, doctor
+# train, doctor, plan
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -134,6 +150,27 @@ def doctor(arguments: list[str], world: World) -> int:
         return leave(world, 2)
 
 
+@dataclass(frozen=True)
+class Planned:
+    """A run, and the machines to predict it for."""
+
+    run: Annotated[Config, tyro.conf.arg(name="")]
+    machines: Annotated[PlanOptions, tyro.conf.arg(name="")]
+
+
+def plan(arguments: list[str], world: World) -> int:
+    """Predict a run on machines that it has not seen yet."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        return _print_usage(PLAN_USAGE, arguments)
+    default, name, rest = _named(arguments)
+    asked = _parse(Planned, Planned(default, PlanOptions()), f"megapix plan {name}", rest, world)
+
+    from megapix.sizing.plan import show
+
+    print(show(asked.run, asked.machines, name))
+    return 0
+
+
 def _print_usage(usage: str, arguments: list[str]) -> int:
     """Print the usage with all presets: to stdout if it was asked for, to stderr (and code 2) without arguments."""
     presets = "\n".join(f"  {name:8} {about}" for name, (_, about) in PRESETS.items())
@@ -149,7 +186,7 @@ def parse_run(arguments: list[str], world: World, command: str = "train") -> Con
         SystemExit: an option that tyro refuses (code 2), or --help (code 0).
     """
     default, name, rest = _named(arguments)
-    return tyro.cli(Config, default=default, args=rest, prog=f"megapix {command} {name}", console_outputs=world.main)
+    return _parse(Config, default, f"megapix {command} {name}", rest, world)
 
 
 def parse_step(arguments: list[str], world: World, command: str = "megapix bench step") -> StepOptions:
@@ -161,8 +198,7 @@ def parse_step(arguments: list[str], world: World, command: str = "megapix bench
     """
     run, name, rest = _named(arguments)
     default = StepOptions.of(run)
-    prog, speak = f"{command} {name}", world.main
-    options = tyro.cli(StepOptions, default=default, args=rest, prog=prog, console_outputs=speak)
+    options = _parse(StepOptions, default, f"{command} {name}", rest, world)
     check_batch(options, default)
     return options
 
@@ -179,6 +215,10 @@ def _named(arguments: list[str]) -> tuple[Config, str, list[str]]:
             f"the first argument is {first!r}: expected a preset{one_of(first, list(PRESETS))} or --config FILE"
         )
     return config.preset(first), first, rest
+
+
+def _parse(kind: type[T], default: T, command: str, arguments: list[str], world: World) -> T:
+    return tyro.cli(kind, default=default, args=arguments, prog=command, console_outputs=world.main)
 
 
 def _read_config(path: Path) -> Config:
@@ -439,6 +479,7 @@ COMMANDS = {
     "evaluate": evaluate,
     "doctor": doctor,
     "bench": bench,
+    "plan": plan,
 }
 
 

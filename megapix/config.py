@@ -192,6 +192,8 @@ class MachineConfig:
     that of every k-th block and all of the others; the rest is computed again."""
     compile: bool = _machine(False)
     """Compile the network's blocks with torch.compile; on CPUs this needs a C++ compiler."""
+    fused_adamw: bool = _machine(False)
+    """Step with torch's fused AdamW: one pass over memory, equal to the other implementations but for rounding."""
     ds_config: str = _machine("zero2")
     """DeepSpeed-only knobs: a name in ds_configs/, or the path of a JSON file."""
     watchdog: float = _machine(60.0)

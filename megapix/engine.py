@@ -163,7 +163,8 @@ def build(config: Config, layout: BatchLayout, network: PixelDiT, knobs: dict[st
 
     o = config.optim
     initial = [p.detach().clone() for p in network.parameters()] if config.precision == "bf16" else []
-    optimizer = AdamWWithEMA(network.parameters(), o.lr, (o.beta1, o.beta2), o.weight_decay, o.ema_decay)
+    settings = o.lr, (o.beta1, o.beta2), o.weight_decay, o.ema_decay
+    optimizer = AdamWWithEMA(network.parameters(), *settings, fused=config.machine.fused_adamw)
     try:
         engine, *_ = deepspeed.initialize(
             model=network,

@@ -8,9 +8,12 @@ Letters: L patches, P pixels of a patch, D patch width, d pixel width, C = 3 col
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
 
 from megapix.config import Config, ModelConfig
+
+if TYPE_CHECKING:
+    import torch  # late: `megapix plan` counts without it
 
 CHANNELS = 3
 TIMESTEP_CHANNELS = 256
@@ -33,22 +36,53 @@ def forward(model: ModelConfig, size: int) -> int:
     """FLOPs of one forward pass of one image of size × size pixels."""
     P, D, d = model.patch_size**2, model.width, model.pixel_width
     L = (size // model.patch_size) ** 2
-    attention = _linear(L, D, 3 * D) + 2 * _linear(L, D, L) + _linear(L, D, D)  # qkv, q·kᵀ and its product with v, proj
     # The class table is looked up, which costs no product.
     embedders = _linear(L, CHANNELS * P, D) + _linear(1, TIMESTEP_CHANNELS, D) + _linear(1, D, D)
     embedders += _linear(L * P, CHANNELS, d)
-    ffn = 2 * _linear(L, D, 4 * D) if model.mlp == "gelu" else 3 * _linear(L, D, int(2 / 3 * 4 * D))
-    patch_block = _linear(1, D, 6 * D) + attention + ffn
-    chunks = 6 if model.modulation == "pre" else 4
-    compaction = 2 * _linear(L, P * d, D)  # from the pixels of a patch to one token, and back
-    pit_block = _linear(L, D, P * chunks * d) + compaction + attention + 2 * _linear(L * P, d, 4 * d)
-    output = _linear(L * P, d, CHANNELS)
-    return embedders + model.depth * patch_block + model.pixel_depth * pit_block + output
+    patch = model.depth * _patch_block(model, L)
+    return embedders + patch + model.pixel_depth * _pit_block(model, L) + _linear(L * P, d, CHANNELS)
 
 
 def training(model: ModelConfig, size: int) -> int:
     """FLOPs of forward and backward for one image."""
     return 3 * forward(model, size)
+
+
+def recomputed(model: ModelConfig, size: int, pixel_policy: str, patch_policy: str | int) -> int:
+    """FLOPs that activation checkpointing computes again for one image: work of the machine that no MFU counts.
+
+    Args:
+        pixel_policy: 'full' repeats the pixel pathway, 'selective_modulation' its modulation; the others no product.
+        patch_policy: 'full' repeats the patch blocks, a number k every k-th of them.
+    """
+    L = (size // model.patch_size) ** 2
+    pixel = {
+        "selective_modulation": model.pixel_depth * _modulation(model, L),
+        "full": model.pixel_depth * _pit_block(model, L) + _linear(size**2, model.pixel_width, CHANNELS),
+    }.get(pixel_policy, 0)
+    every = {"none": 0, "full": 1}[patch_policy] if isinstance(patch_policy, str) else patch_policy
+    return pixel + (model.depth // every * _patch_block(model, L) if every else 0)
+
+
+def _patch_block(model: ModelConfig, L: int) -> int:
+    D = model.width
+    ffn = 2 * _linear(L, D, 4 * D) if model.mlp == "gelu" else 3 * _linear(L, D, int(2 / 3 * 4 * D))
+    return _linear(1, D, 6 * D) + _attention(L, D) + ffn
+
+
+def _pit_block(model: ModelConfig, L: int) -> int:
+    P, D, d = model.patch_size**2, model.width, model.pixel_width
+    compaction = 2 * _linear(L, P * d, D)  # from the pixels of a patch to one token, and back
+    return _modulation(model, L) + compaction + _attention(L, D) + 2 * _linear(L * P, d, 4 * d)
+
+
+def _modulation(model: ModelConfig, L: int) -> int:
+    chunks = 6 if model.modulation == "pre" else 4
+    return _linear(L, model.width, model.patch_size**2 * chunks * model.pixel_width)
+
+
+def _attention(L: int, D: int) -> int:
+    return _linear(L, D, 3 * D) + 2 * _linear(L, D, L) + _linear(L, D, D)  # qkv, q·kᵀ and its product with v, proj
 
 
 def _linear(rows: int, inputs: int, outputs: int) -> int:
@@ -65,6 +99,8 @@ def peak_of(config: Config, device: torch.device) -> float | None:
         return config.machine.peak_tflops
     if config.precision != "bf16" or device.type != "cuda":
         return None
+    import torch
+
     return peak_by_name(torch.cuda.get_device_name(device))
 
 

@@ -48,6 +48,12 @@ ALLOWED = {
     "megapix.offload": set(),
     "megapix.recompute": {"megapix.config", "megapix.model", "megapix.offload"},
     "megapix.profiling": {"megapix.dist"},
+    "megapix.parameters": {"megapix.config", "megapix.flops"},
+    "megapix.sizing": {
+        "megapix.sizing",
+        *(f"megapix.{name}" for name in ("activations", "checkpoint", "config", "ds_config", "errors", "flops")),
+        "megapix.parameters",
+    },
     "megapix.blocks": {"megapix.config", "megapix.model"},
     "megapix.images": {"megapix.errors"},
     "megapix.storage": {"megapix.errors"},
@@ -147,13 +153,15 @@ def test_no_circles() -> None:
         ["megapix", "--help"],
         ["megapix", "train", "tiny", "--help"],
         ["megapix", "doctor", "tiny", "--help"],
+        ["megapix", "plan", "tiny", "--help"],
+        ["megapix", "plan", "xl-256"],
         ["megapix", "import", "--help"],
         ["megapix", "evaluate", "--help"],
         ["megapix", "bench", "step", "tiny", "--help"],
         ["data_prep", "--help"],
     ],
 )
-def test_help_imports_nothing_heavy(command: list[str]) -> None:
+def test_help_and_plan_import_nothing_heavy(command: list[str]) -> None:
     code = (
         "import sys; from importlib import import_module; "
         f"main = import_module('{command[0]}.cli').main\n"

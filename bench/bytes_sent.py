@@ -1,0 +1,127 @@
+"""Bytes that a rank sends in one optimizer step of ZeRO-2, counted from the collectives that DeepSpeed really calls.
+
+usage: torchrun --nproc-per-node 2 -m bench.bytes_sent [--preset tiny] [--precision bf16] [--micro-batch 4]
+       [--accumulation 1] [--ds-config zero2] [--to-owner]
+
+A real engine takes one step, and every collective that reaches PyTorch is noted with its numbers. What a rank sends is
+that of a ring: of S bytes an all-reduce sends 2·S·(N-1)/N, a reduce-scatter, an all-gather and one of N equal reduces
+together half of it. Printed are the calls, and the sum beside ZeRO-2's minimum: gradients reduce-scattered once, in the
+format that they are reduced in, and weights gathered once, which is 2Ψ numbers for Ψ parameters.
+
+--to-owner sets DeepSpeed's `use_multi_rank_bucket_allreduce` to false, which no run's configuration may: each share of
+a bucket is then reduced to the rank that owns it.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from megapix import config, dist, engine
+from megapix.config import Config
+from megapix.ds_config import deepspeed_config
+
+RING = {"allreduce_": 2.0, "reduce_": 1.0, "_reduce_scatter_base_": 1.0, "_allgather_base_": 1.0, "broadcast_": 1.0}
+"""Collective of torch.distributed -> how often its numbers pass a rank's link in a ring, but for the factor (N-1)/N.
+
+`reduce_` is a chain that ends at its destination, which alone sends nothing: N-1 of N ranks send the numbers once.
+"""
+
+
+@dataclass
+class Sent:
+    """What one rank's collectives were: (operation, dtype) -> calls, and numbers in all."""
+
+    calls: Counter[tuple[str, torch.dtype]] = field(default_factory=Counter)
+    numbers: Counter[tuple[str, torch.dtype]] = field(default_factory=Counter)
+
+    def bytes(self, ranks: int) -> float:
+        """Bytes that a rank sends, the mean over all ranks."""
+        share = (ranks - 1) / ranks
+        return sum(RING[name] * n * dtype.itemsize * share for (name, dtype), n in self.numbers.items())
+
+
+class Collectives(TorchDispatchMode):
+    """Notes every collective that is called inside it, whoever calls it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sent = Sent()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            name = func._schema.name.split("::")[1]
+            tensors = [x for x in tree_leaves(args[:1]) if isinstance(x, torch.Tensor)]  # the first is the output
+            if name not in RING:
+                raise RuntimeError(f"collective {name}: this program doesn't know what it sends")
+            self.sent.calls[name, tensors[0].dtype] += 1
+            self.sent.numbers[name, tensors[0].dtype] += sum(x.numel() for x in tensors)
+        return func(*args, **(kwargs or {}))
+
+
+def step(e: Any, c: Config, accumulation: int, micro: int) -> None:
+    """One optimizer step on random images."""
+    generator = torch.Generator().manual_seed(0)
+    device = next(e.module.parameters()).device
+    for _ in range(accumulation):
+        x = torch.randn(micro, 3, c.data.image_size, c.data.image_size, generator=generator).to(device)
+        t, y = torch.rand(micro, generator=generator).to(device), torch.zeros(micro, dtype=torch.long, device=device)
+        e.backward((e(x, t, y).float() - x).square().mean())
+        e.step()
+
+
+def in_one_step(e: Any, c: Config, accumulation: int, micro: int) -> Sent:
+    """The collectives of one step, the second, when nothing is set up any more."""
+    step(e, c, accumulation, micro)
+    with Collectives() as collectives:
+        step(e, c, accumulation, micro)
+    return collectives.sent
+
+
+def least(parameters: int, precision: str, ranks: int) -> float:
+    """ZeRO-2's minimum in bytes: fp32 gradients reduce-scattered, weights of `precision` gathered."""
+    return parameters * (4 + {"bf16": 2, "fp32": 4}[precision]) * (ranks - 1) / ranks
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="tiny")
+    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
+    parser.add_argument("--micro-batch", type=int, default=4)
+    parser.add_argument("--accumulation", type=int, default=1)
+    parser.add_argument("--ds-config", default="zero2")
+    parser.add_argument("--to-owner", action="store_true")
+    options = parser.parse_args()
+    world = dist.from_environment()
+    engine.start(world)
+    c = config.preset(options.preset)
+    machine = replace(c.machine, micro_batch=options.micro_batch, ds_config=options.ds_config)
+    total = options.micro_batch * options.accumulation * world.size
+    c = replace(c, precision=options.precision, machine=machine, optim=replace(c.optim, global_batch=total))
+    net = engine.build_network(c.model, c.seed, c.machine)
+    parameters = sum(p.numel() for p in net.parameters())
+    layout = config.batch_layout(c, world.size)
+    knobs = deepspeed_config(c, layout)
+    knobs["zero_optimization"]["use_multi_rank_bucket_allreduce"] = not options.to_owner
+    e = engine.build(c, layout, net, knobs)
+    sent = in_one_step(e, c, options.accumulation, options.micro_batch)
+    world.say(
+        f"{options.preset}, {parameters:,} parameters, {options.precision}, {world.size} ranks, "
+        f"accumulation {options.accumulation}, {options.ds_config}{', to the owner' * options.to_owner}"
+    )
+    for (name, dtype), calls in sorted(sent.calls.items(), key=str):
+        world.say(f"  {name.strip('_')}: {calls} calls, {sent.numbers[name, dtype]:,} numbers of {dtype}")
+    found, minimum = sent.bytes(world.size), least(parameters, options.precision, world.size)
+    ratio = f"{found / minimum:.3f} of the minimum" if minimum else "one rank sends nothing"
+    world.say(f"  sent by a rank: {found:,.0f} bytes; minimum {minimum:,.0f}; {ratio}")
+    engine.leave(world, 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""`megapix plan`: memory, speed and checkpoint interval of a run, predicted before it takes a GPU."""

@@ -1,0 +1,126 @@
+"""Which checkpointing policies, micro batch and place of the optimizer are predicted to be the fastest that fit."""
+
+from __future__ import annotations
+
+import typing
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+from megapix import flops
+from megapix.config import Config, PixelPolicy, batch_layout, replace
+from megapix.ds_config import read_knobs
+from megapix.errors import InputError
+from megapix.sizing import memory, speed
+from megapix.sizing.memory import Bytes
+from megapix.sizing.options import Machine
+from megapix.sizing.speed import Seconds
+
+PIXEL_POLICIES: tuple[PixelPolicy, ...] = typing.get_args(PixelPolicy)
+PATCH_POLICIES: tuple[str | int, ...] = ("none", 4, 2, "full")
+"""Values of `machine.patch_checkpointing` that are planned with, from the fastest to the smallest."""
+OFFLOAD = "zero2_offload"
+MOST_RANKS = 4096
+"""Ranks up to which a fitting number is looked for when a network does not fit."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to run a configuration on a number of GPUs."""
+
+    config: Config
+    """With its policies, DeepSpeed configuration, and the largest micro batch that fits, or 1."""
+    ranks: int
+    nodes: int
+    accumulation: int
+    bytes: Bytes
+    seconds: Seconds
+    fits: bool
+
+    @property
+    def images_per_s(self) -> float:
+        """Of all GPUs together."""
+        return self.config.optim.global_batch / self.seconds.total
+
+    def mfu(self, m: Machine) -> float:
+        """Model FLOPs over the peak; what is recomputed does not count."""
+        cost = flops.training(self.config.model, self.config.data.image_size)
+        return self.images_per_s * cost / self.ranks / m.peak
+
+    @property
+    def options(self) -> list[str]:
+        """What to type after the preset."""
+        c = self.config.machine
+        return [
+            f"--machine.pixel-checkpointing {c.pixel_checkpointing}",
+            f"--machine.patch-checkpointing {c.patch_checkpointing}",
+            f"--machine.micro-batch {c.micro_batch}",
+            f"--machine.ds-config {c.ds_config}",
+        ]
+
+
+def candidates(c: Config, ranks: int, nodes: int, m: Machine) -> list[Candidate]:
+    """Every policy with its largest micro batch that fits; where none does, micro batch 1 and `fits` False.
+
+    The micro batch is a divisor of global batch / ranks, or `machine.micro_batch` if that is set. The optimizer is
+    offloaded in a second half of the list, or in all of it if the configuration asks for it.
+
+    Raises:
+        InputError: the global batch does not divide.
+    """
+    images = batch_layout(c, ranks).total // ranks
+    micros = [n for n in range(images, 0, -1) if images % n == 0]
+    if c.machine.micro_batch:
+        micros = [c.machine.micro_batch]
+    own = read_knobs(c.machine.ds_config, c.machine.unproven)
+    places = [(c.machine.ds_config, own)]
+    if "offload_optimizer" not in own["zero_optimization"]:
+        places.append((OFFLOAD, read_knobs(OFFLOAD)))
+    found = []
+    for (name, knobs), pixel, patch in product(places, PIXEL_POLICIES, PATCH_POLICIES):
+        asked = replace(replace(c, "machine.pixel_checkpointing", pixel), "machine.patch_checkpointing", patch)
+        asked = replace(asked, "machine.ds_config", name)
+        found.append(_largest(asked, knobs, ranks, nodes, micros, m))
+    return found
+
+
+def _largest(c: Config, knobs: dict[str, Any], ranks: int, nodes: int, micros: list[int], m: Machine) -> Candidate:
+    images = c.optim.global_batch // ranks
+    for micro in micros:
+        used = memory.of_rank(c, knobs, ranks, micro, images // micro)
+        if used.peak <= m.memory:
+            break
+    took = speed.of_step(c, knobs, ranks, nodes, micro, images // micro, m)
+    c = replace(c, "machine.micro_batch", micro)
+    return Candidate(c, ranks, nodes, images // micro, used, took, used.peak <= m.memory)
+
+
+def best(found: list[Candidate]) -> Candidate | None:
+    """The fastest predicted step among those that fit; of equals the first."""
+    return min((x for x in found if x.fits), key=lambda x: x.seconds.total, default=None)
+
+
+def refuse(found: list[Candidate], c: Config, m: Machine, gpu_memory: str) -> InputError:
+    """What is wrong when nothing fits: how many bytes are missing, and what would help."""
+    small = min(found, key=lambda x: x.bytes.peak)
+    machine = small.config.machine
+    missing = (small.bytes.peak - m.memory) / 2**30
+    return InputError(
+        f"--gpu-memory = {gpu_memory!r}: micro batch {machine.micro_batch} with --gpus {small.ranks} needs "
+        f"{small.bytes.peak / 2**30:.1f} GiB and {m.memory / 2**30:.1f} GiB are there, {missing:.1f} GiB too few, even "
+        f"with {', '.join(option.removeprefix('--machine.') for option in small.options)}; {_help(c, small, m)}"
+    )
+
+
+def _help(c: Config, small: Candidate, m: Machine) -> str:
+    if c.machine.micro_batch > 1:
+        return "expected a smaller --machine.micro-batch"
+    ranks = 2 * small.ranks
+    while ranks <= min(c.optim.global_batch, MOST_RANKS):
+        if c.optim.global_batch % ranks == 0:
+            knobs = read_knobs(small.config.machine.ds_config, c.machine.unproven)
+            images = c.optim.global_batch // ranks
+            if memory.of_rank(small.config, knobs, ranks, 1, images).peak <= m.memory:
+                return f"expected --gpus {ranks} or more, or more memory"
+        ranks *= 2
+    return "no number of GPUs helps: ZeRO-2 keeps all weights on each; expected more memory or a smaller reduce bucket"

@@ -1,0 +1,203 @@
+"""Options of `megapix plan`, and everything that its predictions assume, in one place."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from dataclasses import dataclass, field
+
+from megapix.config import IMAGENET_IMAGES
+from megapix.errors import InputError, one_of
+from megapix.flops import PEAK_TFLOPS
+
+UNITS = {"GB": 10**9, "TB": 10**12, "GiB": 2**30, "TiB": 2**40, "MB": 10**6, "MiB": 2**20}
+
+MEMORY_AND_LINK = {
+    "A100": (2039.0, 300.0),
+    "H100 PCIe": (2000.0, 64.0),
+    "H100 NVL": (3900.0, 300.0),
+    "H100": (3350.0, 450.0),
+    "H200 NVL": (4800.0, 450.0),
+    "H200": (4800.0, 450.0),
+    "GH200": (4000.0, 450.0),
+    "B200": (8000.0, 900.0),
+}
+"""Name as in `flops.PEAK_TFLOPS` -> GB/s of its memory, and of its links to the others of a node in one direction
+(NVIDIA's data sheets of the A100 80GB SXM, and so on; H100 PCIe without bridges)."""
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    """What a prediction assumes of the machines. Bandwidths are in GB/s, 10^9 bytes a second, for one GPU."""
+
+    compute_share: float = 0.4
+    """Share of the peak that matrix products reach on average."""
+    memory: float = 0.0
+    """Bandwidth of the GPU's memory; 0 takes the data sheet's."""
+    memory_share: float = 0.8
+    """Share of it that element-wise work reaches."""
+    pixel_passes: float = 5.0
+    """Times that each activation of the pixel pathway passes through memory: written and read in forward, read in
+    backward, and its gradient written and read. Recomputing adds two."""
+    link: float = 0.0
+    """Bandwidth between the GPUs of a node in one direction; 0 takes the data sheet's."""
+    network: float = 25.0
+    """Bandwidth between nodes in one direction, for each GPU of a node (25 is a network card of 200 Gbit/s each)."""
+    wire_share: float = 0.7
+    """Share of `link` and `network` that a collective reaches."""
+    link_latency: float = 5.0
+    """Microseconds of a hop within a node."""
+    network_latency: float = 15.0
+    """Microseconds of a hop between nodes."""
+    optimizer_passes: float = 0.0
+    """fp32 numbers that AdamW moves through memory for each parameter, read or written; 0 counts those of torch's
+    implementation: 7 with --machine.fused-adamw, else 18."""
+    overhead: float = 0.02
+    """Seconds of a step that nothing here explains: launches, the meeting of all ranks."""
+    pcie: float = 25.0
+    """Bandwidth between a GPU and host memory in one direction."""
+    host: float = 20.0
+    """Bandwidth of host memory, for each GPU's process."""
+    reserve: str = "6GB"
+    """Memory of a GPU that no tensor can have: CUDA's context, NCCL's buffers, fragmentation."""
+    write: float = 2.0
+    """Bandwidth of the file system for a whole checkpoint."""
+    restart: float = 600.0
+    """Seconds from a failure to the first new step."""
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """What `megapix plan` wants to know beside the options of a run."""
+
+    gpus: int = 1
+    """GPUs of the run: ranks."""
+    nodes: int = 0
+    """Nodes that they are spread over; 0 fills nodes of `gpus_per_node`."""
+    gpus_per_node: int = 8
+    """GPUs of a node."""
+    gpu_memory: str = "80GB"
+    """Memory of a GPU, such as 80GB (10^9 bytes) or 80GiB (2^30)."""
+    gpu: str = "H100"
+    """GPU whose data sheet gives peak and bandwidths: A100, H100, H100 PCIe, H100 NVL, H200, H200 NVL, GH200, B200."""
+    scaling: tuple[int, ...] = (1, 8, 16, 64)
+    """Numbers of GPUs in the table of scaling."""
+    images: int = IMAGENET_IMAGES
+    """Images of an epoch; the default is ImageNet-1k's."""
+    mtbf: float = 6300.0
+    """Hours between two failures of one node (6,300: 419 failures in 54 days of 2,048 nodes, arXiv 2407.21783, 3.3.4).
+    """
+    assume: Assumptions = field(default_factory=Assumptions)
+    """What is assumed of the machines."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A GPU and its links: bytes, seconds, bytes a second and FLOPs a second."""
+
+    memory: int
+    """Bytes of a GPU that tensors can have."""
+    peak: float
+    """Dense peak in FLOP/s, in the run's precision."""
+    memory_bandwidth: float
+    link: float
+    network: float
+    assume: Assumptions
+
+
+def machine(options: PlanOptions, precision: str, peak_tflops: float) -> Machine:
+    """The machine that the options describe.
+
+    Args:
+        peak_tflops: `machine.peak_tflops`; 0 takes the data sheet's dense bf16 peak.
+
+    Raises:
+        InputError: an unknown GPU, a size that cannot be read, or no peak for this precision.
+    """
+    if options.gpu not in PEAK_TFLOPS:
+        raise InputError(f"--gpu = {options.gpu!r}: no data sheet is known{one_of(options.gpu, list(PEAK_TFLOPS))}")
+    if precision != "bf16" and not peak_tflops:
+        raise InputError(
+            f"precision = {precision!r}: only bf16 peaks are known; give the GPU's with --machine.peak-tflops"
+        )
+    a, (memory, link) = options.assume, MEMORY_AND_LINK[options.gpu]
+    total, reserve = read_bytes("--gpu-memory", options.gpu_memory), read_bytes("--assume.reserve", a.reserve)
+    if reserve >= total:
+        raise InputError(f"--assume.reserve = {a.reserve!r}: expected less than --gpu-memory = {options.gpu_memory!r}")
+    return Machine(
+        memory=total - reserve,
+        peak=(peak_tflops or PEAK_TFLOPS[options.gpu]) * 1e12,
+        memory_bandwidth=(a.memory or memory) * 1e9,
+        link=(a.link or link) * 1e9,
+        network=a.network * 1e9,
+        assume=a,
+    )
+
+
+def nodes_of(options: PlanOptions, gpus: int) -> int:
+    """Nodes of `gpus` GPUs, filled one after another.
+
+    Raises:
+        InputError: the last node would not be full.
+    """
+    if gpus > options.gpus_per_node and gpus % options.gpus_per_node:
+        raise InputError(
+            f"{gpus} GPUs on nodes of {options.gpus_per_node} leave one half empty: expected a multiple of "
+            f"{options.gpus_per_node}, or another --gpus-per-node"
+        )
+    return max(1, gpus // options.gpus_per_node)
+
+
+def check(options: PlanOptions) -> PlanOptions:
+    """Look for what is out of range; with `nodes`, returns the options with the GPUs of a node that follow.
+
+    Raises:
+        InputError: naming option, value and what would be right.
+    """
+    o = options
+    for name, value, low in (("gpus", o.gpus, 1), ("nodes", o.nodes, 0), ("gpus-per-node", o.gpus_per_node, 1)):
+        if value < low:
+            raise InputError(f"--{name} = {value}: expected at least {low}")
+    if o.images < 1:
+        raise InputError(f"--images = {o.images}: expected at least 1")
+    if any(n < 1 for n in o.scaling):
+        raise InputError(f"--scaling = {' '.join(map(str, o.scaling))}: expected numbers of GPUs, at least 1 each")
+    if not (o.mtbf > 0 and math.isfinite(o.mtbf)):
+        raise InputError(f"--mtbf = {o.mtbf}: expected above 0 hours")
+    for f in dataclasses.fields(o.assume):
+        value = getattr(o.assume, f.name)
+        if isinstance(value, float):
+            _check_assumption(f.name, value)
+    if o.nodes and o.gpus % o.nodes:
+        raise InputError(
+            f"--gpus = {o.gpus} on --nodes = {o.nodes}: expected a multiple "
+            f"({o.gpus} = {o.nodes} x {o.gpus // o.nodes} + {o.gpus % o.nodes})"
+        )
+    if o.nodes:
+        o = dataclasses.replace(o, gpus_per_node=o.gpus // o.nodes)
+    nodes_of(o, o.gpus)
+    return o
+
+
+MAY_BE_ZERO = ("memory", "link", "optimizer_passes", "link_latency", "network_latency", "overhead", "restart")
+
+
+def _check_assumption(name: str, value: float) -> None:
+    option = f"--assume.{name.replace('_', '-')}"
+    if not math.isfinite(value) or value < 0 or (value == 0 and name not in MAY_BE_ZERO):
+        raise InputError(f"{option} = {value}: expected {'0 or more' if name in MAY_BE_ZERO else 'above 0'}")
+    if name.endswith("_share") and value > 1:
+        raise InputError(f"{option} = {value}: expected a share, at most 1")
+
+
+def read_bytes(option: str, text: str) -> int:
+    """Bytes of a size such as 80GB, 79.5GiB or 500MB.
+
+    Raises:
+        InputError: not such a size.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([A-Za-z]+)", text.strip())
+    if not match or match[2] not in UNITS or float(match[1]) == 0:
+        raise InputError(f"{option} = {text!r}: expected a size such as 80GB or 79.5GiB (units: {', '.join(UNITS)})")
+    return round(float(match[1]) * UNITS[match[2]])

@@ -1,0 +1,83 @@
+"""What `megapix plan` prints: memory, policies, step, scaling, checkpoint interval. Needs neither GPU nor torch."""
+
+from __future__ import annotations
+
+from megapix import parameters
+from megapix.config import Config, freeze, replace, validate
+from megapix.errors import InputError
+from megapix.sizing import choose, saving, tables
+from megapix.sizing.choose import Candidate
+from megapix.sizing.options import Machine, PlanOptions, check, machine, nodes_of
+
+
+def show(asked: Config, options: PlanOptions, name: str) -> str:
+    """The plan of a configuration, as text.
+
+    Args:
+        name: what the user calls the configuration: a preset, or `--config FILE`.
+
+    Raises:
+        InputError: bad options, or nothing fits.
+    """
+    c, o = _runnable(asked, options.images), check(options)
+    m = machine(o, c.precision, c.machine.peak_tflops)
+    nodes = nodes_of(o, o.gpus)
+    found = choose.candidates(c, o.gpus, nodes, m)
+    best = choose.best(found)
+    if best is None:
+        raise choose.refuse(found, c, m, o.gpu_memory)
+    psi = parameters.count(c.model)
+    chosen = _like(best, found)
+    interval = saving.interval(psi, o.gpus, nodes, c.checkpoint.background, o)
+    parts = [
+        f"# {name}: {psi / 1e6:.1f} M parameters, {c.data.image_size} pixels, {c.precision}, global batch "
+        f"{c.optim.global_batch}, on {o.gpus} x {o.gpu} of {o.gpu_memory} in {nodes} nodes",
+        "Predicted, not measured, from these assumptions:",
+        tables.assumptions(c, o, m),
+        f"## Memory\n\nThe policies are pixel {chosen[0].config.machine.pixel_checkpointing}, patch "
+        f"{chosen[0].config.machine.patch_checkpointing}.",
+        tables.memory(chosen),
+        f"## Policies\n\nThe largest micro batch that fits into {m.memory / tables.GIB:.1f} GiB, without the reserve.",
+        tables.policies(c, found, m),
+        "Recommended, the fastest that fits: `" + " ".join(best.options) + "`",
+        "## The recommended step",
+        tables.step(best),
+        "\n".join(f"- {line}" for line in tables.schedule(best, o)),
+        "## Scaling",
+        tables.scaling(_scaled(c, o, m), o, c, m),
+        "## Checkpoints",
+        "\n".join(f"- {line}" for line in tables.saving(interval, best)),
+    ]
+    if c.repa.wanted:
+        parts.append("REPA's encoder and projector are not counted in any of this.")
+    return "\n\n".join(parts)
+
+
+def _runnable(asked: Config, images: int) -> Config:
+    """The configuration with its spans in images; neither data nor a run folder is needed."""
+    c = replace(replace(asked, "out", asked.out or "-"), "data.path", asked.data.path or "-")
+    validate(c)
+    return freeze(c, images)
+
+
+def _like(best: Candidate, found: list[Candidate]) -> list[Candidate]:
+    """With the recommended policies: the optimizer on the GPU, and offloaded."""
+
+    def policy(x: Candidate) -> tuple[object, object]:
+        return x.config.machine.pixel_checkpointing, x.config.machine.patch_checkpointing
+
+    return [x for x in found if policy(x) == policy(best)]
+
+
+def _scaled(c: Config, o: PlanOptions, m: Machine) -> list[tuple[int, int, Candidate | str]]:
+    """The best candidate for each number of GPUs, or why there is none."""
+    rows: list[tuple[int, int, Candidate | str]] = []
+    for gpus in sorted({*o.scaling, o.gpus}):
+        try:
+            nodes = nodes_of(o, gpus)
+            best = choose.best(choose.candidates(replace(c, "machine.micro_batch", 0), gpus, nodes, m))
+        except InputError as error:
+            rows.append((gpus, -(-gpus // o.gpus_per_node), str(error).split(";")[0]))
+            continue
+        rows.append((gpus, nodes, best or "does not fit"))
+    return rows

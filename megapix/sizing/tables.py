@@ -1,0 +1,171 @@
+"""The plan as Markdown tables, for a terminal and for a document alike."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import fields
+
+from megapix import parameters
+from megapix.config import Config, get
+from megapix.sizing import wire
+from megapix.sizing.choose import Candidate
+from megapix.sizing.memory import Bytes
+from megapix.sizing.options import Assumptions, Machine, PlanOptions
+from megapix.sizing.saving import Interval
+from megapix.sizing.speed import Seconds, adamw_passes
+
+GIB = 2**30
+WHAT = {
+    "weights": "weights, whole on each GPU",
+    "masters": "fp32 masters, this GPU's share",
+    "moments": "Adam's two moments, its share",
+    "ema": "EMA, its share",
+    "gradients": "averaged fp32 gradients, its share, within a step",
+    "bucket": "reduce bucket, within a backward pass",
+    "reducing": "copies of a bucket while it is reduced",
+    "stepping": "AdamW's or the norm's own, within a step",
+    "activations": "activations of the micro batch",
+    "backward": "one block's backward pass, recomputed activations among it",
+    "peak": "**peak**",
+    "host": "host memory of the optimizer",
+}
+PARTS = {
+    "products": "matrix products",
+    "recomputed": "products computed again",
+    "pixels": "pixel pathway's element-wise memory traffic",
+    "moved": "to and from host memory",
+    "reduced": "gradients between GPUs",
+    "optimizer": "clipping and AdamW",
+    "ema": "EMA",
+    "gathered": "weights between GPUs",
+    "rest": "unexplained (assumed)",
+}
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """Markdown with padded columns."""
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    lines = [head, ["-" * width for width in widths], *rows]
+    return "\n".join("| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |" for line in lines)
+
+
+def assumptions(c: Config, o: PlanOptions, m: Machine) -> str:
+    """Everything that is assumed, with the option that changes it."""
+    used = {"memory": m.memory_bandwidth / 1e9, "link": m.link / 1e9, "optimizer_passes": adamw_passes(c, m)}
+    unit = {
+        "compute_share": "of the peak, reached by matrix products",
+        "memory": "GB/s, GPU memory",
+        "memory_share": "of it, reached by element-wise work",
+        "pixel_passes": "times that an activation of the pixel pathway passes through memory (2 more if recomputed)",
+        "link": "GB/s in one direction, GPU to GPU in a node",
+        "network": "GB/s in one direction for each GPU, between nodes",
+        "wire_share": "of these two, reached by collectives",
+        "link_latency": "µs, a hop within a node",
+        "network_latency": "µs, a hop between nodes",
+        "optimizer_passes": "fp32 numbers moved by AdamW for each parameter",
+        "overhead": "s of a step, unexplained",
+        "pcie": "GB/s in one direction, GPU to host",
+        "host": "GB/s, host memory for each GPU",
+        "reserve": "of GPU memory for CUDA, NCCL and fragmentation",
+        "write": "GB/s, a whole checkpoint to the file system",
+        "restart": "s, from a failure to the first new step",
+    }
+    rows = [["--machine.peak-tflops", f"{m.peak / 1e12:g}", f"TFLOP/s, dense peak of one {o.gpu}"]]
+    for f in fields(Assumptions):
+        value = used.get(f.name, getattr(o.assume, f.name))
+        shown = value if isinstance(value, str) else f"{value:g}"
+        rows.append([f"--assume.{f.name.replace('_', '-')}", shown, unit[f.name]])
+    rows.append(["--mtbf", f"{o.mtbf:g}", "hours between two failures of one node"])
+    rows.append(["--images", f"{o.images:,}", "images of an epoch"])
+    return table(["assumption", "value", "what"], rows)
+
+
+def memory(chosen: list[Candidate]) -> str:
+    """Bytes of a rank in GiB, a column for each way to run."""
+    head = [
+        "GiB on each GPU",
+        *(f"{x.config.machine.ds_config}, micro batch {x.config.machine.micro_batch}" for x in chosen),
+    ]
+    return table(
+        head,
+        [[WHAT[f.name], *(f"{getattr(x.bytes, f.name) / GIB:.2f}" for x in chosen)] for f in fields(Bytes)],
+    )
+
+
+def policies(c: Config, found: list[Candidate], m: Machine) -> str:
+    """Every policy with its largest micro batch, what it takes and how fast it should be."""
+    rows = []
+    for x in found:
+        machine = x.config.machine
+        own = all(get(c.machine, key) == get(machine, key) for key in POLICY)
+        speed = [f"{x.seconds.total:.3f}", f"{x.images_per_s:,.0f}", f"{x.mfu(m):.1%}"] if x.fits else ["", "", ""]
+        fit = (
+            f"{machine.micro_batch} x {x.accumulation}"
+            if x.fits
+            else f"{(x.bytes.peak - m.memory) / GIB:.1f} GiB short"
+        )
+        which = [machine.ds_config, str(machine.pixel_checkpointing), str(machine.patch_checkpointing)]
+        held = [f"{n / GIB:.1f}" for n in (x.bytes.activations, x.bytes.peak)]
+        rows.append([*which, "asked for" if own else "", fit, *held, *speed])
+    head = ["ds_config", "pixel", "patch", "", "micro x accumulation", "activations GiB", "peak GiB"]
+    return table([*head, "step s", "images/s", "MFU"], rows)
+
+
+POLICY = ("ds_config", "pixel_checkpointing", "patch_checkpointing")
+
+
+def step(x: Candidate) -> str:
+    """The parts of a step."""
+    rows = [
+        [PARTS[f.name], f"{getattr(x.seconds, f.name):.4f}", f"{getattr(x.seconds, f.name) / x.seconds.total:.1%}"]
+        for f in fields(Seconds)
+    ]
+    return table(["part of a step", "s", "share"], [*rows, ["**step**", f"{x.seconds.total:.4f}", ""]])
+
+
+def scaling(rows: list[tuple[int, int, Candidate | str]], o: PlanOptions, c: Config, m: Machine) -> str:
+    """Predictions for several numbers of GPUs; a reason stands where there is none."""
+    lines, first = [], None
+    for gpus, nodes, x in rows:
+        if isinstance(x, str):
+            lines.append([str(gpus), str(nodes), x, *[""] * 8])
+            continue
+        machine, each = x.config.machine, x.images_per_s / gpus
+        first = first or each
+        policy = f"{machine.pixel_checkpointing}/{machine.patch_checkpointing}"
+        policy += ", offload" if "offload" in machine.ds_config else ""
+        sent = wire.sent(parameters.count(c.model), c.precision, gpus, x.accumulation)
+        cells = [policy, f"{machine.micro_batch} x {x.accumulation}", f"{x.bytes.peak / GIB:.1f}"]
+        cells += [f"{(sent.gradients + sent.weights) / GIB:.2f}", f"{x.seconds.total:.3f}", f"{x.images_per_s:,.0f}"]
+        cells += [f"{x.mfu(m):.1%}", f"{each / first:.0%}", f"{o.images / x.images_per_s / 3600:.2f}"]
+        lines.append([str(gpus), str(nodes), *cells])
+    head = ["GPUs", "nodes", "pixel/patch", "micro x accumulation", "peak GiB", "GiB sent a step", "step s"]
+    return table([*head, "images/s", "MFU", "of the first's speed a GPU", "hours an epoch"], lines)
+
+
+def schedule(x: Candidate, o: PlanOptions) -> Iterator[str]:
+    """Time of an epoch and of the whole schedule."""
+    end, rate = x.config.optim.end_at, x.images_per_s
+    assert isinstance(end, int)
+    steps = -(-end // x.config.optim.global_batch)
+    yield f"an epoch of {o.images:,} images: {_time(o.images / rate)}"
+    yield f"the whole schedule, {end:,} images in {steps:,} steps: {_time(end / rate)}"
+
+
+def saving(i: Interval, x: Candidate) -> Iterator[str]:
+    """The checkpoint interval and what it costs."""
+    images = max(1, int(i.best / x.seconds.total)) * x.config.optim.global_batch
+    yield (
+        f"a checkpoint has {i.size / GIB:.1f} GiB, is written in {_time(i.writing)}, and training waits "
+        f"{i.stall:.1f} s for it"
+    )
+    yield f"this many nodes fail every {_time(i.failures)}; best interval sqrt(2 x wait x that) = {_time(i.best)}"
+    yield f"--checkpoint.every {images} (images)"
+    yield f"a failure loses {_time(i.lost)} on average; saving and failures take {i.waste:.2%} of the time"
+
+
+def _time(seconds: float) -> str:
+    for size, unit in ((86400, "days"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.1f} s"

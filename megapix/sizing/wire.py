@@ -1,0 +1,49 @@
+"""Bytes that a rank sends in a step, and how long it takes: a ring of N ranks (Patarasuk and Yuan, 2009).
+
+An all-reduce of S bytes makes each rank send 2·S·(N-1)/N, a reduce-scatter and an all-gather half of that each. ZeRO-2
+needs one reduce-scatter of gradients for each backward pass and one all-gather of weights for each step. DeepSpeed
+0.19.8 all-reduces the gradients, although each rank keeps only its share: `python -m bench.bytes_sent`
+counts it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megapix.sizing.memory import WIDTH
+from megapix.sizing.options import Machine
+
+GRADIENT_WIDTH = 4
+"""Bytes of a gradient between ranks: they are reduced in fp32."""
+GRADIENT_PASSES = 2
+"""An all-reduce sends each number twice: to be added up, and the sum back to all."""
+
+
+@dataclass(frozen=True)
+class Sent:
+    """Bytes that one rank sends in a step."""
+
+    gradients: float
+    weights: float
+    least: float
+    """Of both, if gradients were reduce-scattered."""
+
+
+def sent(psi: int, precision: str, ranks: int, accumulation: int) -> Sent:
+    """Bytes that a rank sends for Ψ parameters."""
+    share = (ranks - 1) / ranks
+    weights, reduced = WIDTH[precision] * psi * share, GRADIENT_WIDTH * psi * share * accumulation
+    return Sent(reduced * GRADIENT_PASSES, weights, reduced + weights)
+
+
+def seconds(size: float, hops: float, ranks: int, nodes: int, m: Machine) -> float:
+    """Time in which every rank sends `size` bytes in rings that take `hops` rounds.
+
+    Between nodes there are as many rings as GPUs in a node, each through another network card, so the network of a
+    whole node carries what one GPU sends.
+    """
+    if ranks == 1:
+        return 0.0
+    slowest = m.link if nodes == 1 else min(m.link, m.network * (ranks // nodes))
+    latency = m.assume.link_latency if nodes == 1 else m.assume.network_latency
+    return size / (slowest * m.assume.wire_share) + hops * (ranks - 1) * latency * 1e-6

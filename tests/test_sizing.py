@@ -1,0 +1,231 @@
+"""`megapix plan` against real ranks, against the network itself, and against numbers worked out by hand."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from bench.bytes_sent import least
+from megapix import cli, config, flops, parameters
+from megapix.ds_config import read_knobs
+from megapix.model import PixelDiT
+from megapix.sizing import choose, memory, options, saving, speed, wire
+from megapix.sizing.options import Assumptions, Machine, PlanOptions
+from tests.launch import succeed
+from tests.worker_sizing import configuration
+
+ZERO2 = read_knobs("zero2")
+H100 = options.machine(PlanOptions(), "bf16", 0.0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Against real ranks
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ranks", [2, pytest.param(1, marks=pytest.mark.long), pytest.param(4, marks=pytest.mark.long)])
+def test_real_ranks_hold_and_send_what_is_predicted(ranks: int) -> None:
+    for rank in succeed(ranks, "tests.worker_sizing", []):
+        for precision, found in json.loads(rank.out.splitlines()[-1]).items():
+            _check_memory(found["held"], precision, ranks)
+            _check_wire(found, precision, ranks)
+
+
+def _check_memory(held: dict[str, int], precision: str, ranks: int) -> None:
+    b = memory.of_rank(configuration(precision, ranks), ZERO2, ranks, 1, 1)
+    expected = {part: getattr(b, part) for part in ("weights", "masters", "moments", "ema", "gradients", "bucket")}
+    expected["between steps"] = b.states
+    expected["as AdamW steps"] = b.states + b.gradients
+    at_once = b.gradients + b.reducing if precision == "bf16" else b.reducing
+    expected["as a bucket is reduced"] = b.states + b.bucket + at_once
+    assert held == pytest.approx(expected, rel=0.02), (precision, ranks)
+
+
+def _check_wire(found: dict[str, Any], precision: str, ranks: int) -> None:
+    """Gradients are all-reduced, which is twice the minimum, and weights gathered once."""
+    psi = parameters.count(config.tiny().model)
+    predicted = wire.sent(psi, precision, ranks, 1)
+    assert found["sent"] == pytest.approx(predicted.gradients + predicted.weights, rel=1e-3)
+    assert predicted.least == pytest.approx(least(psi, precision, ranks))
+    assert found["calls"]["allreduce_ torch.float32"] == pytest.approx(psi, rel=1e-3)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Against the network
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("modulation", ["pre", "post"])
+@pytest.mark.parametrize("mlp", ["gelu", "swiglu"])
+def test_parameters_are_the_networks(mlp: Any, modulation: Any) -> None:
+    for name in config.PRESETS:
+        model = replace(config.preset(name).model, mlp=mlp, modulation=modulation)
+        with torch.device("meta"):
+            sizes = [p.numel() for p in PixelDiT(model).parameters()]
+        assert (parameters.count(model), parameters.largest(model)) == (sum(sizes), max(sizes)), name
+
+
+def test_recomputed_products_by_hand() -> None:
+    """XL: a PiT block has 22.6 GFLOPs, 14.5 of them its modulation's; the whole patch pathway about 220."""
+    xl = config.pixeldit_xl()
+    assert flops.recomputed(xl, 256, "none", "none") == 0
+    assert flops.recomputed(xl, 256, "selective", "none") == 0
+    assert flops.recomputed(xl, 256, "full", "none") / 1e9 == pytest.approx(4 * 22.6, abs=0.3)
+    assert flops.recomputed(xl, 256, "selective_modulation", "none") / 1e9 == pytest.approx(4 * 14.5, abs=0.1)
+    assert flops.recomputed(xl, 256, "none", "full") / 1e9 == pytest.approx(220, abs=1)
+    assert flops.recomputed(xl, 256, "none", 2) * 2 == flops.recomputed(xl, 256, "none", "full")
+    whole = flops.recomputed(xl, 256, "full", "full")
+    assert whole < flops.forward(xl, 256) < 1.01 * whole, "all but the embedders"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# By hand
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_states_of_xl_by_hand() -> None:
+    """Ψ = 797.5 M on 8 ranks: 1.595 GB of weights, and 16 bytes of states and 4 of gradients for an eighth of them."""
+    c, psi = config.preset("xl-256"), 797.5e6
+    b = memory.of_rank(c, ZERO2, 8, 32, 1)
+    assert b.weights == pytest.approx(2 * psi, rel=1e-4)
+    assert b.states == pytest.approx(2 * psi + 16 * psi / 8, rel=1e-4)
+    assert b.gradients == pytest.approx(4 * psi / 8, rel=1e-4)
+    assert (b.bucket, b.reducing) == (1_000_000_000, 3_000_000_000), "of 500 M numbers"
+    offloaded = memory.of_rank(c, read_knobs("zero2_offload"), 8, 32, 1)
+    assert offloaded.states == b.weights
+    assert offloaded.host == pytest.approx((20 + 2) * psi / 8, rel=1e-4)
+
+
+def test_time_on_the_wire_by_hand() -> None:
+    """8 GPUs, 450 GB/s of which 70 % are reached: 1 GB takes 3.17 ms and 7 hops of 5 µs. 2 nodes of 8 cards of 25 GB/s:
+    1 GB at 140 GB/s takes 7.14 ms, and 15 hops of 15 µs."""
+    assert wire.seconds(1e9, 1, 8, 1, H100) == pytest.approx(1 / 315 + 35e-6)
+    assert wire.seconds(1e9, 2, 16, 2, H100) == pytest.approx(1 / 140 + 2 * 225e-6)
+    assert wire.seconds(1e9, 2, 1, 1, H100) == 0
+
+
+def test_time_of_a_step_by_hand() -> None:
+    c = config.preset("xl-256")
+    s = speed.of_step(c, ZERO2, 8, 1, 16, 2, H100)
+    compute = 989e12 * 0.4
+    assert s.products == pytest.approx(32 * 0.933e12 / compute, rel=0.01)
+    assert s.recomputed == pytest.approx(32 * 4 * 22.6e9 / compute, rel=0.01), "the presets recompute the PiT blocks"
+    assert s.pixels == pytest.approx(32 * 7 * memory.pixel_pathway(c) / (3350e9 * 0.8))
+    assert s.reduced == pytest.approx(2 * 2 * 4 * 797.5e6 * 7 / 8 / 315e9, rel=0.01), "after each of two micro batches"
+    assert s.gathered == pytest.approx(2 * 797.5e6 * 7 / 8 / 315e9, rel=0.01)
+    assert s.ema == pytest.approx(12 * 797.5e6 / 8 / (3350e9 * 0.8), rel=1e-3)
+    assert s.optimizer == pytest.approx(22 * 4 * 797.5e6 / 8 / (3350e9 * 0.8), rel=1e-3)
+    fused = speed.of_step(config.replace(c, "machine.fused_adamw", True), ZERO2, 8, 1, 16, 2, H100)
+    assert fused.optimizer == pytest.approx(s.optimizer / 2), "11 numbers instead of 22"
+    assert s.moved == 0
+    assert s.total == pytest.approx(
+        s.products + s.recomputed + s.pixels + s.reduced + s.optimizer + s.ema + s.gathered + 0.02
+    )
+
+
+def test_a_step_that_nothing_slows_has_the_assumed_mfu() -> None:
+    free = Machine(10**15, 1e15, 1e30, 1e30, 1e30, Assumptions(compute_share=0.5, overhead=0.0, link_latency=0.0))
+    found = choose.candidates(config.preset("xl-256"), 8, 1, free)
+    best = choose.best(found)
+    assert best is not None
+    assert best.mfu(free) == pytest.approx(0.5)
+    machine = best.config.machine
+    assert (machine.pixel_checkpointing, machine.patch_checkpointing) == ("none", "none"), "nothing is repeated"
+    whole = next(
+        x for x in found if x.config.machine.patch_checkpointing == x.config.machine.pixel_checkpointing != "none"
+    )
+    assert whole.mfu(free) == pytest.approx(0.5 * 3 / 4, rel=0.01), "a second forward pass counts in time, not in MFU"
+
+
+def test_the_micro_batch_is_the_largest_divisor_that_fits() -> None:
+    c = config.preset("xl-512")
+    for x in choose.candidates(c, 8, 1, H100):
+        micro, images = x.config.machine.micro_batch, 256 // 8
+        assert micro * x.accumulation == images
+        if x.fits and micro < images:
+            larger = next(n for n in range(micro + 1, images + 1) if images % n == 0)
+            knobs = read_knobs(x.config.machine.ds_config)
+            assert x.bytes.peak <= H100.memory
+            assert memory.of_rank(x.config, knobs, 8, larger, images // larger).peak > H100.memory
+    (asked, *_) = choose.candidates(config.replace(c, "machine.micro_batch", 2), 8, 1, H100)
+    assert (asked.config.machine.micro_batch, asked.accumulation) == (2, 16), "the user's own"
+
+
+def test_checkpoint_interval_by_hand() -> None:
+    """Two nodes that fail every 200 h each, a stall of 2 s: sqrt(2 x 2 x 360,000) = 1,200 s, then 600 s lost of it."""
+    o = PlanOptions(mtbf=200.0, assume=Assumptions(pcie=1.0, write=10.0, restart=60.0))
+    i = saving.interval(10**9, 8, 2, True, o)  # 16 GB, of which each rank copies 2
+    assert (i.size, i.stall, i.writing, i.failures) == (16 * 10**9, 2.0, 1.6, 360_000.0)
+    assert i.best == pytest.approx(1200.0)
+    assert i.lost == pytest.approx(600 + 1.6 + 60)
+    assert i.waste == pytest.approx(2 / 1200 + i.lost / 360_000)
+    assert saving.interval(10**9, 8, 2, False, o).best == pytest.approx(math.sqrt(2 * 3.6 * 360_000))
+
+
+@pytest.mark.parametrize(("text", "size"), [("80GB", 80 * 10**9), ("79.5GiB", round(79.5 * 2**30)), ("1 TB", 10**12)])
+def test_sizes(text: str, size: int) -> None:
+    assert options.read_bytes("--gpu-memory", text) == size
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_plan_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", "xl-256", "--gpus", "8", "--machine.peak-tflops", "500", "--assume.link", "200"]) == 0
+    out = capsys.readouterr().out
+    for text in (
+        "797.5 M parameters",
+        "| --machine.peak-tflops ",
+        "| --assume.link ",
+        "## Scaling",
+        "--checkpoint.every",
+    ):
+        assert text in out
+    assert "asked for" in out
+    assert "Recommended, the fastest that fits: `--machine.pixel-checkpointing" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["xl-25"], "preset 'xl-25' does not exist (did you mean 'xl-256'?)"),
+        (["xl-256", "--gpu-memory", "80"], "--gpu-memory = '80': expected a size such as 80GB or 79.5GiB"),
+        (["xl-256", "--gpu-memory", "4GB"], "--assume.reserve = '6GB': expected less than --gpu-memory = '4GB'"),
+        (["xl-256", "--gpu", "H1000"], "--gpu = 'H1000': no data sheet is known (did you mean 'H100'?)"),
+        (["xl-256", "--gpus", "0"], "--gpus = 0: expected at least 1"),
+        (["xl-256", "--gpus", "8", "--nodes", "3"], "(8 = 3 x 2 + 2)"),
+        (["xl-256", "--gpus", "12"], "12 GPUs on nodes of 8 leave one half empty"),
+        (["xl-256", "--gpus", "7"], "optim.global_batch = 256 is not micro batch x accumulation x ranks"),
+        (["xl-256", "--assume.wire-share", "1.5"], "--assume.wire-share = 1.5: expected a share, at most 1"),
+        (["xl-256", "--assume.pcie", "0"], "--assume.pcie = 0.0: expected above 0"),
+        (["tiny"], "precision = 'fp32': only bf16 peaks are known; give the GPU's with --machine.peak-tflops"),
+        (["xl-256", "--gpu-memory", "11GB"], "GiB too few, even with pixel-checkpointing full"),
+    ],
+)
+def test_bad_input_is_one_line(arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", *arguments]) == 2
+    err = capsys.readouterr().err
+    assert expected in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("gib", "micro", "expected"),
+    [
+        (30.0, 256, "expected a smaller --machine.micro-batch"),
+        (5.8, 0, "expected --gpus 8 or more"),  # ZeRO-2 shares masters, moments, EMA and gradients out
+        (4.0, 0, "no number of GPUs helps: ZeRO-2 keeps all weights on each"),
+    ],
+)
+def test_what_does_not_fit_says_what_would(gib: float, micro: int, expected: str) -> None:
+    c, m = config.replace(config.preset("xl-256"), "machine.micro_batch", micro), replace(H100, memory=int(gib * 2**30))
+    found = choose.candidates(c, 1, 1, m)
+    assert choose.best(found) is None
+    assert expected in str(choose.refuse(found, c, m, f"{gib}GiB"))
