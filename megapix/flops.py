@@ -52,13 +52,13 @@ def recomputed(model: ModelConfig, size: int, pixel_policy: str, patch_policy: s
     """FLOPs that activation checkpointing computes again for one image: work of the machine that no MFU counts.
 
     Args:
-        pixel_policy: 'full' repeats the pixel pathway, 'selective_modulation' its modulation; the others no product.
+        pixel_policy: 'full' repeats the PiT blocks, 'selective_modulation' its modulation; the others no product.
         patch_policy: 'full' repeats the patch blocks, a number k every k-th of them.
     """
     L = (size // model.patch_size) ** 2
     pixel = {
         "selective_modulation": model.pixel_depth * _modulation(model, L),
-        "full": model.pixel_depth * _pit_block(model, L) + _linear(size**2, model.pixel_width, CHANNELS),
+        "full": model.pixel_depth * _pit_block(model, L),
     }.get(pixel_policy, 0)
     every = {"none": 0, "full": 1}[patch_policy] if isinstance(patch_policy, str) else patch_policy
     return pixel + (model.depth // every * _patch_block(model, L) if every else 0)

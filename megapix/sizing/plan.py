@@ -38,7 +38,7 @@ def show(asked: Config, options: PlanOptions, name: str) -> str:
         f"{chosen[0].config.machine.patch_checkpointing}.",
         tables.memory(chosen),
         f"## Policies\n\nThe largest micro batch that fits into {m.memory / tables.GIB:.1f} GiB, without the reserve.",
-        tables.policies(c, found, m),
+        tables.policies(c, _worth_showing(found, c), m),
         "Recommended, the fastest that fits: `" + " ".join(best.options) + "`",
         "## The recommended step",
         tables.step(best),
@@ -58,6 +58,13 @@ def _runnable(asked: Config, images: int) -> Config:
     c = replace(replace(asked, "out", asked.out or "-"), "data.path", asked.data.path or "-")
     validate(c)
     return freeze(c, images)
+
+
+def _worth_showing(found: list[Candidate], c: Config) -> list[Candidate]:
+    """Every policy with the optimizer where the configuration has it, and the best of those with the other place."""
+    own = [x for x in found if x.config.machine.ds_config == c.machine.ds_config]
+    other = [x for x in found if x not in own]
+    return [*own, choose.best(other) or min(other, key=lambda x: x.bytes.peak)] if other else own
 
 
 def _like(best: Candidate, found: list[Candidate]) -> list[Candidate]:
