@@ -275,5 +275,5 @@ def test_on_two_ranks_with_real_data_and_saves(shards: Path, tmp_path: Path) -> 
     assert n["batch"] == {"micro": 8, "accumulation": 2, "ranks": 2, "total": 32}
     assert 0 < n["save"]["stall"]["median"] < n["save"]["written"]["low"]
     assert "MFU" in ranks[0].out
-    assert ranks[1].out == ""
+    assert "MFU" not in ranks[1].out
     assert list(tmp_path.iterdir()) == [out], "checkpoints are gone"
