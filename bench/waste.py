@@ -147,7 +147,7 @@ def ema(preset: str, images: int, repeats: int) -> None:
     c = replace(c, optim=replace(c.optim, global_batch=images * world.size))
     e = engine.build(c, config.batch_layout(c, world.size), engine.build_network(c.model, 0, c.machine))
     (partition,) = e.optimizer.single_partition_of_fp32_groups
-    step(e, c, 1, images)
+    step(e, c, 1, 1)  # makes buffers and tables
     shares = []
     for _ in range(repeats):
         with Lerp(e.optimizer.optimizer.state[partition][EMA]) as lerp:
