@@ -1,15 +1,15 @@
 """Bytes that a rank sends in one optimizer step of ZeRO-2, counted from the collectives that DeepSpeed really calls.
 
 usage: torchrun --nproc-per-node 2 -m bench.bytes_sent [--preset tiny] [--precision bf16] [--micro-batch 4]
-       [--accumulation 1] [--ds-config zero2] [--to-owner]
+       [--accumulation 1] [--ds-config zero2] [--all-reduce]
 
 A real engine takes one step, and every collective that reaches PyTorch is noted with its numbers. What a rank sends is
 that of a ring: of S bytes an all-reduce sends 2·S·(N-1)/N, a reduce-scatter, an all-gather and one of N equal reduces
 together half of it. Printed are the calls, and the sum beside ZeRO-2's minimum: gradients reduce-scattered once, in the
 format that they are reduced in, and weights gathered once, which is 2Ψ numbers for Ψ parameters.
 
---to-owner sets DeepSpeed's `use_multi_rank_bucket_allreduce` to false, which no run's configuration may: each share of
-a bucket is then reduced to the rank that owns it.
+--all-reduce sets DeepSpeed's `use_multi_rank_bucket_allreduce`, its default, which ds_configs/ unsets: all ranks then
+get the sums of all gradients, and keep their own share.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def main() -> None:
     parser.add_argument("--micro-batch", type=int, default=4)
     parser.add_argument("--accumulation", type=int, default=1)
     parser.add_argument("--ds-config", default="zero2")
-    parser.add_argument("--to-owner", action="store_true")
+    parser.add_argument("--all-reduce", action="store_true")
     options = parser.parse_args()
     world = dist.from_environment()
     engine.start(world)
@@ -108,12 +108,12 @@ def main() -> None:
     parameters = sum(p.numel() for p in net.parameters())
     layout = config.batch_layout(c, world.size)
     knobs = deepspeed_config(c, layout)
-    knobs["zero_optimization"]["use_multi_rank_bucket_allreduce"] = not options.to_owner
+    knobs["zero_optimization"]["use_multi_rank_bucket_allreduce"] = options.all_reduce
     e = engine.build(c, layout, net, knobs)
     sent = in_one_step(e, c, options.accumulation, options.micro_batch)
     world.say(
         f"{options.preset}, {parameters:,} parameters, {options.precision}, {world.size} ranks, "
-        f"accumulation {options.accumulation}, {options.ds_config}{', to the owner' * options.to_owner}"
+        f"accumulation {options.accumulation}, {options.ds_config}{', all-reduced' * options.all_reduce}"
     )
     for (name, dtype), calls in sorted(sent.calls.items(), key=str):
         world.say(f"  {name.strip('_')}: {calls} calls, {sent.numbers[name, dtype]:,} numbers of {dtype}")

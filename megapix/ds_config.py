@@ -49,13 +49,13 @@ REFUSED = {
     "gradient_predivide_factor": "gradients are reduced in fp32, where scaling them first gains nothing",
     "zero_optimization.allgather_partitions": "DeepSpeed's ZeRO-2 does not read it",
     "zero_optimization.round_robin_gradients": "docs/parity.md does not prove it",
-    "zero_optimization.use_multi_rank_bucket_allreduce": "docs/parity.md does not prove it",
 }
 """Keys that a reader of DeepSpeed's manual may try, and why they are not taken."""
 ZERO_KNOBS = (
     "stage",
     "contiguous_gradients",
     "reduce_scatter",
+    "use_multi_rank_bucket_allreduce",
     "reduce_bucket_size",
     "allgather_bucket_size",
     "overlap_comm",

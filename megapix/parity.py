@@ -48,7 +48,8 @@ CLIP = {"hit": 0.05, "not hit": 1e3}
 
 @dataclass(frozen=True)
 class Case:
-    """One way to run ZeRO-2. The values are those of the options of the same name."""
+    """One way to run ZeRO-2. The values are those of the options of the same name; `bucket_allreduce` is
+    use_multi_rank_bucket_allreduce."""
 
     ranks: int = 2
     accumulation: int = 1
@@ -58,6 +59,7 @@ class Case:
     buckets: Literal["large", "small"] = "large"
     contiguous_gradients: bool = True
     reduce_scatter: bool = True
+    bucket_allreduce: bool = False
     offload: bool = False
     pixel_checkpointing: Literal["none", "full"] = "none"
     patch_checkpointing: Literal["none", "full"] = "none"
@@ -72,6 +74,7 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
     "buckets": ("large", "small"),
     "contiguous_gradients": (True, False),
     "reduce_scatter": (True, False),
+    "bucket_allreduce": (False, True),
     "offload": (False, True),
     "pixel_checkpointing": ("none", "full"),
     "patch_checkpointing": ("none", "full"),
@@ -156,6 +159,7 @@ def zero2(case: Case, world: World, device: torch.device, types: dict[str, Any] 
         "overlap_comm": case.overlap_comm,
         "contiguous_gradients": case.contiguous_gradients,
         "reduce_scatter": case.reduce_scatter,
+        "use_multi_rank_bucket_allreduce": case.bucket_allreduce,
         "reduce_bucket_size": bucket,
         "allgather_bucket_size": bucket,
     }

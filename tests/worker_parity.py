@@ -13,6 +13,7 @@ HANDFUL = [
     Case(offload=True, accumulation=4, pixel_checkpointing="full", patch_checkpointing="full"),
     Case(precision="bf16"),
     Case(precision="bf16", accumulation=4, clip="not hit", contiguous_gradients=False, reduce_scatter=False),
+    Case(accumulation=4, bucket_allreduce=True),
     Case(precision="bf16", accumulation=4, offload=True, buckets="small"),
 ]
 

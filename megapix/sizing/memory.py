@@ -39,7 +39,7 @@ class Bytes:
     gradients: int
     bucket: int
     reducing: int
-    """Copies of a full bucket while it is reduced."""
+    """Copies of a full bucket, or of one owner's share of it, while it is reduced."""
     stepping: int
     """What AdamW, or the gradient's norm, needs for a moment."""
     activations: int
@@ -73,9 +73,10 @@ def of_rank(c: Config, knobs: dict[str, Any], ranks: int, micro: int, accumulati
     # bf16: the partition is added up in fp32 apart from the bucket. fp32: the partition's gradients are kept as they
     # come, and made one vector at the step.
     gradients = fp32 if c.precision == "bf16" or not offload else 0
-    # A bucket's slices are made one vector before they are reduced, and in bf16 that vector is widened to fp32. In
-    # fp32 one rank's slices are one vector already.
-    reducing = full * (2 + 4 if c.precision == "bf16" else 4 * (ranks > 1))
+    # A bucket's slices, all or those of one owner, are made one vector before they are reduced, and in bf16 that vector
+    # is widened to fp32. In fp32 one rank's slices are one vector already.
+    at_once = min(full, share) if reduced_to_owners(knobs) else full
+    reducing = at_once * (2 + 4 if c.precision == "bf16" else 4 * (ranks > 1))
     # AdamW's square root of the second moment, or before it the fp64 copy of a gradient whose norm is taken.
     root = 0 if c.machine.fused_adamw else fp32
     stepping = on_device * max(root, 8 * min(parameters.largest(c.model), share))
@@ -103,6 +104,12 @@ def of_rank(c: Config, knobs: dict[str, Any], ranks: int, micro: int, accumulati
         peak=states + temporary + max(start, reduction, gradients + stepping),
         host=(5 * fp32 + width * share) if offload else 0,
     )
+
+
+def reduced_to_owners(knobs: dict[str, Any]) -> bool:
+    """Whether a gradient's sum goes to the rank that steps it alone; otherwise all ranks get it."""
+    zero = knobs["zero_optimization"]
+    return zero.get("contiguous_gradients", True) and not zero.get("use_multi_rank_bucket_allreduce", True)
 
 
 def pixel_pathway(c: Config) -> int:

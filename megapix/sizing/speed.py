@@ -70,13 +70,14 @@ def of_step(
     where = a.host * 1e9 if offload else device
     over_pcie = 2 * memory.offloaded(c) * images + (offload and (4 * accumulation + width) * share)
     buckets = math.ceil(psi / int(zero.get("reduce_bucket_size", 500_000_000))) * accumulation
-    sent = wire.sent(psi, c.precision, ranks, accumulation)
+    passes = wire.passes(knobs)
+    sent = wire.sent(psi, c.precision, ranks, accumulation, passes)
     return Seconds(
         products=images * flops.training(c.model, size) / compute,
         recomputed=images * again / compute,
         pixels=images * traffic / device,
         moved=over_pcie / (a.pcie * 1e9),
-        reduced=wire.seconds(sent.gradients, wire.GRADIENT_PASSES * buckets, ranks, nodes, m),
+        reduced=wire.seconds(sent.gradients, passes * buckets, ranks, nodes, m),
         optimizer=4 * share * (CLIP_PASSES + adamw_passes(c, m)) / where,
         ema=4 * share * EMA_PASSES / where,
         gathered=wire.seconds(sent.weights, 1, ranks, nodes, m),

@@ -7,6 +7,7 @@ from dataclasses import fields
 
 from megapix import parameters
 from megapix.config import Config, get
+from megapix.ds_config import read_knobs
 from megapix.sizing import wire
 from megapix.sizing.choose import Candidate
 from megapix.sizing.memory import Bytes
@@ -134,7 +135,8 @@ def scaling(rows: list[tuple[int, int, Candidate | str]], o: PlanOptions, c: Con
         first = first or each
         policy = f"{machine.pixel_checkpointing}/{machine.patch_checkpointing}"
         policy += ", offload" if "offload" in machine.ds_config else ""
-        sent = wire.sent(parameters.count(c.model), c.precision, gpus, x.accumulation)
+        passes = wire.passes(read_knobs(machine.ds_config, machine.unproven))
+        sent = wire.sent(parameters.count(c.model), c.precision, gpus, x.accumulation, passes)
         cells = [policy, f"{machine.micro_batch} x {x.accumulation}", f"{x.bytes.peak / GIB:.1f}"]
         cells += [f"{(sent.gradients + sent.weights) / GIB:.2f}", f"{x.seconds.total:.3f}", f"{x.images_per_s:,.0f}"]
         cells += [f"{x.mfu(m):.1%}", f"{each / first:.0%}", f"{o.images / x.images_per_s / 3600:.2f}"]

@@ -1,22 +1,21 @@
 """Bytes that a rank sends in a step, and how long it takes: a ring of N ranks (Patarasuk and Yuan, 2009).
 
-An all-reduce of S bytes makes each rank send 2·S·(N-1)/N, a reduce-scatter and an all-gather half of that each. ZeRO-2
-needs one reduce-scatter of gradients for each backward pass and one all-gather of weights for each step. DeepSpeed
-0.19.8 all-reduces the gradients, although each rank keeps only its share: `python -m bench.bytes_sent`
-counts it.
+An all-reduce of S bytes makes each rank send 2·S·(N-1)/N; an all-gather, and N reductions of a share to its owner, half
+of that. ZeRO-2 needs the gradients' shares at their owners for each backward pass, and one all-gather of weights for
+each step. With `use_multi_rank_bucket_allreduce`, its default, DeepSpeed 0.19.8 all-reduces the gradients although each
+rank keeps only its share: `python -m bench.bytes_sent` counts it.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-from megapix.sizing.memory import WIDTH
+from megapix.sizing.memory import WIDTH, reduced_to_owners
 from megapix.sizing.options import Machine
 
 GRADIENT_WIDTH = 4
 """Bytes of a gradient between ranks: they are reduced in fp32."""
-GRADIENT_PASSES = 2
-"""An all-reduce sends each number twice: to be added up, and the sum back to all."""
 
 
 @dataclass(frozen=True)
@@ -25,15 +24,17 @@ class Sent:
 
     gradients: float
     weights: float
-    least: float
-    """Of both, if gradients were reduce-scattered."""
 
 
-def sent(psi: int, precision: str, ranks: int, accumulation: int) -> Sent:
+def passes(knobs: dict[str, Any]) -> int:
+    """How often a gradient is sent: twice if all ranks get the sum, which an all-reduce has to send back."""
+    return 1 if reduced_to_owners(knobs) else 2
+
+
+def sent(psi: int, precision: str, ranks: int, accumulation: int, passes: int) -> Sent:
     """Bytes that a rank sends for Ψ parameters."""
     share = (ranks - 1) / ranks
-    weights, reduced = WIDTH[precision] * psi * share, GRADIENT_WIDTH * psi * share * accumulation
-    return Sent(reduced * GRADIENT_PASSES, weights, reduced + weights)
+    return Sent(GRADIENT_WIDTH * psi * share * accumulation * passes, WIDTH[precision] * psi * share)
 
 
 def seconds(size: float, hops: float, ranks: int, nodes: int, m: Machine) -> float:
