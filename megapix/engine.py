@@ -28,6 +28,7 @@ from megapix.dist import World, agree, together
 from megapix.ds_config import deepspeed_config
 from megapix.errors import InputError
 from megapix.model import AlignedPixelDiT, Alignment, PixelDiT
+from megapix.model.layers import PiTBlock
 from megapix.model.pixeldit import Checkpoint
 from megapix.optim import EMA, AdamWWithEMA
 from megapix.schedule import ImagesSeenSchedule
@@ -124,20 +125,45 @@ def build_network(
 ) -> PixelDiT:
     """The network with its initial weights, a function of the seed; the global generator is left as it was.
 
-    `machine` says which blocks are recomputed in backward and whether they are compiled; without it none is.
-    `alignment` adds REPA's projector.
+    `machine` says which blocks are recomputed in backward, whether they are compiled, and the pixel pathway's kernels;
+    without it none is, and they are the plain ones. `alignment` adds REPA's projector.
 
     Raises:
-        InputError: the blocks are to be compiled, and the machine cannot.
+        InputError: the blocks are to be compiled, or to use Triton's kernels, and the machine cannot.
     """
     pixel, patch = (machine.pixel_checkpointing, machine.patch_checkpointing) if machine else ("none", "none")
+    block = pit_block(machine.pixel_kernels) if machine else PiTBlock
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         checkpoints = checkpoint_function(pixel), checkpoint_function(patch)
-        network = AlignedPixelDiT(config, alignment, *checkpoints) if alignment else PixelDiT(config, *checkpoints)
+        parts = (*checkpoints, block)
+        network = AlignedPixelDiT(config, alignment, *parts) if alignment else PixelDiT(config, *parts)
     if machine and machine.compile:
         compile_blocks(network)
     return network
+
+
+def pit_block(kernels: str) -> type[PiTBlock]:
+    """The class of the pixel pathway's blocks, for a value of machine.pixel_kernels.
+
+    Raises:
+        InputError: Triton's kernels are asked for, and it is not installed or has no GPU.
+    """
+    if kernels == "plain":
+        return PiTBlock
+    if get_accelerator().device_name() == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise InputError(
+            f"machine.pixel_kernels = {kernels!r}: Triton compiles for GPUs alone; expected 'plain' on CPUs "
+            "(or TRITON_INTERPRET=1 in the environment, Triton's interpreter: for tests, some 1,000 times slower)"
+        )
+    try:
+        from megapix.model.fused import FusedPiTBlock  # late: only these runs need Triton
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f"machine.pixel_kernels = {kernels!r}: {error.name} is not installed; expected 'plain', or the Triton that "
+            "this torch was built for (pip install triton)"
+        ) from error
+    return FusedPiTBlock
 
 
 def compile_blocks(network: PixelDiT) -> None:

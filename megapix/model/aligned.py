@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megapix.config import ModelConfig
+from megapix.model.layers import PiTBlock
 from megapix.model.pixeldit import Checkpoint, PixelDiT
 
 PROJECTOR = "projector."
@@ -38,6 +39,7 @@ class AlignedPixelDiT(PixelDiT):
         alignment: the block, and F.
         pixel_checkpoint: as of PixelDiT.
         patch_checkpoint: as of PixelDiT.
+        pit_block: as of PixelDiT.
     """
 
     def __init__(
@@ -46,8 +48,9 @@ class AlignedPixelDiT(PixelDiT):
         alignment: Alignment,
         pixel_checkpoint: Checkpoint | None = None,
         patch_checkpoint: Checkpoint | None = None,
+        pit_block: type[PiTBlock] = PiTBlock,
     ) -> None:
-        super().__init__(config, pixel_checkpoint, patch_checkpoint)
+        super().__init__(config, pixel_checkpoint, patch_checkpoint, pit_block)
         self.layer = alignment.layer
         width = config.width
         # Made last: the network's own initial weights are those that it has without it.

@@ -35,6 +35,7 @@ class PixelDiT(nn.Module):
         config: sizes and the two choices (patch FFN, pixel modulation).
         pixel_checkpoint: wraps each PiT block and the output layer in training; None keeps their activations.
         patch_checkpoint: wraps each block of the patch pathway likewise.
+        pit_block: class of the pixel pathway's blocks, PiTBlock or `fused.FusedPiTBlock`.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class PixelDiT(nn.Module):
         config: ModelConfig,
         pixel_checkpoint: Checkpoint | None = None,
         patch_checkpoint: Checkpoint | None = None,
+        pit_block: type[PiTBlock] = PiTBlock,
     ) -> None:
         super().__init__()
         self.config = config
@@ -53,7 +55,7 @@ class PixelDiT(nn.Module):
         self.y_embedder = ClassEmbedder(config.num_classes, config.width)
         self.patch_blocks = nn.ModuleList(PatchBlock(config) for _ in range(config.depth))
         self.pixel_embedder = PixelEmbedder(CHANNELS, config.pixel_width)
-        self.pixel_blocks = nn.ModuleList(PiTBlock(config) for _ in range(config.pixel_depth))
+        self.pixel_blocks = nn.ModuleList(pit_block(config) for _ in range(config.pixel_depth))
         self.final_layer = FinalLayer(config.pixel_width, CHANNELS)
 
     @property
