@@ -154,7 +154,7 @@ def pit_block(kernels: str) -> type[PiTBlock]:
     if get_accelerator().device_name() == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         raise InputError(
             f"machine.pixel_kernels = {kernels!r}: Triton compiles for GPUs alone; expected 'plain' on CPUs "
-            "(or TRITON_INTERPRET=1 in the environment, Triton's interpreter: for tests, some 1,000 times slower)"
+            "(or TRITON_INTERPRET=1 in the environment: Triton's interpreter, for tests of a few pixels)"
         )
     try:
         from megapix.model.fused import FusedPiTBlock  # late: only these runs need Triton
