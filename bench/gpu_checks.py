@@ -16,7 +16,6 @@ Both are printed as Markdown, with the card's name. The exit code is 1 if parity
 from __future__ import annotations
 
 import argparse
-import copy
 import dataclasses
 import gc
 import itertools
@@ -30,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.plain_eager import PlainStep
-from megapix import config, dist, engine, flops, flow, recompute
+from megapix import config, dist, engine, flops, flow
 from megapix.bench import peak
 from megapix.bench.report import device_name
 from megapix.bench.stopwatch import Stopwatch
@@ -88,14 +87,9 @@ def parity(device: torch.device) -> Iterator[str]:
     yield "| dtype | blocks | worst difference of outputs | of gradients | bound | holds |"
     yield "|---|---|---|---|---|---|"
     for dtype, bound in TOLERANCE.items():
-        torch.manual_seed(0)
-        net = PixelDiT(SMALL).to(device)
-        for p in net.parameters():
-            nn.init.normal_(p, std=0.05)
-        net.to(dtype)
         asked = _question(4, 128, device)
-        expected = _gradients(net, asked)
-        for name, machine in ways():
+        expected = _gradients(_network(dtype, device), asked)
+        for name, machine in ways(device.type == "cuda"):
             other = copy.deepcopy(net)
             recompute.apply(other, machine)
             out, gradients = (
@@ -106,13 +100,27 @@ def parity(device: torch.device) -> Iterator[str]:
             yield f"| {kind} | {name} | {out:.1e} | {gradients:.1e} | {bound:.0e} | {holds} |"
 
 
-def ways() -> Iterator[tuple[str, MachineConfig]]:
+def ways(fused: bool) -> Iterator[tuple[str, MachineConfig]]:
     """How blocks can be run, as written first."""
-    for compiled in (False, True):
+    for kernels, compiled in itertools.product(("plain", "triton") if fused else ("plain",), (False, True)):
         for pixel, patch in POLICIES:
             torch.compiler.reset()  # graphs of the way before would count as compiled too often
-            machine = MachineConfig(pixel_checkpointing=pixel, patch_checkpointing=patch, compile=compiled)
-            yield f"pixel {pixel}, patch {patch}{', compiled' if compiled else ''}", machine
+            name = f"pixel {pixel}, patch {patch}{', fused' * (kernels == 'triton')}{', compiled' * compiled}"
+            yield (
+                name,
+                MachineConfig(
+                    pixel_checkpointing=pixel, patch_checkpointing=patch, pixel_kernels=kernels, compile=compiled
+                ),
+            )
+
+
+def _network(dtype: torch.dtype, device: torch.device, machine: MachineConfig | None = None) -> PixelDiT:
+    """Without a weight at zero, and the same ones each time."""
+    net = engine.build_network(SMALL, 0, machine)
+    generator = torch.Generator().manual_seed(0)
+    for p in net.parameters():
+        nn.init.normal_(p, std=0.05, generator=generator)
+    return net.to(device, dtype)
 
 
 def worst(found: list[Tensor], expected: list[Tensor]) -> float:
@@ -170,7 +178,7 @@ def steps(c: Config, device: torch.device) -> Iterator[tuple[str, Step]]:
             plain.net.compile()
         yield f"plain PyTorch{', compiled' if compiled else ''}", plain
         del plain
-    for name, machine in ways():
+    for name, machine in ways(device.type == "cuda"):
         yield f"ours, {name}", _ours(dataclasses.replace(c, machine=machine))
 
 

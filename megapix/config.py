@@ -194,6 +194,8 @@ class MachineConfig:
     """Compile the network's blocks with torch.compile; on CPUs this needs a C++ compiler."""
     fused_adamw: bool = _machine(False)
     """Step with torch's fused AdamW: one pass over memory, equal to the other implementations but for rounding."""
+    pixel_kernels: Literal["plain", "triton"] = _machine("plain")
+    """Kernels of the pixel pathway: torch's, or 'triton', two fused ones a PiT block (docs/architecture.md)."""
     ds_config: str = _machine("zero2")
     """DeepSpeed-only knobs: a name in ds_configs/, or the path of a JSON file."""
     watchdog: float = _machine(60.0)
@@ -560,6 +562,11 @@ def validate(config: Config) -> None:
         "0 (off) or at least 2 seconds, twice the time between heartbeats",
     )
     need(config.machine.peak_tflops >= 0, "machine.peak_tflops", "0 (by the GPU's name) or more")
+    if config.machine.pixel_kernels == "triton" and (m.pixel_width < 16 or m.pixel_width & (m.pixel_width - 1)):
+        raise InputError(
+            f"machine.pixel_kernels = 'triton' with model.pixel_width = {m.pixel_width}: expected 'plain', or a width "
+            "that is a power of two and at least 16"
+        )
     need(config.checkpoint.keep >= 0, "checkpoint.keep", "0 (all) or more")
     need(config.checkpoint.keep_best >= 0, "checkpoint.keep_best", "0 (none) or more")
     h = config.health

@@ -26,6 +26,7 @@ from megapix.dist import World, agree, together
 from megapix.ds_config import deepspeed_config
 from megapix.errors import InputError
 from megapix.model import AlignedPixelDiT, Alignment, PixelDiT
+from megapix.model.layers import PiTBlock
 from megapix.optim import EMA, AdamWWithEMA
 from megapix.schedule import ImagesSeenSchedule
 
@@ -121,20 +122,45 @@ def build_network(
 ) -> PixelDiT:
     """The network with its initial weights, a function of the seed; the global generator is left as it was.
 
-    `machine` says what each block keeps for backward and whether it is compiled; without it each keeps what autograd
-    saves, and none is compiled. `alignment` adds REPA's projector.
+    `machine` says what each block keeps for backward, whether it is compiled, and the pixel pathway's kernels; without it
+    each keeps what autograd saves, none is compiled, and the kernels are the plain ones. `alignment` adds REPA's
+    projector.
 
     Raises:
-        InputError: the blocks are to be compiled on CPUs, and there is no C++ compiler.
+        InputError: the blocks are to be compiled, or to use Triton's kernels, and the machine cannot.
     """
+    block = pit_block(machine.pixel_kernels) if machine else PiTBlock
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = AlignedPixelDiT(config, alignment) if alignment else PixelDiT(config)
+        network = AlignedPixelDiT(config, alignment, block) if alignment else PixelDiT(config, block)
     if machine:
         if machine.compile:
             _need_a_compiler()
         recompute.apply(network, machine)
     return network
+
+
+def pit_block(kernels: str) -> type[PiTBlock]:
+    """The class of the pixel pathway's blocks, for a value of machine.pixel_kernels.
+
+    Raises:
+        InputError: Triton's kernels are asked for, and it is not installed or has no GPU.
+    """
+    if kernels == "plain":
+        return PiTBlock
+    if get_accelerator().device_name() == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise InputError(
+            f"machine.pixel_kernels = {kernels!r}: Triton compiles for GPUs alone; expected 'plain' on CPUs "
+            "(or TRITON_INTERPRET=1 in the environment: Triton's interpreter, for tests of a few pixels)"
+        )
+    try:
+        from megapix.model.fused import FusedPiTBlock  # late: only these runs need Triton
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f"machine.pixel_kernels = {kernels!r}: {error.name} is not installed; expected 'plain', or the Triton that "
+            "this torch was built for (pip install triton)"
+        ) from error
+    return FusedPiTBlock
 
 
 def _need_a_compiler() -> None:

@@ -349,6 +349,11 @@ def _announce(p: Plan, world: World, net: PixelDiT) -> None:
         dist.warn(
             f"{key}: docs/parity.md proves it on CPU ranks only; `megapix doctor --parity` proves it on these GPUs"
         )
+    if c.machine.pixel_kernels == "triton" and world.main and torch.cuda.is_available():
+        dist.warn(
+            "machine.pixel_kernels: tests prove the kernels in Triton's interpreter only; "
+            "compare some steps of this run with --machine.pixel-kernels plain"
+        )
     for caution in p.standard.cautions("evaluation.count", c.evaluation.count) if world.main and p.standard else ():
         dist.warn(caution)
     for fault in p.located.faults:

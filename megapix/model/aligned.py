@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megapix.config import ModelConfig
+from megapix.model.layers import PiTBlock
 from megapix.model.pixeldit import PixelDiT
 
 PROJECTOR = "projector."
@@ -36,10 +37,11 @@ class AlignedPixelDiT(PixelDiT):
     Args:
         config: sizes, as of PixelDiT.
         alignment: the block, and F.
+        pit_block: as of PixelDiT.
     """
 
-    def __init__(self, config: ModelConfig, alignment: Alignment) -> None:
-        super().__init__(config)
+    def __init__(self, config: ModelConfig, alignment: Alignment, pit_block: type[PiTBlock] = PiTBlock) -> None:
+        super().__init__(config, pit_block)
         self.layer = alignment.layer
         width = config.width
         # Made last: the network's own initial weights are those that it has without it.

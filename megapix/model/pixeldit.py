@@ -28,9 +28,10 @@ class PixelDiT(nn.Module):
 
     Args:
         config: sizes and the two choices (patch FFN, pixel modulation).
+        pit_block: class of the pixel pathway's blocks, PiTBlock or `fused.FusedPiTBlock`.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, pit_block: type[PiTBlock] = PiTBlock) -> None:
         super().__init__()
         self.config = config
         patch = config.patch_size
@@ -39,7 +40,7 @@ class PixelDiT(nn.Module):
         self.y_embedder = ClassEmbedder(config.num_classes, config.width)
         self.patch_blocks = nn.ModuleList(PatchBlock(config) for _ in range(config.depth))
         self.pixel_embedder = PixelEmbedder(CHANNELS, config.pixel_width)
-        self.pixel_blocks = nn.ModuleList(PiTBlock(config) for _ in range(config.pixel_depth))
+        self.pixel_blocks = nn.ModuleList(pit_block(config) for _ in range(config.pixel_depth))
         self.final_layer = FinalLayer(config.pixel_width, CHANNELS)
 
     @property
