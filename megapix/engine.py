@@ -122,8 +122,8 @@ def build_network(
 ) -> PixelDiT:
     """The network with its initial weights, a function of the seed; the global generator is left as it was.
 
-    `machine` says what each block keeps for backward, whether it is compiled, and the pixel pathway's kernels; without it
-    each keeps what autograd saves, none is compiled, and the kernels are the plain ones. `alignment` adds REPA's
+    `machine` says what each block keeps for backward, whether it is compiled, and the pixel pathway's kernels; without
+    it each keeps what autograd saves, none is compiled, and the kernels are the plain ones. `alignment` adds REPA's
     projector.
 
     Raises:
