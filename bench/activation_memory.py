@@ -19,7 +19,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from megapix import recompute
+from megapix import engine
 from megapix.config import MachineConfig, ModelConfig, PixelPolicy, pixeldit_xl, replace
 from megapix.model import PixelDiT
 from megapix.model.embed import rope_table
@@ -72,26 +72,24 @@ def held_by(work: Callable[[], Any]) -> Held:
     return held
 
 
-def pixel_pathway(config: ModelConfig, policy: PixelPolicy, size: int = 256) -> Held:
+def pixel_pathway(config: ModelConfig, machine: MachineConfig, size: int = 256) -> Held:
     """Held for an image in bf16 by the pixel pathway; the patch pathway is left out, its depth plays no part."""
-    net, x, rope = _set_up(replace(config, "depth", 1), MachineConfig(pixel_checkpointing=policy), size)
+    net, x, rope = _set_up(replace(config, "depth", 1), machine, size)
     s = torch.randn(1, rope[0].shape[0], config.width).bfloat16().requires_grad_()
     net.pixel_pathway(x, s, rope)  # position tables are made once, before the count
     return held_by(lambda: net.pixel_pathway(x, s, rope))
 
 
-def patch_pathway(config: ModelConfig, policy: str | int, size: int = 256) -> Held:
+def patch_pathway(config: ModelConfig, machine: MachineConfig, size: int = 256) -> Held:
     """Held for an image in bf16 by the patch pathway; the pixel pathway is left out."""
-    net, x, rope = _set_up(replace(config, "pixel_depth", 1), MachineConfig(patch_checkpointing=policy), size)
+    net, x, rope = _set_up(replace(config, "pixel_depth", 1), machine, size)
     t, y = torch.rand(1), torch.zeros(1, dtype=torch.long)
     net.patch_pathway(x, t, y, rope)
     return held_by(lambda: net.patch_pathway(x, t, y, rope)[0])
 
 
 def _set_up(model: ModelConfig, machine: MachineConfig, size: int) -> tuple[PixelDiT, torch.Tensor, Rope]:
-    torch.manual_seed(0)
-    net = PixelDiT(model).bfloat16()
-    recompute.apply(net, machine)
+    net = engine.build_network(model, 0, machine).bfloat16()
     side = size // model.patch_size
     rope = rope_table(side, side, model.width // model.heads, torch.device("cpu"))
     return net, torch.randn(1, 3, size, size).bfloat16(), rope
@@ -100,9 +98,9 @@ def _set_up(model: ModelConfig, machine: MachineConfig, size: int) -> tuple[Pixe
 def main() -> None:
     """Print a line for each pathway and policy."""
     for policy in typing.get_args(PixelPolicy):
-        print(f"pixel_checkpointing {policy}: {pixel_pathway(pixeldit_xl(), policy)}")
+        print(f"pixel {policy}: {pixel_pathway(pixeldit_xl(), MachineConfig(pixel_checkpointing=policy))}")
     for every in ("none", 4, 2, "full"):
-        print(f"patch_checkpointing {every}: {patch_pathway(pixeldit_xl(), every)}")
+        print(f"patch {every}: {patch_pathway(pixeldit_xl(), MachineConfig(patch_checkpointing=every))}")
 
 
 if __name__ == "__main__":

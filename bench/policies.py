@@ -71,7 +71,8 @@ def main() -> None:
     print("| pixel pathway | patch pathway | pixel, MiB an image | patch, MiB an image | time | from | to |")
     print("|---|---|---|---|---|---|---|")
     for pixel, patch in CASES:
-        held, ratio = activations.per_image(config.model, size, dtype.itemsize, pixel, patch), ratios[pixel, patch]
+        machine, ratio = MachineConfig(pixel_checkpointing=pixel, patch_checkpointing=patch), ratios[pixel, patch]
+        held = activations.per_image(config.model, size, dtype.itemsize, machine)
         mib = [f"{held[pathway] / 2**20:.1f}" for pathway in ("pixel", "patch")]
         spread = f"{statistics.median(ratio):.3f} | {min(ratio):.3f} | {max(ratio):.3f}"
         print(f"| {pixel} | {patch} | {' | '.join(mib)} | {spread} |")

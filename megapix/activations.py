@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megapix.config import ModelConfig, PixelPolicy
+from megapix.config import MachineConfig, ModelConfig
 
 CHANNELS = 3
 FLOAT = 4
@@ -35,39 +35,43 @@ class _Sizes:
     """A number for each pixel: norm."""
 
 
-def per_image(
-    model: ModelConfig, size: int, width: int, pixel: PixelPolicy = "none", patch: str | int = "none"
-) -> dict[str, int]:
+def per_image(model: ModelConfig, size: int, width: int, machine: MachineConfig) -> dict[str, int]:
     """Bytes that one image of size × size pixels holds on the device: by pathway, and of the loss.
 
     Args:
         width: bytes of a number in the network's dtype, 2 for bf16 and 4 for fp32.
-        pixel: `machine.pixel_checkpointing`; what 'offload' moves to the host is `on_host`.
-        patch: `machine.patch_checkpointing`.
+        machine: its policies of both pathways, and the kernels of the pixel pathway. What 'offload' moves to the host
+            is `on_host`.
     """
     s = _sizes(model, size, width)
     loss = CHANNELS * size * size * FLOAT
-    return {"patch": _patch_pathway(model, s, patch), "pixel": _pixel_pathway(model, s, pixel), "loss": loss}
+    return {
+        "patch": _patch_pathway(model, s, machine.patch_checkpointing),
+        "pixel": _pixel_pathway(model, s, machine.pixel_checkpointing, machine.pixel_kernels),
+        "loss": loss,
+    }
 
 
-def on_host(model: ModelConfig, size: int, width: int) -> int:
+def on_host(model: ModelConfig, size: int, width: int, machine: MachineConfig) -> int:
     """Bytes of one image that the policy 'offload' moves to host memory."""
-    s = _sizes(model, size, width)
-    return _pixel_pathway(model, s, "none") - _pixel_pathway(model, s, "offload")
+    if machine.pixel_checkpointing != "offload":
+        return 0
+    s, kernels = _sizes(model, size, width), machine.pixel_kernels
+    return _pixel_pathway(model, s, "none", kernels) - _pixel_pathway(model, s, "offload", kernels)
 
 
-def remade(model: ModelConfig, size: int, width: int, pixel: PixelPolicy = "none", patch: str | int = "none") -> int:
+def remade(model: ModelConfig, size: int, width: int, machine: MachineConfig) -> int:
     """Bytes of one image that come back for a moment in backward: what one block would have kept under 'none'."""
-    s = _sizes(model, size, width)
-    pit = _pit_block(model, s, "none") - _pit_block(model, s, pixel)
-    block = _patch_block(model, s) - s.tokens if patch != "none" else 0
+    s, kernels = _sizes(model, size, width), machine.pixel_kernels
+    pit = _pit_block(model, s, "none", kernels) - _pit_block(model, s, machine.pixel_checkpointing, kernels)
+    block = _patch_block(model, s) - s.tokens if machine.patch_checkpointing != "none" else 0
     return max(pit, block)
 
 
 def working(model: ModelConfig, size: int, width: int) -> int:
     """Bytes of one image that the backward pass of a PiT block needs beside all that: gradients and temporaries.
 
-    Twelve tensors of pixel tokens; 9 to 11.6 were measured, for all policies, in bf16 and fp32.
+    Twelve tensors of pixel tokens; 9 to 11.6 were measured with plain kernels, for all policies, in bf16 and fp32.
     """
     return 12 * _sizes(model, size, width).pixels
 
@@ -98,25 +102,26 @@ def _patch_block(model: ModelConfig, s: _Sizes) -> int:
     return round((9 + 3 + hidden) * s.tokens) + 2 * s.patch_statistics + 3 * s.head_statistics
 
 
-def _pixel_pathway(model: ModelConfig, s: _Sizes, policy: PixelPolicy) -> int:
+def _pixel_pathway(model: ModelConfig, s: _Sizes, policy: str, kernels: str) -> int:
     ends = 2 * s.image  # the colours that go in, and the velocity
     if policy == "offload":
         return ends
     output = {"none": s.pixels + s.pixel_statistics, "selective": s.image}.get(policy, 0)
-    return ends + s.pixels + model.pixel_depth * _pit_block(model, s, policy) + output
+    return ends + s.pixels + model.pixel_depth * _pit_block(model, s, policy, kernels) + output
 
 
-def _pit_block(model: ModelConfig, s: _Sizes, policy: PixelPolicy) -> int:
+def _pit_block(model: ModelConfig, s: _Sizes, policy: str, kernels: str) -> int:
     """Its output and what it keeps; its input is the output of the one before."""
     if policy in ("full", "offload"):
         return s.pixels
-    modulation = 6 if model.modulation == "pre" else 4
-    # compacted, qkv, attention, its projection: [L, D]; expanded, fc1, fc2, x: [L, P, d]
-    matmuls = 6 * s.tokens + (1 + 4 + 1 + 1) * s.pixels + s.head_statistics
+    post, fused = model.modulation == "post", kernels == "triton"
+    # compacted, qkv, attention, its projection: [L, D]; expanded, and x: [L, P, d]; fc1 and fc2, unless they are fused
+    kept = 6 * s.tokens + (1 + 1 + 5 * (not fused)) * s.pixels + s.head_statistics
     if policy == "selective_modulation":
-        return matmuls
+        return kept
+    kept += (4 if post else 6) * s.pixels
     if policy == "selective":
-        return matmuls + modulation * s.pixels
-    # q, k: [L, D]; two modulated or normed, gelu, x after attention: [L, P, d]
-    rest = 2 * s.tokens + (2 + 4 + 1) * s.pixels + 2 * s.pixel_statistics + 2 * s.head_statistics
-    return matmuls + modulation * s.pixels + rest
+        return kept
+    # q, k: [L, D]; what compaction reads; and if it is not fused, what the MLP reads, gelu, x after attention
+    kept += 2 * s.tokens + (1 + 6 * (not fused)) * s.pixels + 2 * s.head_statistics
+    return kept + (post if fused else 2) * s.pixel_statistics

@@ -35,6 +35,11 @@ def test_planted_faults_are_found() -> None:
 
 
 @pytest.mark.long
+def test_what_they_keep_is_counted() -> None:
+    succeed("tests.worker_kernels", "memory")
+
+
+@pytest.mark.long
 def test_torch_takes_them_for_whole_operations() -> None:
     succeed("tests.worker_kernels", "compiled")
 

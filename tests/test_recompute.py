@@ -109,7 +109,8 @@ def test_compiled_blocks_see_many_sizes_with_and_without_gradients() -> None:
 def test_compiled_blocks_give_the_same_gradients_and_keep_as_much(pixel: PixelPolicy) -> None:
     """What autograd saves of compiled blocks is counted by its hooks: they see the results of a graph."""
     expected, net = gradients(SMALL, "none", "none"), randomised(SMALL)
-    recompute.apply(net, MachineConfig(pixel_checkpointing=pixel, patch_checkpointing=2, compile=True))
+    machine = MachineConfig(pixel_checkpointing=pixel, patch_checkpointing=2, compile=True)
+    recompute.apply(net, machine)
     weights = {p.untyped_storage().data_ptr() for p in net.parameters()}
     sizes: dict[int, int] = {}
 
@@ -121,7 +122,7 @@ def test_compiled_blocks_give_the_same_gradients_and_keep_as_much(pixel: PixelPo
     with torch.autograd.graph.saved_tensors_hooks(count, lambda saved: saved):
         out = net(*inputs(2, 32, 32))
     if pixel != "offload":  # it has hooks of its own
-        counted = activations.per_image(SMALL, 32, 4, pixel, 2)
+        counted = activations.per_image(SMALL, 32, 4, machine)
         assert sum(sizes.values()) == pytest.approx(2 * (counted["patch"] + counted["pixel"]), rel=0.15)
     del out
     net.zero_grad()
@@ -176,22 +177,22 @@ def test_bytes_counted_by_hand_are_those_measured(change: dict[str, str]) -> Non
     model = ModelConfig(patch_size=16, width=64, depth=4, heads=2, pixel_depth=2, num_classes=3)
     model = dataclasses.replace(model, **change)
     for pixel in POLICIES:
-        counted, held = activations.per_image(model, 128, 2, pixel=pixel)["pixel"], pixel_pathway(model, pixel, 128)
-        assert counted == pytest.approx(held.device, rel=1e-3), pixel
-        assert activations.on_host(model, 128, 2) == pytest.approx(held.host, rel=1e-3) or pixel != "offload"
+        machine = MachineConfig(pixel_checkpointing=pixel)
+        held = pixel_pathway(model, machine, 128)
+        assert activations.per_image(model, 128, 2, machine)["pixel"] == pytest.approx(held.device, rel=1e-3), pixel
+        assert activations.on_host(model, 128, 2, machine) == pytest.approx(held.host, rel=1e-3), pixel
     for patch in ("none", 2, 3, "full"):
-        counted = activations.per_image(model, 128, 2, patch=patch)["patch"]
-        assert counted == pytest.approx(patch_pathway(model, patch, 128).device, rel=0.02), patch
+        machine = MachineConfig(patch_checkpointing=patch)
+        counted = activations.per_image(model, 128, 2, machine)["patch"]
+        assert counted == pytest.approx(patch_pathway(model, machine, 128).device, rel=0.02), patch
 
 
 def test_bytes_of_xl_at_256_pixels() -> None:
-    """The figures of docs/performance.md; the test above proves the count."""
-    held = {policy: activations.per_image(pixeldit_xl(), 256, 2, pixel=policy)["pixel"] / 2**20 for policy in POLICIES}
-    assert held["none"] <= 190
-    assert held["selective"] <= 125
-    assert held["selective_modulation"] <= 75
-    assert held["full"] <= 11
-    assert held["offload"] <= 1
+    """The figures of docs/architecture.md; the test above proves the count."""
+    machines = [MachineConfig(pixel_checkpointing=policy) for policy in POLICIES]
+    held = [activations.per_image(pixeldit_xl(), 256, 2, machine)["pixel"] / 2**20 for machine in machines]
+    for policy, mib, most in zip(POLICIES, held, (190, 125, 75, 11, 1), strict=True):
+        assert mib <= most, policy
 
 
 def test_an_offloaded_storage_moves_once_whatever_is_saved_of_it() -> None:

@@ -1,6 +1,6 @@
 """The fused pixel kernels in Triton's interpreter, against formulas in fp64 and against the plain block.
 
-usage: TRITON_INTERPRET=1 python -m tests.worker_kernels operations|faults|compiled
+usage: TRITON_INTERPRET=1 python -m tests.worker_kernels operations|faults|memory|compiled
 
 The interpreter rounds to bf16 by cutting off, twice the error of a GPU's rounding; hence the bound of bf16.
 """
@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import functools
 import sys
+import typing
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from megapix import engine
-from megapix.config import MachineConfig, ModelConfig
+from bench.activation_memory import pixel_pathway
+from megapix import activations, engine
+from megapix.config import MachineConfig, ModelConfig, PixelPolicy
 from megapix.model import fused
 
 BOUND = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -165,6 +167,17 @@ def faults() -> None:
     )
 
 
+def memory() -> None:
+    """Bytes that fused blocks hold between forward and backward, counted by hand."""
+    for modulation in ("pre", "post"):
+        c = ModelConfig(**{**MODEL.__dict__, "modulation": modulation, "width": 32})
+        for policy in typing.get_args(PixelPolicy):
+            machine = MachineConfig(pixel_checkpointing=policy, pixel_kernels="triton")
+            held, counted = pixel_pathway(c, machine, 8), activations.per_image(c, 8, 2, machine)["pixel"]
+            assert counted == held.device, (modulation, policy, counted, held)
+            assert activations.on_host(c, 8, 2, machine) == held.host, (modulation, policy)
+
+
 def compiled() -> None:
     """opcheck of the four operations, and compiled blocks with checkpointing."""
     x, attended, modulation, *weights = tail_inputs((1, 3), 6, torch.float32)
@@ -181,4 +194,4 @@ def compiled() -> None:
 
 
 if __name__ == "__main__":
-    {"operations": operations, "faults": faults, "compiled": compiled}[sys.argv[1]]()
+    {"operations": operations, "faults": faults, "memory": memory, "compiled": compiled}[sys.argv[1]]()

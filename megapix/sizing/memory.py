@@ -19,7 +19,7 @@ from typing import Any
 
 from megapix import activations, parameters
 from megapix.checkpoint import Layout
-from megapix.config import Config, ModelConfig
+from megapix.config import Config, ModelConfig, replace
 
 WIDTH = {"bf16": 2, "fp32": 4}
 """Precision -> bytes of a weight, a gradient before it is reduced, and an activation."""
@@ -114,23 +114,23 @@ def reduced_to_owners(knobs: dict[str, Any]) -> bool:
 
 def pixel_pathway(c: Config) -> int:
     """Bytes of an image's activations in the pixel pathway, if all are kept."""
-    return activations.per_image(*_network(c))["pixel"]
+    keep_all = replace(c, "machine.pixel_checkpointing", "none")
+    return activations.per_image(*_network(c), keep_all.machine)["pixel"]
 
 
 def offloaded(c: Config) -> int:
     """Bytes of an image's activations that the pixel policy moves to host memory."""
-    return activations.on_host(*_network(c)) if c.machine.pixel_checkpointing == "offload" else 0
+    return activations.on_host(*_network(c), c.machine)
 
 
 def _held(c: Config) -> int:
-    kept = activations.per_image(*_network(c), c.machine.pixel_checkpointing, c.machine.patch_checkpointing)
+    kept = activations.per_image(*_network(c), c.machine)
     return sum(kept.values()) + IMAGE_COPIES * 3 * c.data.image_size**2 * 4
 
 
 def _backward(c: Config) -> int:
     """Of an image: what one block, the largest, has to make again, and what its backward pass needs beside it."""
-    again = activations.remade(*_network(c), c.machine.pixel_checkpointing, c.machine.patch_checkpointing)
-    return again + activations.working(*_network(c))
+    return activations.remade(*_network(c), c.machine) + activations.working(*_network(c))
 
 
 def _network(c: Config) -> tuple[ModelConfig, int, int]:
