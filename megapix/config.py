@@ -192,8 +192,9 @@ class MachineConfig:
     that of every k-th block and all of the others; the rest is computed again."""
     compile: bool = _machine(False)
     """Compile the network's blocks with torch.compile; on CPUs this needs a C++ compiler."""
-    fused_adamw: bool = _machine(False)
-    """Step with torch's fused AdamW: one pass over memory, equal to the other implementations but for rounding."""
+    fused_adamw: bool = _machine(True)
+    """Step with torch's fused AdamW, one pass over memory; off takes its foreach implementation, equal but for
+    rounding."""
     pixel_kernels: Literal["plain", "triton"] = _machine("plain")
     """Kernels of the pixel pathway: torch's, or 'triton', two fused ones a PiT block (docs/architecture.md)."""
     ds_config: str = _machine("zero2")

@@ -1,4 +1,5 @@
-"""The reference run: small trainings of one recipe and its variants, kept, so that a change can be measured against it.
+"""The reference run: small trainings of one recipe and its variants, kept, so that a change can be measured against it
+(docs/reference-run.md).
 
     python -m bench.reference_run fashion-mnist --work WORK     train, evaluate, and write results/fashion-mnist.json
     python -m bench.reference_run openmoji --work WORK
