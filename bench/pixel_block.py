@@ -18,9 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bench import plain_eager
 from megapix.config import ModelConfig, pixeldit_b
 from megapix.model.embed import rope_table
-from megapix.model.layers import PiTBlock
+from megapix.model.layers import PiTBlock, Rope
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,13 @@ SHAPES = {
     "width 96, patch 4, 32 px, 64 images, fp32": Shape(TINY, 32, 64, torch.float32),
 }
 Work = Callable[[], None]
+
+
+class PlainBlock(plain_eager.PiTBlock):
+    """The block of `bench.plain_eager`, called as ours."""
+
+    def forward(self, x_NPd: Tensor, s_BLD: Tensor, rope: Rope) -> Tensor:
+        return super().forward(x_NPd.unflatten(0, s_BLD.shape[:2]), s_BLD, *rope).flatten(0, 1)
 
 
 def products(shape: Shape, device: torch.device) -> Work:
@@ -124,6 +132,7 @@ def main() -> None:
     for name, shape in SHAPES.items():
         works = {
             "products": products(shape, device),
+            "plain eager": block(shape, device, PlainBlock, compiled=False),
             "ours": block(shape, device, PiTBlock, compiled=False),
             "ours, compiled": block(shape, device, PiTBlock, compiled=True),
         }

@@ -31,7 +31,7 @@ def show(asked: Config, options: PlanOptions, name: str) -> str:
     interval = saving.interval(psi, o.gpus, nodes, c.checkpoint.background, o)
     parts = [
         f"# {name}: {psi / 1e6:.1f} M parameters, {c.data.image_size} pixels, {c.precision}, global batch "
-        f"{c.optim.global_batch}, on {o.gpus} x {o.gpu} of {o.gpu_memory} in {nodes} nodes",
+        f"{c.optim.global_batch}, on {o.gpus} x {o.gpu} of {o.gpu_memory}, nodes: {nodes}",
         "Predicted, not measured, from these assumptions:",
         tables.assumptions(c, o, m),
         f"## Memory\n\nThe policies are pixel {chosen[0].config.machine.pixel_checkpointing}, patch "
