@@ -563,7 +563,11 @@ def validate(config: Config) -> None:
         "0 (off) or at least 2 seconds, twice the time between heartbeats",
     )
     need(config.machine.peak_tflops >= 0, "machine.peak_tflops", "0 (by the GPU's name) or more")
-    _validate_pixel_kernels(config)
+    if config.machine.pixel_kernels == "triton" and (m.pixel_width < 16 or m.pixel_width & (m.pixel_width - 1)):
+        raise InputError(
+            f"machine.pixel_kernels = 'triton' with model.pixel_width = {m.pixel_width}: expected 'plain', or a width "
+            "that is a power of two and at least 16"
+        )
     need(config.checkpoint.keep >= 0, "checkpoint.keep", "0 (all) or more")
     need(config.checkpoint.keep_best >= 0, "checkpoint.keep_best", "0 (none) or more")
     h = config.health
@@ -632,23 +636,6 @@ def _validate_repa(r: RepaConfig, depth: int) -> None:
         raise InputError(f"repa.micro_batch = {r.micro_batch} has no effect with repa.features: no encoder computes")
     if r.micro_batch < 0:
         raise InputError(f"repa.micro_batch = {r.micro_batch}: expected 0 (the run's micro batch) or more")
-
-
-def _validate_pixel_kernels(config: Config) -> None:
-    if config.machine.pixel_kernels == "plain":
-        return
-    width = config.model.pixel_width
-    if width < 16 or width & (width - 1):
-        raise InputError(
-            f"machine.pixel_kernels = 'triton' with model.pixel_width = {width}: expected 'plain', or a width that is "
-            "a power of two and at least 16"
-        )
-    if config.model.modulation == "post" and config.precision == "fp32":
-        # An assertion in the LLVM of Triton 3.9.0, which would end the process, for sm_90.
-        raise InputError(
-            "machine.pixel_kernels = 'triton' with model.modulation = 'post' and precision = 'fp32': expected 'plain', "
-            "or precision = 'bf16'; Triton's compiler fails on this one"
-        )
 
 
 SAMPLING_OPTIONS = {

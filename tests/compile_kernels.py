@@ -22,13 +22,14 @@ from triton.compiler import ASTSource
 from megapix.model import fused, pixel_kernels
 from megapix.model.layers import EPS
 
+DTYPES = {"bf16": 2, "fp32": 4}
 KERNELS = {
-    pixel_kernels.norm_modulate_forward: ((6,), fused.NORM_BLOCK),
-    pixel_kernels.norm_modulate_backward: ((6,), fused.NORM_BLOCK),
-    pixel_kernels.tail_forward: ((6, 4), fused.TAIL_BLOCK),
-    pixel_kernels.tail_backward: ((6, 4), fused.TAIL_BACKWARD_BLOCK),
+    pixel_kernels.norm_modulate_forward: ((6,), dict.fromkeys(DTYPES, fused.NORM_BLOCK)),
+    pixel_kernels.norm_modulate_backward: ((6,), dict.fromkeys(DTYPES, fused.NORM_BLOCK)),
+    pixel_kernels.tail_forward: ((6, 4), dict.fromkeys(DTYPES, fused.TAIL_BLOCK)),
+    pixel_kernels.tail_backward: ((6, 4), {name: fused.TAIL_BACKWARD_BLOCK[size] for name, size in DTYPES.items()}),
 }
-"""Kernel -> chunks of the modulation, rows of a block."""
+"""Kernel -> chunks of the modulation, rows of a block for each number format."""
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
@@ -55,11 +56,9 @@ def resources(code: bytes) -> tuple[int, int]:
 
 
 def main() -> None:
-    for kernel, (modulations, block) in KERNELS.items():
-        for capability, dtype, chunks in itertools.product((80, 90), ("bf16", "fp32"), modulations):
-            if (dtype, chunks) == ("fp32", 4):
-                continue  # refused by config.py, which says why
-            constants = {"EPS": EPS, "D": 16, "BLOCK": block, "CHUNKS": chunks}
+    for kernel, (modulations, blocks) in KERNELS.items():
+        for capability, dtype, chunks in itertools.product((80, 90), DTYPES, modulations):
+            constants = {"EPS": EPS, "D": 16, "BLOCK": blocks[dtype], "CHUNKS": chunks}
             taken = {name: value for name, value in constants.items() if name in kernel.arg_names}
             result = compiled(kernel, capability, dtype, taken)
             registers, overflow = resources(result.asm["cubin"])

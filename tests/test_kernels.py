@@ -48,7 +48,7 @@ def test_torch_takes_them_for_whole_operations() -> None:
 def test_they_compile_for_gpus() -> None:
     """To machine code, by the compiler in Triton's wheel: what an interpreter does not check, and registers."""
     rows = [line.split() for line in succeed("tests.compile_kernels", interpreted=False).splitlines()]
-    assert len(rows) == 20
+    assert len(rows) == 24
     for *name, _, overflow, shared in rows:
         assert int(overflow) <= (16 if "bf16" in name else 128), name
         assert int(shared) <= 48 * 1024, (name, "three programs fit on an A100's multiprocessor")
@@ -64,13 +64,6 @@ def test_a_width_that_no_matrix_product_has_is_bad_input(width: int) -> None:
     config.validate(asking(16))
     with pytest.raises(InputError, match=rf"pixel_kernels = 'triton' with model.pixel_width = {width}: expected"):
         config.validate(asking(width))
-
-
-def test_post_modulation_in_fp32_is_bad_input() -> None:
-    post = config.replace(asking(16), "model.modulation", "post")
-    config.validate(config.replace(post, "precision", "bf16"))
-    with pytest.raises(InputError, match="expected 'plain', or precision = 'bf16'"):
-        config.validate(post)
 
 
 def test_cpus_without_the_interpreter_are_bad_input(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,8 +28,9 @@ NORM_BLOCK = 128
 """Rows that a program of the norm's kernels takes at once."""
 TAIL_BLOCK = 64
 """The same of the tail's forward kernel."""
-TAIL_BACKWARD_BLOCK = 32
-"""The same of its backward kernel, which holds more of a row: at 64 its registers overflow (docs/architecture.md)."""
+TAIL_BACKWARD_BLOCK = {2: 32, 4: 16}
+"""The same of its backward kernel, by the bytes of a number: it holds more of a row, and with twice as many its
+registers overflow (docs/architecture.md); in fp32 the LLVM of Triton 3.9.0 even fails then, for sm_90."""
 COMPILED = {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}
 """How Triton compiles each kernel: two stages, so that the next block of rows is fetched while one is computed."""
 PROGRAMS = 512
@@ -174,10 +175,11 @@ def _tail_backward(
     _check(x, modulation, chunks, attended, g_out, *weights)
     g_out, x, attended, modulation = (t.contiguous() for t in (g_out, x, attended, modulation))
     d_x, d_attended, d_modulation = (torch.empty_like(t) for t in (x, attended, modulation))
-    programs = min(_blocks(x, TAIL_BACKWARD_BLOCK), PROGRAMS)
+    block = TAIL_BACKWARD_BLOCK[x.element_size()]
+    programs = min(_blocks(x, block), PROGRAMS)
     sums = x.new_empty((programs, sum(w.numel() for w in weights)), dtype=torch.float32)
     inputs, outputs = (g_out, x, attended, modulation, *weights), (d_x, d_attended, d_modulation, sums)
-    _launch(pixel_kernels.tail_backward, programs, *inputs, *outputs, CHUNKS=chunks, BLOCK=TAIL_BACKWARD_BLOCK)
+    _launch(pixel_kernels.tail_backward, programs, *inputs, *outputs, CHUNKS=chunks, BLOCK=block)
     return d_x, d_attended, d_modulation, sums.sum(0)
 
 
