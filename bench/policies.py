@@ -15,7 +15,7 @@ import time
 
 import torch
 
-from megapix import activations, recompute
+from megapix import activations, dist, engine, recompute
 from megapix.config import PRESETS, MachineConfig, PixelPolicy
 from megapix.model import PixelDiT
 
@@ -47,6 +47,8 @@ def main() -> None:
     net = PixelDiT(config.model).to(dtype)
     size, device = config.data.image_size, torch.device("cuda" if torch.cuda.is_available() else "cpu")
     net.to(device)
+    if device.type == "cpu":
+        engine.start(dist.from_environment())  # memory is kept between steps, as in a run
     x = torch.randn(options.batch, 3, size, size, device=device)
     t, y = torch.rand(options.batch, device=device), torch.zeros(options.batch, dtype=torch.long, device=device)
 
