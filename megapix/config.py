@@ -259,8 +259,6 @@ class LogConfig:
     """Rows of the grid: the first classes."""
     grid_columns: int = _machine(4)
     """Columns of the grid: samples of each class."""
-    profile: int = _machine(0)
-    """Steps that each rank traces with torch.profiler into OUT/profile, after the first three; 0 is off."""
 
 
 @dataclass(frozen=True)
@@ -324,6 +322,8 @@ class Config:
     """'auto' goes on from the newest whole checkpoint, or starts; 'require' from the newest one or not at all."""
     precision: Literal["bf16", "fp32"] = _identity("bf16")
     """DeepSpeed's bf16 mode (bf16 weights and activations, fp32 masters, moments and EMA), or fp32 throughout."""
+    profile: int = _machine(0)
+    """Steps that each rank traces with torch.profiler into OUT/profile, after the first three; 0 is off."""
     model: ModelConfig = field(default_factory=ModelConfig)
     flow: FlowConfig = field(default_factory=FlowConfig)
     repa: RepaConfig = field(default_factory=RepaConfig)
@@ -583,7 +583,7 @@ def validate(config: Config) -> None:
     need(config.evaluation.batch >= 1, "evaluation.batch", "at least 1")
     need(config.log.grid_classes >= 1, "log.grid_classes", "at least 1")
     need(config.log.grid_columns >= 1, "log.grid_columns", "at least 1")
-    need(config.log.profile >= 0, "log.profile", "0 (off) or more")
+    need(config.profile >= 0, "profile", "0 (off) or more")
     validate_sampling(config.sampling)
     validate_seed(config.seed, "seed")
     need(config.out != "", "out", "a run folder (--out RUN)")

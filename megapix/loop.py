@@ -140,9 +140,9 @@ def _run(p: Plan, world: World, device: torch.device, stop: StopRequest, watch: 
         dist.warn(f"set aside, because the run goes on from before it: {path}")
     with ExitStack() as at_end:
         saver, trace = at_end.enter_context(closing(Saver(folder, c.checkpoint, world))), None
-        if c.log.profile:
+        if c.profile:
             done = state.counters.drawn // p.layout.total
-            trace = at_end.enter_context(closing(Trace(c.log.profile, folder / "profile", world.rank, done)))
+            trace = at_end.enter_context(closing(Trace(c.profile, folder / "profile", world.rank, done)))
         _until_the_end(Run(p, world, device, e, saver, stop, watch, trace), state)
 
 

@@ -51,7 +51,7 @@ class Trace:
             profiler, self._profiler = self._profiler, None
             profiler.stop()
             if not self._written:
-                dist.warn(f"log.profile = {self._steps}: no trace, as the run ended within its first {UNTRACED} steps")
+                dist.warn(f"profile = {self._steps}: no trace, as the run ended within its first {UNTRACED} steps")
 
     def _write(self, profiler: Any) -> None:
         """A run does not end because of its trace: what cannot be written is warned about."""

@@ -1,4 +1,4 @@
-"""`--log.profile`: traces that other programs read, of the steps asked for, and a run that goes on unchanged."""
+"""`--profile`: traces that other programs read, of the steps asked for, and a run that goes on unchanged."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_a_traced_run_is_the_same_run(shards: Path, tmp_path: Path) -> None:
     """Seven steps on two ranks: the fourth and fifth are traced on each; losses and weights are equal to the bit."""
     traced, plain = tmp_path / "traced", tmp_path / "plain"
     end = ("--optim.end-at", str(7 * STEP_BATCH))
-    succeed(2, "megapix", arguments(shards, traced, *end, "--log.profile", "2"))
+    succeed(2, "megapix", arguments(shards, traced, *end, "--profile", "2"))
     succeed(2, "megapix", arguments(shards, plain, *end))
     assert not (plain / "profile").exists()
     files = sorted((traced / "profile").iterdir())
@@ -59,7 +59,7 @@ def test_a_run_that_ends_early(ran: int, tmp_path: Path, capsys: pytest.CaptureF
     written = list(tmp_path.glob("profile/*"))
     if ran == UNTRACED:
         assert written == []
-        assert "log.profile = 5: no trace, as the run ended within its first 3 steps" in capsys.readouterr().err
+        assert "profile = 5: no trace, as the run ended within its first 3 steps" in capsys.readouterr().err
     else:
         assert [path.name for path in written] == ["rank-00003.104.pt.trace.json.gz"]
         assert steps_of(written[0]) == ["ProfilerStep#4"]
@@ -74,7 +74,7 @@ def test_a_trace_that_cannot_be_written_is_warned_about(tmp_path: Path, capsys: 
 
 
 def test_a_negative_number_of_steps_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(InputError, match=r"log\.profile = -1: expected 0 \(off\) or more"):
-        config.validate(config.replace(config.tiny(), "log.profile", -1))
-    assert cli.main(["train", "tiny", "--log.profile", "-1", "--dry-run"]) == 2
-    assert capsys.readouterr().err == "megapix: error: log.profile = -1: expected 0 (off) or more\n"
+    with pytest.raises(InputError, match=r"profile = -1: expected 0 \(off\) or more"):
+        config.validate(config.replace(config.tiny(), "profile", -1))
+    assert cli.main(["train", "tiny", "--profile", "-1", "--dry-run"]) == 2
+    assert capsys.readouterr().err == "megapix: error: profile = -1: expected 0 (off) or more\n"
