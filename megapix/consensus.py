@@ -18,6 +18,8 @@ class Heard:
 
     loss: float
     """Mean over all ranks; NaN if it is not finite on one."""
+    grad_norm: float
+    """Of the whole gradient, before clipping."""
     fault: str
     """Why the step's gradient is not finite, if it is not."""
     stop: bool
@@ -26,23 +28,25 @@ class Heard:
     """Whether a save in the background has failed."""
 
 
-def after_step(world: World, loss: Tensor, stop: bool, save_failed: bool) -> Heard:
+def after_step(world: World, loss: Tensor, grad_norm: Tensor | float, stop: bool, save_failed: bool) -> Heard:
     """Meet all ranks after a step: the one place in it that waits for the device.
 
     Args:
         loss: this rank's mean loss, a scalar on its device.
+        grad_norm: the same on every rank, on its device or not; it comes along, so that it is not waited for by itself.
         stop: whether this rank was asked to stop.
         save_failed: whether this rank knows of a save that failed.
     """
     finite = loss.isfinite()
-    mine = torch.zeros(3 + world.size, dtype=torch.float64, device=loss.device)
-    mine[0] = loss.where(finite, 0.0)
-    mine[1], mine[2] = float(stop), float(save_failed)
-    mine[3 + world.rank] = ~finite
-    loss_sum, stops, failures, *bad = dist.total(world, mine)
+    mine = torch.zeros(4 + world.size, dtype=torch.float64, device=loss.device)
+    mine[0], mine[1] = loss.where(finite, 0.0), grad_norm
+    mine[2], mine[3] = float(stop), float(save_failed)
+    mine[4 + world.rank] = ~finite
+    loss_sum, norms, stops, failures, *bad = dist.total(world, mine)
     where = ", ".join(str(rank) for rank, count in enumerate(bad) if count)
     fault = "the gradient is not finite" + (f", nor is the loss of rank {where}" if where else "")
-    return Heard(math.nan if where else loss_sum / world.size, fault, stops > 0, failures > 0)
+    mean = math.nan if where else loss_sum / world.size
+    return Heard(mean, norms / world.size, fault, stops > 0, failures > 0)
 
 
 def any_rank(world: World, flag: bool, device: torch.device) -> bool:

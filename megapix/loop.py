@@ -253,8 +253,8 @@ def _steps(run: Run, state: State, happened: str) -> None:
             counters = Counters(position, now, skipped)
 
             watch.note(step, "agree")
-            heard = consensus.after_step(world, step_loss, run.stop.asked, saver.failed)
-            grad_norm = float(e.get_global_grad_norm()) if applied else math.nan
+            norm = e.get_global_grad_norm() if applied else math.nan
+            heard = consensus.after_step(world, step_loss, norm, run.stop.asked, saver.failed)
             if norms:
                 board.scalars(step, norms.read(world.size))
             if heard.save_failed:
@@ -263,7 +263,7 @@ def _steps(run: Run, state: State, happened: str) -> None:
                 world.say(f"step {step} skipped: {heard.fault} ({skips.in_a_row + 1} in a row)")
                 board.event(step, f"skipped: {heard.fault}")
             skips.count(applied, step, heard.fault)
-            if applied and (spike := sentinel.look(heard.loss, grad_norm, start, step)):
+            if applied and (spike := sentinel.look(heard.loss, heard.grad_norm, start, step)):
                 spikes += 1
                 board.event(step, f"spike: {spike.reason}; health.on_spike = {c.health.on_spike!r}")
                 _on_spike(run, spike, here())
@@ -272,7 +272,7 @@ def _steps(run: Run, state: State, happened: str) -> None:
 
             if _due(c.log.every, seen, now, p.end):
                 watch.note(step, "log")
-                row = report.row(counters) | {"schedule/lr": lr, "health/grad_norm": grad_norm}
+                row = report.row(counters) | {"schedule/lr": lr, "health/grad_norm": heard.grad_norm}
                 row |= {"health/spikes": spikes, "health/rollbacks": state.rollbacks}
                 bar.set_postfix(loss=f"{heard.loss:.4f}", lr=f"{lr:.1e}", refresh=False)
                 board.scalars(step, row)

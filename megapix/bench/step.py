@@ -78,7 +78,7 @@ class TrainingStep:
                 e.step()
                 step_loss += loss.detach() / self.layout.accumulation
             with watch.part("agree"):
-                consensus.after_step(self._world, step_loss, False, False)
+                consensus.after_step(self._world, step_loss, e.get_global_grad_norm(), False, False)
         seconds = watch.read()
         if not e.was_step_applied():
             raise Trouble("a step was skipped, as its gradient is not finite: there is nothing to time")
