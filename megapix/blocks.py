@@ -42,7 +42,9 @@ class Watch:
         self._rows = {name: row for row, name in enumerate(names)}
         self._modulation: dict[str, Tensor] = {}
         self._applied = False
-        torch.compiler.set_stance("force_eager")  # a compiled block's graph knows no hooks: this step goes without it
+        self._stance: Any = torch.compiler.set_stance(
+            "force_eager"
+        )  # a compiled block's graph knows no hooks: this step goes without it
         self._handles = [engine.optimizer.optimizer.register_step_pre_hook(self._add_gradients)]
         for name, block in network.named_modules():
             modulation = getattr(block, "adaLN_modulation", None)
@@ -56,7 +58,7 @@ class Watch:
         """Take the hooks out and return the scalars of all ranks; none if the step was skipped. Every rank calls it."""
         for handle in self._handles:
             handle.remove()
-        torch.compiler.set_stance("default")
+        self._stance.__exit__(None, None, None)  # as it was
         if not self._applied:
             return {}
         modulation = torch.cat(list(self._modulation.values()))  # [tags, 2]: sum of squares, count

@@ -738,7 +738,8 @@ def from_dict(kind: type[T], data: dict[str, Any], where: str) -> T:
         try:
             pydantic.TypeAdapter(typing.get_type_hints(kind)[key]).validate_python(value, strict=True)
         except pydantic.ValidationError as error:
-            raise InputError(f"{where}: {key} = {value!r}: {error.errors()[0]['msg'].lower()}") from error
+            why = " or ".join(dict.fromkeys(e["msg"].lower() for e in error.errors()))
+            raise InputError(f"{where}: {key} = {value!r}: {why}") from error
         values[key] = value
     return kind(**values)
 

@@ -56,8 +56,11 @@ class Trace:
     def _write(self, profiler: Any) -> None:
         """A run does not end because of its trace: what cannot be written is warned about."""
         self._written = True
+        part = self._path.with_name(f".{self._path.name}")
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            profiler.export_chrome_trace(str(self._path))
-        except OSError as error:
-            dist.warn(f"{self._path}: the trace cannot be written: {error.strerror or error}")
+            profiler.export_chrome_trace(str(part))
+            part.replace(self._path)
+        except (OSError, RuntimeError) as error:
+            why = getattr(error, "strerror", None) or error
+            dist.warn(f"{self._path}: the trace cannot be written: {why}")

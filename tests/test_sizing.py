@@ -20,7 +20,7 @@ from tests.launch import succeed
 from tests.worker_sizing import configuration
 
 ZERO2 = read_knobs("zero2")
-H100 = options.machine(PlanOptions(), "bf16", 0.0)
+H100 = options.machine(options.check(PlanOptions()), "bf16", 0.0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -117,7 +117,10 @@ def test_time_of_a_step_by_hand() -> None:
     assert s.products == pytest.approx(32 * 0.933e12 / compute, rel=0.01)
     assert s.recomputed == pytest.approx(32 * 4 * 22.6e9 / compute, rel=0.01), "the presets recompute the PiT blocks"
     assert s.pixels == pytest.approx(32 * 7 * memory.pixel_pathway(c) / (3350e9 * 0.8))
-    assert s.reduced == pytest.approx(2 * 4 * 797.5e6 * 7 / 8 / 315e9, rel=0.01), "after each of two micro batches"
+    # After each of two micro batches; 8 owners and one bucket's end are 9 calls of 7 hops.
+    assert s.reduced == pytest.approx(2 * (4 * 797.5e6 * 7 / 8 / 315e9 + 9 * 7 * 5e-6), rel=1e-3)
+    everywhere = speed.of_step(c, read_knobs("zero2_allreduce"), 8, 1, 16, 2, H100)
+    assert everywhere.reduced == pytest.approx(2 * 2 * (4 * 797.5e6 * 7 / 8 / 315e9 + 2 * 7 * 5e-6), rel=1e-3)
     assert s.gathered == pytest.approx(2 * 797.5e6 * 7 / 8 / 315e9, rel=0.01)
     assert s.ema == pytest.approx(12 * 797.5e6 / 8 / (3350e9 * 0.8), rel=1e-3)
     assert s.optimizer == pytest.approx(11 * 4 * 797.5e6 / 8 / (3350e9 * 0.8), rel=1e-3)
@@ -155,6 +158,22 @@ def test_the_micro_batch_is_the_largest_divisor_that_fits() -> None:
             assert memory.of_rank(x.config, knobs, 8, larger, images // larger).peak > H100.memory
     (asked, *_) = choose.candidates(config.replace(c, "machine.micro_batch", 2), 8, 1, H100)
     assert (asked.config.machine.micro_batch, asked.accumulation) == (2, 16), "the user's own"
+
+
+@pytest.mark.parametrize("asked", ["none", "full", 1, 3, 99])
+def test_the_policy_asked_for_is_planned(asked: str | int) -> None:
+    c = config.replace(config.preset("xl-256"), "machine.patch_checkpointing", asked)
+    own = {"ds_config": "zero2", "pixel_checkpointing": "full", "patch_checkpointing": asked}
+    found = [x.config.machine for x in choose.candidates(c, 8, 1, H100)]
+    assert sum(all(getattr(m, key) == value for key, value in own.items()) for m in found) == 1
+    assert len({x.ds_config for x in found}) == 3
+
+
+def test_defaults_of_a_gpu_and_what_offload_takes_on_the_host() -> None:
+    h200 = options.check(PlanOptions(gpu="H200", assume=Assumptions(reserve="0GB")))
+    assert options.machine(h200, "bf16", 0.0).memory == 141 * 10**9
+    c = config.replace(config.preset("xl-256"), "machine.pixel_checkpointing", "offload")
+    assert memory.of_rank(c, ZERO2, 8, 32, 1).host / 2**20 == pytest.approx(32 * 184.4, abs=4)
 
 
 def test_checkpoint_interval_by_hand() -> None:
@@ -205,7 +224,10 @@ def test_the_plan_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
         (["xl-256", "--gpus", "12"], "12 GPUs on nodes of 8 leave one half empty"),
         (["xl-256", "--gpus", "7"], "optim.global_batch = 256 is not micro batch x accumulation x ranks"),
         (["xl-256", "--assume.wire-share", "1.5"], "--assume.wire-share = 1.5: expected a share, at most 1"),
-        (["xl-256", "--assume.pcie", "0"], "--assume.pcie = 0.0: expected above 0"),
+        (["xl-256", "--assume.pcie", "0"], "--assume.pcie = 0.0: expected 0.001 to 1e+09"),
+        (["xl-256", "--mtbf", "1e308"], "--mtbf = 1e+308: expected 0.001 to 1e+09 hours"),
+        (["xl-256", "--images", "0"], "--images = 0: expected at least 1"),
+        (["xl-256", "--gpu-memory", "9" * 400 + "GB"], "expected a size such as 80GB"),
         (["tiny"], "precision = 'fp32': only bf16 peaks are known; give the GPU's with --machine.peak-tflops"),
         (["xl-256", "--gpu-memory", "11GB"], "GiB too few, even with pixel-checkpointing"),
     ],
@@ -222,7 +244,7 @@ def test_bad_input_is_one_line(arguments: list[str], expected: str, capsys: pyte
     [
         (20.0, 256, "expected a smaller --machine.micro-batch"),
         (4.0, 0, "expected --gpus 8 or more"),  # ZeRO-2 shares masters, moments, EMA and gradients out
-        (2.0, 0, "no number of GPUs helps: ZeRO-2 keeps all weights on each"),
+        (2.0, 0, "nor do more GPUs help, up to optim.global_batch = 256: ZeRO-2 keeps all weights on each"),
     ],
 )
 def test_what_does_not_fit_says_what_would(gib: float, micro: int, expected: str) -> None:

@@ -54,6 +54,7 @@ def step(options: StepOptions, world: World) -> int:
         Agreed: an option that cannot be honoured.
         Trouble: a step was skipped, or a checkpoint not written.
     """
+    _asked(options, world.size)  # a mistake that needs no other rank to be seen ends before any of them is met
     device = engine.start(world)
     prepared = dist.together(world, lambda: prepare(options, world.size))
     measured = measure(options, prepared, batches(prepared, world, device), world, device)
@@ -99,13 +100,21 @@ def tell(found: dict[str, Any], out: Path | None) -> None:
         write_atomic(out, (json.dumps(found, indent=1) + "\n").encode())
 
 
+def _asked(options: StepOptions, ranks: int) -> Config:
+    """The configuration, checked as far as no file is needed; its data path is still empty if images are made up."""
+    asked = options.configuration(ranks)
+    data = dataclasses.replace(asked.data, path=asked.data.path or "made up")
+    config.validate(dataclasses.replace(asked, out="none", data=data))
+    return asked
+
+
 def prepare(options: StepOptions, ranks: int) -> Prepared:
     """Check the options, and the data if there are any, as `train` does.
 
     Raises:
         InputError: the first thing that is wrong.
     """
-    asked = options.configuration(ranks)
+    asked = _asked(options, ranks)
     if options.out:
         check_writable("--out", options.out)
     if options.save and not options.save.is_dir():
@@ -114,8 +123,6 @@ def prepare(options: StepOptions, ranks: int) -> Prepared:
         if asked.data.path:
             p = plan(dataclasses.replace(asked, out=nowhere), ranks)
             return Prepared(p.config, p.layout, p.located)
-        data = dataclasses.replace(asked.data, path="made up")
-        config.validate(dataclasses.replace(asked, out=nowhere, data=data))
     read_knobs(asked.machine.ds_config, asked.machine.unproven)
     return Prepared(config.freeze(asked, IMAGENET_IMAGES), config.batch_layout(asked, ranks), None)
 

@@ -19,7 +19,8 @@ from megapix.sizing.speed import Seconds
 PIXEL_POLICIES: tuple[PixelPolicy, ...] = typing.get_args(PixelPolicy)
 PATCH_POLICIES: tuple[str | int, ...] = ("none", 4, 2, "full")
 """Values of `machine.patch_checkpointing` that are planned with, from the fastest to the smallest."""
-OFFLOAD = "zero2_offload"
+OTHERS = ("zero2_allreduce", "zero2_offload")
+"""DeepSpeed configurations that are planned with beside the one asked for."""
 MOST_RANKS = 4096
 """Ranks up to which a fitting number is looked for when a network does not fit."""
 
@@ -62,8 +63,8 @@ class Candidate:
 def candidates(c: Config, ranks: int, nodes: int, m: Machine) -> list[Candidate]:
     """Every policy with its largest micro batch that fits; where none does, micro batch 1 and `fits` False.
 
-    The micro batch is a divisor of global batch / ranks, or `machine.micro_batch` if that is set. The optimizer is
-    offloaded in a second half of the list, or in all of it if the configuration asks for it.
+    The micro batch is a divisor of global batch / ranks, or `machine.micro_batch` if that is set. First come those with
+    the DeepSpeed configuration asked for, then those with OTHERS, unless the optimizer is to be offloaded anyway.
 
     Raises:
         InputError: the global batch does not divide.
@@ -75,9 +76,11 @@ def candidates(c: Config, ranks: int, nodes: int, m: Machine) -> list[Candidate]
     own = read_knobs(c.machine.ds_config, c.machine.unproven)
     places = [(c.machine.ds_config, own)]
     if "offload_optimizer" not in own["zero_optimization"]:
-        places.append((OFFLOAD, read_knobs(OFFLOAD)))
+        places += [(name, read_knobs(name)) for name in OTHERS if name != c.machine.ds_config]
+    asked_for = c.machine.patch_checkpointing
+    patch_policies = [*PATCH_POLICIES, *([asked_for] if asked_for not in PATCH_POLICIES else [])]
     found = []
-    for (name, knobs), pixel, patch in product(places, PIXEL_POLICIES, PATCH_POLICIES):
+    for (name, knobs), pixel, patch in product(places, PIXEL_POLICIES, patch_policies):
         asked = replace(replace(c, "machine.pixel_checkpointing", pixel), "machine.patch_checkpointing", patch)
         asked = replace(asked, "machine.ds_config", name)
         found.append(_largest(asked, knobs, ranks, nodes, micros, m))
@@ -113,14 +116,17 @@ def refuse(found: list[Candidate], c: Config, m: Machine, gpu_memory: str) -> In
 
 
 def _help(c: Config, small: Candidate, m: Machine) -> str:
-    if c.machine.micro_batch > 1:
+    knobs, images = read_knobs(small.config.machine.ds_config, c.machine.unproven), c.optim.global_batch // small.ranks
+    if c.machine.micro_batch > 1 and memory.of_rank(small.config, knobs, small.ranks, 1, images).peak <= m.memory:
         return "expected a smaller --machine.micro-batch"
     ranks = 2 * small.ranks
     while ranks <= min(c.optim.global_batch, MOST_RANKS):
         if c.optim.global_batch % ranks == 0:
-            knobs = read_knobs(small.config.machine.ds_config, c.machine.unproven)
             images = c.optim.global_batch // ranks
             if memory.of_rank(small.config, knobs, ranks, 1, images).peak <= m.memory:
                 return f"expected --gpus {ranks} or more, or more memory"
         ranks *= 2
-    return "no number of GPUs helps: ZeRO-2 keeps all weights on each; expected more memory or a smaller reduce bucket"
+    return (
+        f"nor do more GPUs help, up to optim.global_batch = {c.optim.global_batch}: ZeRO-2 keeps all weights on each; "
+        "expected more memory or a smaller reduce bucket"
+    )

@@ -48,7 +48,7 @@ class Bytes:
     peak: int
     """The most at once: as backward starts, as a bucket is reduced, or in the optimizer's step."""
     host: int
-    """Bytes of host memory that the optimizer takes if it is offloaded."""
+    """Bytes of host memory that the optimizer takes if it is offloaded, and offloaded activations."""
 
     @property
     def states(self) -> int:
@@ -102,7 +102,7 @@ def of_rank(c: Config, knobs: dict[str, Any], ranks: int, micro: int, accumulati
         activations=held,
         backward=backward,
         peak=states + temporary + max(start, reduction, gradients + stepping),
-        host=(5 * fp32 + width * share) if offload else 0,
+        host=((5 * fp32 + width * share) if offload else 0) + micro * offloaded(c),
     )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 from dataclasses import dataclass, field
 
@@ -25,6 +24,19 @@ MEMORY_AND_LINK = {
 }
 """Name as in `flops.PEAK_TFLOPS` -> GB/s of its memory, and of its links to the others of a node in one direction
 (NVIDIA's data sheets of the A100 80GB SXM, and so on; H100 PCIe without bridges)."""
+
+
+GB = {
+    "A100": 80,
+    "H100 PCIe": 80,
+    "H100 NVL": 94,
+    "H100": 80,
+    "H200 NVL": 141,
+    "H200": 141,
+    "GH200": 96,
+    "B200": 180,
+}
+"""The same names -> 10^9 bytes of its memory."""
 
 
 @dataclass(frozen=True)
@@ -77,8 +89,8 @@ class PlanOptions:
     """Nodes that they are spread over; 0 fills nodes of `gpus_per_node`."""
     gpus_per_node: int = 8
     """GPUs of a node."""
-    gpu_memory: str = "80GB"
-    """Memory of a GPU, such as 80GB (10^9 bytes) or 80GiB (2^30)."""
+    gpu_memory: str = ""
+    """Memory of a GPU, such as 80GB (10^9 bytes) or 80GiB (2^30); empty takes the data sheet's."""
     gpu: str = "H100"
     """GPU whose data sheet gives peak and bandwidths: A100, H100, H100 PCIe, H100 NVL, H200, H200 NVL, GH200, B200."""
     scaling: tuple[int, ...] = (1, 8, 16, 64)
@@ -115,14 +127,15 @@ def machine(options: PlanOptions, precision: str, peak_tflops: float) -> Machine
     Raises:
         InputError: an unknown GPU, a size that cannot be read, or no peak for this precision.
     """
-    if options.gpu not in PEAK_TFLOPS:
-        raise InputError(f"--gpu = {options.gpu!r}: no data sheet is known{one_of(options.gpu, list(PEAK_TFLOPS))}")
     if precision != "bf16" and not peak_tflops:
         raise InputError(
             f"precision = {precision!r}: only bf16 peaks are known; give the GPU's with --machine.peak-tflops"
         )
     a, (memory, link) = options.assume, MEMORY_AND_LINK[options.gpu]
-    total, reserve = read_bytes("--gpu-memory", options.gpu_memory), read_bytes("--assume.reserve", a.reserve)
+    total, reserve = (
+        read_bytes("--gpu-memory", options.gpu_memory),
+        read_bytes("--assume.reserve", a.reserve, zero=True),
+    )
     if reserve >= total:
         raise InputError(f"--assume.reserve = {a.reserve!r}: expected less than --gpu-memory = {options.gpu_memory!r}")
     return Machine(
@@ -156,6 +169,9 @@ def check(options: PlanOptions) -> PlanOptions:
         InputError: naming option, value and what would be right.
     """
     o = options
+    if o.gpu not in PEAK_TFLOPS:
+        raise InputError(f"--gpu = {o.gpu!r}: no data sheet is known{one_of(o.gpu, list(PEAK_TFLOPS))}")
+    o = dataclasses.replace(o, gpu_memory=o.gpu_memory or f"{GB[o.gpu]}GB")
     for name, value, low in (("gpus", o.gpus, 1), ("nodes", o.nodes, 0), ("gpus-per-node", o.gpus_per_node, 1)):
         if value < low:
             raise InputError(f"--{name} = {value}: expected at least {low}")
@@ -163,8 +179,8 @@ def check(options: PlanOptions) -> PlanOptions:
         raise InputError(f"--images = {o.images}: expected at least 1")
     if any(n < 1 for n in o.scaling):
         raise InputError(f"--scaling = {' '.join(map(str, o.scaling))}: expected numbers of GPUs, at least 1 each")
-    if not (o.mtbf > 0 and math.isfinite(o.mtbf)):
-        raise InputError(f"--mtbf = {o.mtbf}: expected above 0 hours")
+    if not SMALLEST <= o.mtbf <= LARGEST:
+        raise InputError(f"--mtbf = {o.mtbf}: expected {SMALLEST} to {LARGEST:g} hours")
     for f in dataclasses.fields(o.assume):
         value = getattr(o.assume, f.name)
         if isinstance(value, float):
@@ -180,24 +196,27 @@ def check(options: PlanOptions) -> PlanOptions:
     return o
 
 
+SMALLEST, LARGEST = 0.001, 1e9
+"""Numbers that an assumption may have."""
 MAY_BE_ZERO = ("memory", "link", "optimizer_passes", "link_latency", "network_latency", "overhead", "restart")
 
 
 def _check_assumption(name: str, value: float) -> None:
     option = f"--assume.{name.replace('_', '-')}"
-    if not math.isfinite(value) or value < 0 or (value == 0 and name not in MAY_BE_ZERO):
-        raise InputError(f"{option} = {value}: expected {'0 or more' if name in MAY_BE_ZERO else 'above 0'}")
+    if not (SMALLEST <= value <= LARGEST or (value == 0 and name in MAY_BE_ZERO)):
+        allowed = "0, or " if name in MAY_BE_ZERO else ""
+        raise InputError(f"{option} = {value}: expected {allowed}{SMALLEST} to {LARGEST:g}")
     if name.endswith("_share") and value > 1:
         raise InputError(f"{option} = {value}: expected a share, at most 1")
 
 
-def read_bytes(option: str, text: str) -> int:
-    """Bytes of a size such as 80GB, 79.5GiB or 500MB.
+def read_bytes(option: str, text: str, zero: bool = False) -> int:
+    """Bytes of a size such as 80GB, 79.5GiB or 500MB; 0GB only if `zero`.
 
     Raises:
         InputError: not such a size.
     """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([A-Za-z]+)", text.strip())
-    if not match or match[2] not in UNITS or float(match[1]) == 0:
+    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?) ?([A-Za-z]+)", text.strip(), flags=re.ASCII)
+    if not match or match[2] not in UNITS or (float(match[1]) == 0 and not zero):
         raise InputError(f"{option} = {text!r}: expected a size such as 80GB or 79.5GiB (units: {', '.join(UNITS)})")
     return round(float(match[1]) * UNITS[match[2]])

@@ -19,7 +19,8 @@ def show(asked: Config, options: PlanOptions, name: str) -> str:
     Raises:
         InputError: bad options, or nothing fits.
     """
-    c, o = _runnable(asked, options.images), check(options)
+    o = check(options)
+    c = _runnable(asked, o.images)
     m = machine(o, c.precision, c.machine.peak_tflops)
     nodes = nodes_of(o, o.gpus)
     found = choose.candidates(c, o.gpus, nodes, m)
@@ -43,11 +44,13 @@ def show(asked: Config, options: PlanOptions, name: str) -> str:
         "## The recommended step",
         tables.step(best),
         "\n".join(f"- {line}" for line in tables.schedule(best, o)),
-        "## Scaling",
+        "## Scaling\n\nThe fastest that fits, with its largest micro batch.",
         tables.scaling(_scaled(c, o, m), o, c, m),
         "## Checkpoints",
         "\n".join(f"- {line}" for line in tables.saving(interval, best)),
     ]
+    if c.machine.compile:
+        parts.append("Compiled blocks are planned as those that are not: what compiling saves is not counted.")
     if c.repa.wanted:
         parts.append("REPA's encoder and projector are not counted in any of this.")
     return "\n\n".join(parts)
@@ -61,14 +64,16 @@ def _runnable(asked: Config, images: int) -> Config:
 
 
 def _worth_showing(found: list[Candidate], c: Config) -> list[Candidate]:
-    """Every policy with the optimizer where the configuration has it, and the best of those with the other place."""
-    own = [x for x in found if x.config.machine.ds_config == c.machine.ds_config]
-    other = [x for x in found if x not in own]
-    return [*own, choose.best(other) or min(other, key=lambda x: x.bytes.peak)] if other else own
+    """Every policy with the DeepSpeed configuration asked for, and the best with each of the others."""
+    by_name: dict[str, list[Candidate]] = {}
+    for x in found:
+        by_name.setdefault(x.config.machine.ds_config, []).append(x)
+    own = by_name.pop(c.machine.ds_config)
+    return own + [choose.best(some) or min(some, key=lambda x: x.bytes.peak) for some in by_name.values()]
 
 
 def _like(best: Candidate, found: list[Candidate]) -> list[Candidate]:
-    """With the recommended policies: the optimizer on the GPU, and offloaded."""
+    """With the recommended policies: one of each DeepSpeed configuration."""
 
     def policy(x: Candidate) -> tuple[object, object]:
         return x.config.machine.pixel_checkpointing, x.config.machine.patch_checkpointing

@@ -69,15 +69,16 @@ def of_step(
     compute, device = m.peak * a.compute_share, m.memory_bandwidth * a.memory_share
     where = a.host * 1e9 if offload else device
     over_pcie = 2 * memory.offloaded(c) * images + (offload and (4 * accumulation + width) * share)
-    buckets = math.ceil(psi / int(zero.get("reduce_bucket_size", 500_000_000))) * accumulation
-    passes = wire.passes(knobs)
+    buckets, passes = math.ceil(psi / int(zero.get("reduce_bucket_size", 500_000_000))), wire.passes(knobs)
+    # A call for each owner, whose share may be cut by a bucket's end; or an all-reduce, there and back, of each bucket.
+    calls = accumulation * (ranks + buckets - 1 if passes == 1 else passes * buckets)
     sent = wire.sent(psi, c.precision, ranks, accumulation, passes)
     return Seconds(
         products=images * flops.training(c.model, size) / compute,
         recomputed=images * again / compute,
         pixels=images * traffic / device,
         moved=over_pcie / (a.pcie * 1e9),
-        reduced=wire.seconds(sent.gradients, passes * buckets, ranks, nodes, m),
+        reduced=wire.seconds(sent.gradients, calls, ranks, nodes, m),
         optimizer=4 * share * (CLIP_PASSES + adamw_passes(c, m)) / where,
         ema=4 * share * EMA_PASSES / where,
         gathered=wire.seconds(sent.weights, 1, ranks, nodes, m),

@@ -28,7 +28,7 @@ WHAT = {
     "activations": "activations of the micro batch",
     "backward": "one block's backward pass, recomputed activations among it",
     "peak": "**peak**",
-    "host": "host memory of the optimizer",
+    "host": "host memory of optimizer and activations, if offloaded",
 }
 PARTS = {
     "products": "matrix products",
@@ -134,7 +134,7 @@ def scaling(rows: list[tuple[int, int, Candidate | str]], o: PlanOptions, c: Con
         machine, each = x.config.machine, x.images_per_s / gpus
         first = first or each
         policy = f"{machine.pixel_checkpointing}/{machine.patch_checkpointing}"
-        policy += ", offload" if "offload" in machine.ds_config else ""
+        policy += f", {machine.ds_config}" * (machine.ds_config != c.machine.ds_config)
         passes = wire.passes(read_knobs(machine.ds_config, machine.unproven))
         sent = wire.sent(parameters.count(c.model), c.precision, gpus, x.accumulation, passes)
         cells = [policy, f"{machine.micro_batch} x {x.accumulation}", f"{x.bytes.peak / GIB:.1f}"]
