@@ -97,7 +97,7 @@ def test_compiled_blocks_see_many_sizes_with_and_without_gradients() -> None:
     """As a run with sample grids, held-out losses and aspect buckets does; the policies of both pathways share code."""
     net, plain = randomised(SMALL), randomised(SMALL)
     recompute.apply(net, MachineConfig(pixel_checkpointing="full", patch_checkpointing="full", compile=True))
-    for sizes in ((2, 8, 12), (1, 8, 12), (2, 16, 16), (2, 12, 8), (1, 20, 12)):
+    for sizes in ((2, 8, 12), (1, 16, 16), (2, 12, 8)):
         asked = inputs(*sizes)
         torch.testing.assert_close(net(*asked), plain(*asked), rtol=1e-4, atol=1e-4)
         with torch.no_grad():
@@ -105,7 +105,7 @@ def test_compiled_blocks_see_many_sizes_with_and_without_gradients() -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("pixel", POLICIES)
+@pytest.mark.parametrize("pixel", ["selective_modulation", "offload"])
 def test_compiled_blocks_give_the_same_gradients_and_keep_as_much(pixel: PixelPolicy) -> None:
     """What autograd saves of compiled blocks is counted by its hooks: they see the results of a graph."""
     expected, net = gradients(SMALL, "none", "none"), randomised(SMALL)
