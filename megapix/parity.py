@@ -216,7 +216,7 @@ class Difference:
 
 
 TOLERANCES = {
-    "fp32": Difference(gradient=1e-5, loss=1e-5, norm=1e-5, weights=5e-4, ema=5e-4),
+    "fp32": Difference(gradient=1e-5, loss=1e-5, norm=1e-5, weights=1e-3, ema=1e-3),
     "bf16": Difference(gradient=1e-5, loss=1e-3, norm=1e-2, weights=0.1, ema=0.1),
     "bf16 compiled": Difference(gradient=0.05, loss=1e-3, norm=2e-2, weights=0.2, ema=0.2),
 }
