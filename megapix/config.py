@@ -64,17 +64,35 @@ class ModelConfig:
     depth: int = _identity(26)
     """Blocks of the patch pathway (N)."""
     heads: int = _identity(16)
-    """Attention heads of both pathways; width / heads must be divisible by 4 for the 2D RoPE."""
+    """Attention heads of the patch pathway; width / heads must be divisible by 4 for the 2D RoPE."""
     pixel_width: int = _identity(16)
     """Width of a pixel token (d); must be divisible by 4 for the 2D sin-cos positions."""
     pixel_depth: int = _identity(4)
     """PiT blocks of the pixel pathway (M)."""
+    pixel_attention_width: int = _identity(0)
+    """Width of attention in the PiT blocks; 0 is that of the patch pathway."""
+    pixel_heads: int = _identity(0)
+    """Attention heads of the PiT blocks; 0 is those of the patch pathway."""
     mlp: Literal["gelu", "swiglu"] = _identity("gelu")
     """FFN of the patch blocks: the paper's GELU MLP with ratio 4, or the released weights' SwiGLU."""
     modulation: Literal["pre", "post"] = _identity("pre")
     """Pixel-wise AdaLN: 'pre' with gates as in the paper, or 'post', the later variant against loss spikes."""
     num_classes: int = _identity(1000)
-    """Classes of the data set; the class table has one more row, the null class for guidance."""
+    """Classes of the data set; the class table has one more row, the null class for guidance. 0 with text."""
+    text_width: int = _identity(0)
+    """Width of the text features that condition the network (MM-DiT blocks); 0 with classes."""
+    text_tokens: int = _identity(300)
+    """Rows of the text's position table, with text: the most tokens of a caption."""
+
+    @property
+    def attention_width(self) -> int:
+        """Width of attention in the PiT blocks."""
+        return self.pixel_attention_width or self.width
+
+    @property
+    def attention_heads(self) -> int:
+        """Attention heads of the PiT blocks."""
+        return self.pixel_heads or self.heads
 
 
 @dataclass(frozen=True)
@@ -88,7 +106,7 @@ class FlowConfig:
     time_shift: float = _identity(1.0)
     """Time shift in training, t / (t + (1 - t) * shift): 1 at 256 pixels, 3 at 512."""
     label_dropout: float = _identity(0.1)
-    """Probability that a sample's class is replaced by the null class."""
+    """Probability that a sample's class is replaced by the null class, or its caption by the empty one."""
 
 
 @dataclass(frozen=True)
@@ -160,8 +178,8 @@ class RepaConfig:
     """Local folder of the encoder's features, made by `data_prep features`: instead of the encoder."""
     digest: str = _identity("")
     """SHA-256 of the encoder's sizes and weights; a run fills it in, and if it is given the encoder must have it."""
-    layer: int = _identity(8)
-    """Patch block, counted from 1, whose tokens are aligned."""
+    layer: int = _identity(0)
+    """Patch block, counted from 1, whose tokens are aligned; 0 takes the paper's, 8, or 6 with text."""
     weight: float = _schedule(0.5)
     """Weight of 1 - cos beside the flow's loss."""
     stop_at: Images = _schedule("never")
@@ -175,6 +193,29 @@ class RepaConfig:
     def wanted(self) -> bool:
         """Whether there are features to align with, from an encoder or from a folder."""
         return bool(self.encoder or self.features)
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """Text features, for networks that take text (docs/text.md): of a frozen encoder, or stored with the shards."""
+
+    encoder: str = _machine("")
+    """Folder or Hugging Face hub name of the text encoder; empty takes the features that `data_prep embed-text` has
+    stored with the shards."""
+    digest: str = _identity("")
+    """SHA-256 of the encoder's sizes, weights and tokenizer; a run fills it in, and if it is given it must be that."""
+    max_tokens: int = _identity(300)
+    """Tokens of a caption that are kept; at most model.text_tokens."""
+    normalize: Literal["rms", "none"] = _identity("rms")
+    """'rms' divides the features of each token by their root mean square."""
+    scale: float = _identity(0.01)
+    """Factor of the features, after that."""
+    prefix: str = _identity("")
+    """Instruction before each caption that is not empty; of its tokens the features keep the first alone."""
+    dtype: Literal["bf16", "fp32"] = _identity("bf16")
+    """Number format that the encoder computes in."""
+    micro_batch: int = _machine(0)
+    """Captions that the encoder sees at once; 0 is the run's micro batch."""
 
 
 @dataclass(frozen=True)
@@ -329,6 +370,7 @@ class Config:
     repa: RepaConfig = field(default_factory=RepaConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    text: TextConfig = field(default_factory=TextConfig)
     machine: MachineConfig = field(default_factory=MachineConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     health: HealthConfig = field(default_factory=HealthConfig)
@@ -356,6 +398,43 @@ def imagenet_512(model: ModelConfig) -> Config:
         data=DataConfig(image_size=512),
         optim=OptimConfig(lr_step_at="never", end_at=850 * IMAGENET_IMAGES, grad_clip=0.5),
         sampling=SamplingConfig(guidance=3.5, guidance_to=1.0, shift=2.0),
+    )
+
+
+def text_to_image(size: int, shift: float, lr: float, grad_clip: float) -> Config:
+    """PixelDiT-T2I at one of its stages: constant learning rate after 2,000 steps of warm-up.
+
+    The published recipe says neither batch nor length: 256 images and 100,000 steps are ours, and so is AdamW.
+    """
+    batch = 256
+    return Config(
+        model=pixeldit_t2i(),
+        flow=FlowConfig(time_shift=shift),
+        data=DataConfig(image_size=size),
+        optim=OptimConfig(
+            global_batch=batch,
+            lr=lr,
+            lr_step_at="never",
+            end_at=100_000 * batch,
+            warmup=2_000 * batch,
+            grad_clip=grad_clip,
+        ),
+        sampling=SamplingConfig(steps=50, guidance_from=0.0, guidance_to=1.0, shift=shift),
+    )
+
+
+def pixeldit_t2i() -> ModelConfig:
+    """PixelDiT-T2I: 14 + 2 blocks, width 1536, text of Gemma-2-2B, 1,302.5 M parameters."""
+    return ModelConfig(
+        width=1536,
+        depth=14,
+        heads=24,
+        pixel_depth=2,
+        pixel_attention_width=1152,
+        pixel_heads=16,
+        mlp="swiglu",
+        num_classes=0,
+        text_width=2304,
     )
 
 
@@ -394,6 +473,36 @@ def tiny() -> Config:
     )
 
 
+def t2i_tiny() -> Config:
+    """A text network of a few million parameters for the embedded image set with its Unicode names, 64 pixels."""
+    return Config(
+        precision="fp32",
+        model=ModelConfig(
+            patch_size=8,
+            width=128,
+            depth=4,
+            heads=4,
+            pixel_width=16,
+            pixel_depth=2,
+            pixel_attention_width=96,
+            pixel_heads=3,
+            mlp="swiglu",
+            num_classes=0,
+            text_width=384,
+            text_tokens=32,
+        ),
+        text=TextConfig(max_tokens=32, dtype="fp32", scale=1.0),
+        data=DataConfig(image_size=64, flip=False, workers=1),
+        optim=OptimConfig(
+            global_batch=32, lr=2e-3, lr_after=2e-4, lr_step_at=32_000, end_at=40_000, beta2=0.99, ema_decay=0.995
+        ),
+        machine=MachineConfig(pixel_checkpointing="none"),
+        checkpoint=CheckpointConfig(every=8_000),
+        log=LogConfig(every=640, blocks_every=6_400, samples_every=16_000),
+        sampling=SamplingConfig(steps=50, guidance=2.5, guidance_from=0.0, guidance_to=1.0),
+    )
+
+
 PRESETS = {
     "tiny": (tiny, "the quickstart: 32 pixels, 1.6 M parameters, minutes on two CPU cores"),
     "b-256": (lambda: imagenet_256(pixeldit_b()), "PixelDiT-B on ImageNet at 256 pixels"),
@@ -402,6 +511,10 @@ PRESETS = {
     "b-512": (lambda: imagenet_512(pixeldit_b()), "PixelDiT-B on ImageNet at 512 pixels"),
     "l-512": (lambda: imagenet_512(pixeldit_l()), "PixelDiT-L on ImageNet at 512 pixels"),
     "xl-512": (lambda: imagenet_512(pixeldit_xl()), "PixelDiT-XL on ImageNet at 512 pixels"),
+    "t2i-tiny": (t2i_tiny, "the text-to-image quickstart: 64 pixels, minutes on two CPU cores"),
+    "t2i-512": (lambda: text_to_image(512, 3.0, 1e-4, 0.2), "PixelDiT-T2I, stage 1: 512 x 512 pixels"),
+    "t2i-512-ms": (lambda: text_to_image(512, 3.0, 1e-4, 0.2), "PixelDiT-T2I, stage 2: aspect buckets of 512 pixels"),
+    "t2i-1024-ms": (lambda: text_to_image(1024, 4.0, 2e-5, 0.1), "PixelDiT-T2I, stage 3: aspect buckets of 1024"),
 }
 """Name -> (function that makes the configuration, one line for --help)."""
 
@@ -545,7 +658,8 @@ def validate(config: Config) -> None:
     need(config.flow.t_std > 0, "flow.t_std", "above 0")
     need(config.flow.time_shift > 0, "flow.time_shift", "above 0")
     need(0 <= config.flow.label_dropout <= 1, "flow.label_dropout", "a probability, 0 to 1")
-    _validate_repa(config.repa, m.depth)
+    _validate_repa(config.repa, aligned_layer(config), m.depth)
+    _validate_text(config.text, m)
     need(o.global_batch >= 1, "optim.global_batch", "at least 1")
     need(o.lr > 0, "optim.lr", "above 0")
     need(o.lr_after > 0, "optim.lr_after", "above 0")
@@ -611,14 +725,50 @@ def validate_model(m: ModelConfig) -> None:
         if not holds:
             raise InputError(f"model.{key} = {getattr(m, key)!r}: expected {right}")
 
-    for key in ("patch_size", "width", "depth", "heads", "pixel_width", "pixel_depth", "num_classes"):
+    for key in ("patch_size", "width", "depth", "heads", "pixel_width", "pixel_depth", "text_tokens"):
         need(getattr(m, key) >= 1, key, "at least 1")
+    for key in ("pixel_attention_width", "pixel_heads"):
+        need(getattr(m, key) >= 0, key, "0 (that of the patch pathway) or more")
+    need(m.text_width >= 0, "text_width", "0 (classes) or more")
+    need(m.num_classes >= 0, "num_classes", "0 (text) or more")
+    if (m.num_classes == 0) == (m.text_width == 0):
+        raise InputError(
+            f"model.num_classes = {m.num_classes} and model.text_width = {m.text_width}: expected one of them above 0, "
+            "the network's condition"
+        )
     need(m.width % m.heads == 0, "heads", f"a divisor of model.width = {m.width}")
     need(m.width // m.heads % 4 == 0, "heads", f"model.width / heads divisible by 4, not {m.width // m.heads}")
+    width, heads = m.attention_width, m.attention_heads
+    if width % heads or width // heads % 4:
+        raise InputError(
+            f"model.pixel_heads = {m.pixel_heads} and model.pixel_attention_width = {m.pixel_attention_width}: attention "
+            f"of the PiT blocks would have {heads} heads in a width of {width}; expected heads of a multiple of 4"
+        )
     need(m.pixel_width % 4 == 0, "pixel_width", "a multiple of 4")
 
 
-def _validate_repa(r: RepaConfig, depth: int) -> None:
+def aligned_layer(config: Config) -> int:
+    """Patch block, counted from 1, that REPA aligns: repa.layer, or the paper's."""
+    return config.repa.layer or (6 if config.model.text_width else 8)
+
+
+def _validate_text(t: TextConfig, m: ModelConfig) -> None:
+    if not m.text_width:
+        for (key, value, _), (_, default, _) in zip(leaves(t), leaves(TextConfig()), strict=True):
+            if value != default:
+                raise InputError(
+                    f"text.{key} = {value!r} has no effect: the network takes classes (model.text_width = 0)"
+                )
+        return
+    if not 1 <= t.max_tokens <= m.text_tokens:
+        raise InputError(f"text.max_tokens = {t.max_tokens}: expected 1 to model.text_tokens = {m.text_tokens}")
+    if t.scale <= 0:
+        raise InputError(f"text.scale = {t.scale}: expected above 0")
+    if t.micro_batch < 0:
+        raise InputError(f"text.micro_batch = {t.micro_batch}: expected 0 (the run's micro batch) or more")
+
+
+def _validate_repa(r: RepaConfig, layer: int, depth: int) -> None:
     if r.encoder and r.features:
         raise InputError(f"repa.encoder = {r.encoder!r} and repa.features = {r.features!r}: expected one of them")
     if not r.wanted:
@@ -628,8 +778,8 @@ def _validate_repa(r: RepaConfig, depth: int) -> None:
                     f"repa.{key} = {value!r} has no effect without repa.encoder or repa.features; give one of them, too"
                 )
         return
-    if not 1 <= r.layer <= depth:
-        raise InputError(f"repa.layer = {r.layer}: expected 1 to model.depth = {depth}")
+    if not 1 <= layer <= depth:
+        raise InputError(f"repa.layer = {r.layer} is block {layer}: expected 1 to model.depth = {depth}")
     if r.weight <= 0:
         raise InputError(f"repa.weight = {r.weight}: expected above 0; repa.stop_at = 0 switches REPA off in a run")
     if r.features and r.micro_batch:
