@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from data_prep.demo import OpenMoji
 from megapix import sample, weights
+from megapix.condition import classes as of_classes
 from megapix.images import decode
 
 PER_CLASS = 40
@@ -81,7 +82,10 @@ def main() -> None:
     labels = torch.arange(len(names)).repeat_interleave(PER_CLASS)
     noise = sample.seeded_noise(arguments.seed, list(range(len(labels))), (size, size), torch.device("cpu"))
     model = weights.network(loaded)
-    drawn = [sample.draw(model, n, y, sampling) for n, y in zip(noise.split(50), labels.split(50), strict=True)]
+    drawn = [
+        sample.draw(model, n, of_classes(y, len(names)), sampling)
+        for n, y in zip(noise.split(50), labels.split(50), strict=True)
+    ]
     pixels = torch.from_numpy(sample.to_uint8(torch.cat(drawn))).permute(0, 3, 1, 2).float() / 127.5 - 1.0
     samples = right(net, pixels, labels, len(names))
 

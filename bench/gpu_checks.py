@@ -33,6 +33,7 @@ from megapix import config, dist, engine, flops, flow
 from megapix.bench import peak
 from megapix.bench.report import device_name
 from megapix.bench.stopwatch import Stopwatch
+from megapix.condition import classes
 from megapix.config import BatchLayout, Config, MachineConfig, ModelConfig
 from megapix.model import PixelDiT
 
@@ -184,7 +185,8 @@ def _ours(c: Config) -> Step:
     e = engine.build(c, BatchLayout(1, 1, 1), engine.build_network(c.model, c.seed, c.machine))
 
     def step(images: Tensor, labels: Tensor) -> None:
-        loss, _ = flow.training_loss(e, images, labels, np.arange(len(images)), c.seed, c.flow)
+        condition = classes(labels, c.model.num_classes)
+        loss, _ = flow.training_loss(e, images, condition, np.arange(len(images)), c.seed, c.flow)
         e.backward(loss.mean())
         e.step()
 

@@ -17,7 +17,7 @@ import torch
 
 from megapix import activations, dist, engine, recompute
 from megapix.config import PRESETS, MachineConfig, PixelPolicy
-from megapix.model import PixelDiT
+from megapix.model import build
 
 CASES: list[tuple[PixelPolicy, str | int]] = [
     ("none", "none"),
@@ -44,7 +44,7 @@ def main() -> None:
     config = PRESETS[options.preset][0]()
     dtype = torch.float32 if options.fp32 else torch.bfloat16
     torch.manual_seed(0)
-    net = PixelDiT(config.model).to(dtype)
+    net = build(config.model).to(dtype)
     size, device = config.data.image_size, torch.device("cuda" if torch.cuda.is_available() else "cpu")
     net.to(device)
     if device.type == "cpu":

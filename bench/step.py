@@ -43,6 +43,10 @@ def main(arguments: list[str]) -> int:
 
     device = engine.start(world)
     prepared = run.prepare(options, world.size)
+    if prepared.config.model.text_width:
+        raise InputError(
+            "the plain step takes classes; expected a preset without text (megapix bench step times those)"
+        )
     if prepared.layout.accumulation > 1:
         raise InputError(f"{prepared.layout}: the plain step does not accumulate; expected another --micro-batch")
     c, data = prepared.config, run.batches(prepared, world, device)

@@ -47,12 +47,13 @@ class Watch:
         )  # a compiled block's graph knows no hooks: this step goes without it
         self._handles = [engine.optimizer.optimizer.register_step_pre_hook(self._add_gradients)]
         for name, block in network.named_modules():
-            modulation = getattr(block, "adaLN_modulation", None)
-            if modulation is not None:
-                chunks = block.chunks if isinstance(block, PiTBlock) else 0
-                width = block.norm1.weight.numel()
-                hook = partial(self._add_modulation, block_of(name + "."), chunks, width)
-                self._handles.append(modulation.register_forward_hook(hook))
+            for part, modulation in block.named_children():
+                if part.startswith("adaLN_modulation"):
+                    pixels = isinstance(block, PiTBlock)
+                    chunks, width = (block.chunks, block.norm1.weight.numel()) if pixels else (0, 0)
+                    tag = block_of(name + ".") + part.removeprefix("adaLN_modulation")  # of text blocks: _img, _txt
+                    hook = partial(self._add_modulation, tag, chunks, width)
+                    self._handles.append(modulation.register_forward_hook(hook))
 
     def read(self, ranks: int) -> dict[str, float]:
         """Take the hooks out and return the scalars of all ranks; none if the step was skipped. Every rank calls it."""

@@ -297,7 +297,10 @@ class LogConfig:
     samples_every: Images = _machine("5ep")
     """Distance between EMA sample grids in images seen, or epochs; 'never' switches them off."""
     grid_classes: int = _machine(8)
-    """Rows of the grid: the first classes."""
+    """Rows of the grid: the first classes, or prompts."""
+    prompts: str = _machine("")
+    """Text file with a prompt a line, for the grids of a network that takes text; empty takes captions of the
+    held-out images, or of the training set."""
     grid_columns: int = _machine(4)
     """Columns of the grid: samples of each class."""
 
@@ -623,7 +626,7 @@ def freeze(config: Config, epoch: int) -> Config:
         if value == 0 and key not in ("optim.warmup", "repa.stop_at"):
             raise InputError(f"{key} = {get(config, key)!r} is no image at all; expected at least 1")
         config = replace(config, key, "never" if value is None else value)
-    return config
+    return replace(config, "repa.layer", aligned_layer(config)) if config.repa.wanted else config
 
 
 def validate(config: Config) -> None:
@@ -697,6 +700,8 @@ def validate(config: Config) -> None:
     need(config.evaluation.batch >= 1, "evaluation.batch", "at least 1")
     need(config.log.grid_classes >= 1, "log.grid_classes", "at least 1")
     need(config.log.grid_columns >= 1, "log.grid_columns", "at least 1")
+    need(m.text_width > 0 or not config.log.prompts, "log.prompts", "none: the network takes classes")
+    need(m.text_width == 0 or not config.evaluation.reference, "evaluation.reference", "none: the network takes text")
     need(config.profile >= 0, "profile", "0 (off) or more")
     validate_sampling(config.sampling)
     validate_seed(config.seed, "seed")
@@ -741,8 +746,8 @@ def validate_model(m: ModelConfig) -> None:
     width, heads = m.attention_width, m.attention_heads
     if width % heads or width // heads % 4:
         raise InputError(
-            f"model.pixel_heads = {m.pixel_heads} and model.pixel_attention_width = {m.pixel_attention_width}: attention "
-            f"of the PiT blocks would have {heads} heads in a width of {width}; expected heads of a multiple of 4"
+            f"model.pixel_heads = {m.pixel_heads} and model.pixel_attention_width = {m.pixel_attention_width}: "
+            f"the PiT blocks would have {heads} heads in a width of {width}; expected heads of a multiple of 4 channels"
         )
     need(m.pixel_width % 4 == 0, "pixel_width", "a multiple of 4")
 

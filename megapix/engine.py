@@ -20,13 +20,13 @@ import torch
 import torch.utils.cpp_extension
 from torch import Tensor
 
-from megapix import flat, recompute
+from megapix import flat, model, recompute
 from megapix.checkpoint import PARTS, Layout, Saved
 from megapix.config import BatchLayout, Config, MachineConfig, ModelConfig
 from megapix.dist import World, agree, together
 from megapix.ds_config import deepspeed_config
 from megapix.errors import InputError
-from megapix.model import AlignedPixelDiT, Alignment, PixelDiT
+from megapix.model import Alignment, PixelDiT
 from megapix.model.layers import PiTBlock
 from megapix.optim import EMA, AdamWWithEMA
 from megapix.schedule import ImagesSeenSchedule
@@ -147,7 +147,7 @@ def build_network(
     block = pit_block(machine.pixel_kernels) if machine else PiTBlock
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = AlignedPixelDiT(config, alignment, block) if alignment else PixelDiT(config, block)
+        network = model.build(config, alignment, block)
     if machine:
         if machine.compile:
             _need_a_compiler()

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from megapix import draws
+from megapix.condition import Condition, Told
 from megapix.config import FlowConfig
 from megapix.draws import Purpose
 
@@ -23,10 +24,7 @@ from megapix.draws import Purpose
 class Network(Protocol):
     """What the objective needs of a network, wrapped in an engine or not."""
 
-    @property
-    def null_class(self) -> int: ...
-
-    def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor: ...
+    def __call__(self, x: Tensor, t: Tensor, *told: Tensor) -> Tensor: ...
 
 
 def time_shift(t: Tensor, shift: float) -> Tensor:
@@ -83,37 +81,37 @@ class Question:
     """Noisy images, float32 [B, 3, H, W]."""
     t: Tensor
     """Times, float32 [B]."""
-    y: Tensor
-    """Classes or the null class, int64 [B]."""
+    told: Told
+    """What is said of each image, or nothing."""
     target: Tensor
     """The velocity, float32 [B, 3, H, W]."""
 
 
 def question(
-    images: Tensor, labels: Tensor, positions: NDArray[np.int64], seed: int, config: FlowConfig, null_class: int
+    images: Tensor, condition: Condition, positions: NDArray[np.int64], seed: int, config: FlowConfig
 ) -> Question:
     """What the network is asked about the samples at `positions`; the rest as in `training_loss`."""
     x = to_images(images)
     eps = noise(draws.bits(seed, Purpose.NOISE, positions), x.shape[1:], x.device)
     t = timesteps(torch.from_numpy(draws.uniform(seed, Purpose.TIMESTEP, positions)), config).to(x.device)
     dropped = draws.uniform(seed, Purpose.LABEL_DROPOUT, positions) < config.label_dropout
-    y = torch.where(torch.from_numpy(dropped).to(x.device), null_class, labels)
-    return Question(interpolate(x, eps, t), t, y, velocity(x, eps))
+    told = condition.dropped(torch.from_numpy(dropped).to(x.device))
+    return Question(interpolate(x, eps, t), t, told, velocity(x, eps))
 
 
 def training_loss(
-    net: Network, images: Tensor, labels: Tensor, positions: NDArray[np.int64], seed: int, config: FlowConfig
+    net: Network, images: Tensor, condition: Condition, positions: NDArray[np.int64], seed: int, config: FlowConfig
 ) -> tuple[Tensor, Tensor]:
     """Loss of each sample of a micro batch, with the random numbers of its position in the run.
 
     Args:
-        net: called as net(x_t, t, y); its `null_class` replaces dropped labels.
+        net: called as net(x_t, t, *told).
         images: uint8 [B, 3, H, W].
-        labels: int64 [B].
+        condition: what the images are about; dropped for a part of them.
         positions: int64 [B].
 
     Returns:
         Squared error [B] float32, with gradient, and t [B] float32.
     """
-    asked = question(images, labels, positions, seed, config, net.null_class)
-    return squared_error(net(asked.x_t, asked.t, asked.y), asked.target), asked.t
+    asked = question(images, condition, positions, seed, config)
+    return squared_error(net(asked.x_t, asked.t, *asked.told), asked.target), asked.t

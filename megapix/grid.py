@@ -9,26 +9,33 @@ import numpy as np
 import torch
 
 from megapix import dist, engine, sample
+from megapix.condition import Condition
 from megapix.config import Config
 from megapix.dist import World
 
 
 def ema_grid(
-    engine_: Any, config: Config, world: World, device: torch.device, each_step: Callable[[], None]
+    engine_: Any,
+    config: Config,
+    rows: Condition,
+    world: World,
+    device: torch.device,
+    each_step: Callable[[], None],
 ) -> np.ndarray:
-    """A grid of EMA samples, one class a row: uint8 [H, W, 3].
+    """A grid of EMA samples, one class or prompt a row: uint8 [H, W, 3].
 
     Args:
+        rows: what each row is about.
         each_step: called before each step of the sampler, equally often on every rank; an exception ends the sampling.
     """
-    rows, columns = min(config.log.grid_classes, config.model.num_classes), config.log.grid_columns
-    numbers = list(range(rows * columns))
+    columns = config.log.grid_columns
+    numbers = list(range(len(rows) * columns))
     mine = numbers[world.rank :: world.size]
     noise = sample.seeded_noise(config.seed, mine, (config.data.image_size, config.data.image_size), device)
-    labels = torch.tensor([n // columns for n in mine], dtype=torch.int64, device=device)
+    condition = rows.at([n // columns for n in mine])
     with engine.ema_weights(engine_) as net:
         if mine:
-            images = sample.draw(net, noise, labels, config.sampling, each_step)
+            images = sample.draw(net, noise, condition, config.sampling, each_step)
         else:  # more ranks than images: nothing to draw
             images = noise
             for _ in range(config.sampling.steps):

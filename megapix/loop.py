@@ -16,6 +16,7 @@ from tqdm import tqdm
 from megapix import (
     blocks,
     checkpoint,
+    conditioner,
     config,
     consensus,
     dist,
@@ -31,6 +32,8 @@ from megapix import (
 )
 from megapix.checkpoint import Counters, State
 from megapix.claim import claim
+from megapix.condition import Condition
+from megapix.conditioner import Conditioner
 from megapix.config import Config
 from megapix.data import loader, order, workers
 from megapix.data.loader import Batch
@@ -63,6 +66,10 @@ class Run:
     watch: Watchdog
     trace: Trace | None
     """The profiler, where it is asked for."""
+    conditioner: Conditioner
+    """What the network is told of a batch."""
+    shown: Condition
+    """What the rows of the sample grid are about."""
 
     @property
     def config(self) -> Config:
@@ -123,6 +130,7 @@ def _run(p: Plan, world: World, device: torch.device, stop: StopRequest, watch: 
     if p.teacher:
         p.teacher.to(device)
     alignment = Alignment(c.repa.layer, p.aligned_width) if p.aligned_width else None
+    p.speech.to(device)
     net = engine.build_network(c.model, c.seed, c.machine, alignment)
     if c.init and not p.saved:
         initial = weights.load_weights(c.init, world=world)
@@ -136,6 +144,8 @@ def _run(p: Plan, world: World, device: torch.device, stop: StopRequest, watch: 
     state = replace(state, config=c, layout=layout, files={})
     _announce(p, world, net)
     write_config(world, p)
+    told = conditioner.of_run(c, p.speech, world, device, folder)
+    shown = told.rows(min(c.log.grid_classes, c.model.num_classes or c.log.grid_classes))
     for path in dist.together(world, lambda: retention.settle(folder, p.saved) if world.main else []):
         dist.warn(f"set aside, because the run goes on from before it: {path}")
     with ExitStack() as at_end:
@@ -143,7 +153,7 @@ def _run(p: Plan, world: World, device: torch.device, stop: StopRequest, watch: 
         if c.profile:
             done = state.counters.drawn // p.layout.total
             trace = at_end.enter_context(closing(Trace(c.profile, folder / "profile", world.rank, done)))
-        _until_the_end(Run(p, world, device, e, saver, stop, watch, trace), state)
+        _until_the_end(Run(p, world, device, e, saver, stop, watch, trace, told, shown), state)
 
 
 def _until_the_end(run: Run, state: State) -> None:
@@ -177,15 +187,20 @@ def _steps(run: Run, state: State, happened: str) -> None:
     schedule, position, saved, spikes = e.lr_scheduler, counters.position, state, state.spikes
     stored = p.features if repa.active(c.repa, schedule.images_seen) else None
     draw_from = partial(loader.batches, c.data, p.located, c.seed, p.layout, world.rank)
-    batches = draw_from(position, skipped, stored)
+    batches = draw_from(position, skipped, p.speech.beside(stored))
     sentinel = Sentinel(c.health, state.recent, state.standing_out)
     skips, mean = Skips(c.health.max_skipped, state.skipped_in_a_row), metrics.Mean()
-    held_out = HeldOut(p.validation, c, world, run.device) if p.validation else None
+    held_out = None
+    if p.validation:
+        held_out = HeldOut(p.validation, c, run.conditioner, p.speech.held_out, world, run.device)
     evaluation = SmallEvaluation(p.standard, c, world, run.device) if p.standard else None
     report = Report(c, p.layout, world, run.device, saver, counters.drawn)
     bar = tqdm(total=p.end, initial=schedule.images_seen, unit="img", disable=not world.main, **_bar_style())
     board = metrics.Writer(run.folder / "tensorboard", counters.drawn // total, enabled=world.main)
     board.configuration(counters.drawn // total, config.to_dict(c))
+    if p.speech.prompts:
+        rows = p.speech.prompts[: c.log.grid_classes]
+        board.text(counters.drawn // total, "samples/prompts", "\n".join(f"1. {row}" for row in rows))
     if happened:
         board.event(counters.drawn // total, happened)
 
@@ -227,21 +242,21 @@ def _steps(run: Run, state: State, happened: str) -> None:
             aligned = repa.active(c.repa, seen)
             if stored and not aligned:  # the workers have read ahead; from here on none reads features
                 batches.close()
-                stored, batches = None, draw_from(position, skipped)
+                stored, batches = None, draw_from(position, skipped, p.speech.beside(None))
             norms = blocks.Watch(e) if _due(c.log.blocks_every, seen, seen + total, p.end) else None
             for _ in range(p.layout.accumulation):
                 watch.note(step, "data")
                 batch = report.draw(batches)
-                images, labels = (x.to(run.device, non_blocking=True) for x in (batch.images, batch.labels))
+                images, condition = batch.images.to(run.device, non_blocking=True), run.conditioner.of(batch)
                 watch.note(step, "backward")
                 if aligned:
                     features = p.teacher(images) if p.teacher else _stored(batch, run.device)
-                    drawn = images, labels, batch.positions, c.seed, c.flow
+                    drawn = images, condition, batch.positions, c.seed, c.flow
                     loss, t, apart = repa.training_loss(e, features, *drawn)
                     e.backward(loss.mean() + c.repa.weight * apart.mean())
                     report.add_apart(apart)
                 else:
-                    loss, t = flow.training_loss(e, images, labels, batch.positions, c.seed, c.flow)
+                    loss, t = flow.training_loss(e, images, condition, batch.positions, c.seed, c.flow)
                     e.backward(loss.mean())
                 watch.note(step, "step")
                 e.step()
@@ -282,7 +297,8 @@ def _steps(run: Run, state: State, happened: str) -> None:
                 if heard.stop:
                     raise StopRequested
                 if _due(c.log.samples_every, seen, now, p.end):
-                    board.image(step, "samples/ema", ema_grid(e, c, world, run.device, partial(listen, "sample")))
+                    picture = ema_grid(e, c, run.shown, world, run.device, partial(listen, "sample"))
+                    board.image(step, "samples/ema", picture)
                 if held_out and _due(c.validation.every, seen, now, p.end):
                     board.scalars(step, held_out.losses(e, partial(listen, "validate")))
                 if evaluation and _due(c.evaluation.every, seen, now, p.end):
@@ -342,8 +358,9 @@ def _due(every: Any, before: int, now: int, end: int) -> bool:
 def _announce(p: Plan, world: World, net: PixelDiT) -> None:
     c, layout = p.config, p.layout
     millions = sum(parameter.numel() for parameter in net.parameters()) / 1e6
-    classes = f"{p.located.index.samples:,} images in {len(p.located.index.classes)} classes"
-    world.say(f"run {c.out}: {millions:.1f} M parameters, {c.precision}, {classes}")
+    images, about = f"{p.located.index.samples:,} images", p.speech.about
+    about = about or f"in {len(p.located.index.classes)} classes"
+    world.say(f"run {c.out}: {millions:.1f} M parameters, {c.precision}, {images} {about}")
     world.say(f"global batch {layout}")
     for key in unproven(c) if world.main and torch.cuda.is_available() else ():
         dist.warn(

@@ -178,7 +178,11 @@ class Writer:
 
     def event(self, step: int, text: str) -> None:
         """Write something that happened, under the text tag `events`."""
-        self._write(lambda board: board.add_text("events", text, step))
+        self.text(step, "events", text)
+
+    def text(self, step: int, name: str, text: str) -> None:
+        """Write a text, in Markdown."""
+        self._write(lambda board: board.add_text(name, text, step))
 
     def configuration(self, step: int, config: dict[str, Any]) -> None:
         """Write the resolved configuration as text."""

@@ -26,9 +26,9 @@ import torch
 from torch import Tensor
 
 from megapix import config, flat
-from megapix.config import ModelConfig
+from megapix.config import ModelConfig, TextConfig
 from megapix.errors import InputError
-from megapix.model import PixelDiT
+from megapix.model import build
 from megapix.weights import About, Weights, appearing, check_shapes, first, shapes_of, stored_weights
 
 PREFIXES = {True: "ema_denoiser.", False: "denoiser."}
@@ -190,7 +190,7 @@ def recognise(shapes: Mapping[str, tuple[int, ...]], source: str) -> ModelConfig
         num_classes=classes,
     )
     with torch.device("meta"):
-        check_shapes(shapes_of(PixelDiT(found).state_dict()), shapes, source)
+        check_shapes(shapes_of(build(found).state_dict()), shapes, source)
     return found
 
 
@@ -216,7 +216,9 @@ def weights_of(released: Released, image_size: int, source: Path) -> Weights:
         raise InputError(f"--image-size = {image_size}: expected a multiple of the patch size {model.patch_size}")
     sampling = (config.imagenet_512 if image_size >= 512 else config.imagenet_256)(model).sampling
     classes = tuple(str(number) for number in range(model.num_classes))
-    return Weights(released.tensors, About(model, sampling, image_size, classes, released.ema, str(source), 0))
+    return Weights(
+        released.tensors, About(model, sampling, image_size, TextConfig(), classes, released.ema, str(source), 0)
+    )
 
 
 def export(path: Path, out: Path, kinds: Sequence[bool | None]) -> list[About]:

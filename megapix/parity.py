@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from megapix import config, dist, engine, flow, plain
+from megapix.condition import Condition, classes
 from megapix.config import Config, DataConfig, MachineConfig, ModelConfig, OptimConfig
 from megapix.cover import pairwise
 from megapix.dist import World
@@ -39,6 +40,10 @@ from megapix.plain import Trace
 
 STEPS = 10
 IMAGE_SIZE = 16
+MODEL = ModelConfig(patch_size=4, width=32, depth=2, heads=2, pixel_width=8, pixel_depth=2, num_classes=3)
+TEXT_MODEL = replace(
+    MODEL, num_classes=0, text_width=12, text_tokens=6, mlp="swiglu", pixel_attention_width=24, pixel_heads=3
+)
 LOCAL_RANKS = (2, 4, 1)
 SMALL_BUCKET = 5_000
 """Elements: less than the largest layers of the network have, so that these are reduced outside the buckets."""
@@ -49,7 +54,7 @@ CLIP = {"hit": 0.05, "not hit": 1e3}
 @dataclass(frozen=True)
 class Case:
     """One way to run ZeRO-2. The values are those of the options of the same name; `bucket_allreduce` is
-    use_multi_rank_bucket_allreduce."""
+    use_multi_rank_bucket_allreduce, and `text` the network that takes text."""
 
     ranks: int = 2
     accumulation: int = 1
@@ -60,6 +65,7 @@ class Case:
     contiguous_gradients: bool = True
     reduce_scatter: bool = True
     bucket_allreduce: bool = False
+    text: bool = False
     offload: bool = False
     pixel_checkpointing: Literal["none", "full"] = "none"
     patch_checkpointing: Literal["none", "full"] = "none"
@@ -75,6 +81,7 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
     "contiguous_gradients": (True, False),
     "reduce_scatter": (True, False),
     "bucket_allreduce": (False, True),
+    "text": (False, True),
     "offload": (False, True),
     "pixel_checkpointing": ("none", "full"),
     "patch_checkpointing": ("none", "full"),
@@ -107,7 +114,7 @@ def configuration(case: Case) -> Config:
     return Config(
         seed=3,
         precision=case.precision,
-        model=ModelConfig(patch_size=4, width=32, depth=2, heads=2, pixel_width=8, pixel_depth=2, num_classes=3),
+        model=TEXT_MODEL if case.text else MODEL,
         data=DataConfig(image_size=IMAGE_SIZE),
         optim=OptimConfig(
             global_batch=total,
@@ -140,13 +147,19 @@ def network(c: Config, machine: MachineConfig | None = None) -> PixelDiT:
     return net
 
 
-def samples(positions: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
-    """Synthetic images, a function of the position: uint8 [B, 3, 16, 16], and labels int64 [B]."""
-    images = []
+def samples(model: ModelConfig, device: torch.device, positions: NDArray[np.int64]) -> tuple[Tensor, Condition]:
+    """Synthetic images, a function of the position: uint8 [B, 3, 16, 16]; with classes, or text of 1 to 6 tokens."""
+    images, texts = [], []
     for position in positions.tolist():
         generator = torch.Generator().manual_seed(position)
         images.append(torch.randint(256, (3, IMAGE_SIZE, IMAGE_SIZE), generator=generator, dtype=torch.uint8))
-    return torch.stack(images), torch.from_numpy(positions) % 3
+        texts.append(torch.randn(model.text_tokens, model.text_width, generator=generator))
+    shown = torch.stack(images).to(device)
+    if not model.text_width:
+        return shown, classes((torch.from_numpy(positions) % 3).to(device), 3)
+    real = torch.arange(model.text_tokens) <= torch.from_numpy(positions)[:, None] % model.text_tokens
+    told = torch.stack(texts).to(device), real.to(device)
+    return shown, Condition(told, (torch.zeros_like(told[0][:1, :1]), torch.ones_like(told[1][:1, :1])))
 
 
 def zero2(case: Case, world: World, device: torch.device, types: dict[str, Any] | None = None) -> Trace:
@@ -169,8 +182,7 @@ def zero2(case: Case, world: World, device: torch.device, types: dict[str, Any] 
         positions = np.arange(step * layout.total, (step + 1) * layout.total)
         losses = []
         for mine in positions.reshape(layout.accumulation, layout.ranks, layout.micro)[:, world.rank]:
-            images, labels = (x.to(device) for x in samples(mine))
-            loss, _ = flow.training_loss(e, images, labels, mine, c.seed, c.flow)
+            loss, _ = flow.training_loss(e, *samples(c.model, device, mine), mine, c.seed, c.flow)
             e.backward(loss.mean())
             e.step()
             losses.append(loss.mean().item())
@@ -261,9 +273,15 @@ def compare(found: Trace, expected: Trace) -> Difference:
     def steps(a: list[float], b: list[float]) -> float:
         return float(np.max(np.abs(np.subtract(a, b)) / np.abs(b)))
 
+    def tensor(a: Tensor, b: Tensor) -> float:
+        largest = float(b.abs().max())
+        if largest == 0:  # no gradient: of the last text block's weights that nothing depends on
+            return math.inf if a.any() else 0.0
+        return float((a - b).abs().max()) / largest
+
     def tensors(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
         assert a.keys() == b.keys()
-        return float(np.max([((a[name] - b[name]).abs().max() / b[name].abs().max()).item() for name in b]))
+        return float(np.max([tensor(a[name], b[name]) for name in b]))
 
     return Difference(
         gradient=tensors(found.gradient, expected.gradient),
@@ -277,7 +295,7 @@ def compare(found: Trace, expected: Trace) -> Difference:
 @functools.lru_cache(maxsize=8)
 def reference(c: Config, micro: int, device: torch.device) -> Trace:
     """The plain process of a configuration."""
-    return plain.train(network(c).to(device), c, samples, STEPS, micro)
+    return plain.train(network(c).to(device), c, functools.partial(samples, c.model, device), STEPS, micro)
 
 
 def measure(

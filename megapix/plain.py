@@ -17,14 +17,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from megapix import flow
+from megapix.condition import Condition
 from megapix.config import Config
 from megapix.model import PixelDiT
 from megapix.schedule import learning_rate
 
 State = dict[str, Tensor]
 """fp32 tensors by parameter name."""
-Samples = Callable[[NDArray[np.int64]], tuple[Tensor, Tensor]]
-"""Positions [B] -> uint8 images [B, 3, H, W] and int64 labels [B]."""
+Samples = Callable[[NDArray[np.int64]], tuple[Tensor, Condition]]
+"""Positions [B] -> uint8 images [B, 3, H, W] and what they are about, on the network's device."""
 
 
 @dataclass
@@ -72,14 +73,14 @@ def train(
             master.grad = torch.zeros_like(master)
         total = 0.0
         for positions in np.arange(step * o.global_batch, (step + 1) * o.global_batch).reshape(-1, micro):
-            images, labels = (x.to(device) for x in samples(positions))
-            loss, _ = flow.training_loss(net, images, labels, positions, config.seed, config.flow)
+            images, condition = samples(positions)
+            loss, _ = flow.training_loss(net, images.to(device), condition, positions, config.seed, config.flow)
             net.zero_grad()
             loss.mean().backward()  # type: ignore[no-untyped-call]
             for master, p in zip(masters, net.parameters(), strict=True):
                 assert master.grad is not None
-                assert p.grad is not None
-                master.grad += p.grad.float() * (micro / o.global_batch)
+                if p.grad is not None:  # the last text block has weights that nothing depends on
+                    master.grad += p.grad.float() * (micro / o.global_batch)
             total += loss.mean().item() * micro / o.global_batch
 
         norm = torch.nn.utils.clip_grad_norm_(masters, o.grad_clip or float("inf"))

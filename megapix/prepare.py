@@ -18,6 +18,7 @@ from megapix.errors import InputError
 from megapix.features import Features, read_features
 from megapix.images import Policy
 from megapix.shards import Index, write_atomic
+from megapix.speech import Speech, text_of
 
 if TYPE_CHECKING:
     from megapix.encoder import Encoder
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 LOCAL = (
     *("out", "data.path", "validation.path", "data.cache", "data.cache_gib", "data.workers"),
     *("repa.encoder", "repa.features", "repa.micro_batch", "machine.ds_config", "machine.peak_tflops"),
+    *("text.encoder", "text.micro_batch", "log.prompts"),
     *("evaluation.reference", "evaluation.extractor_weights"),
 )
 """Options that may be others on another node. (`write_config` sees that `out` is the same folder.)"""
@@ -50,6 +52,8 @@ class Plan:
     """Or its features, computed before."""
     standard: Standard | None = None
     """What images are measured by in training, if they are."""
+    speech: Speech = Speech()
+    """Where the text of a network that takes text comes from."""
 
     @property
     def saved(self) -> Saved | None:
@@ -94,7 +98,7 @@ def plan(asked: Config, ranks: int, choice: Choice | None = None) -> Plan:
             f"data.reading_groups = {asked.data.reading_groups}: with aspect buckets expected a divisor of "
             f"optim.global_batch = {layout.total}"
         )
-    if len(index.classes) != asked.model.num_classes:
+    if asked.model.num_classes and len(index.classes) != asked.model.num_classes:
         raise InputError(
             f"model.num_classes = {asked.model.num_classes}, but {asked.data.path!r} holds {len(index.classes)} classes"
         )
@@ -103,6 +107,8 @@ def plan(asked: Config, ranks: int, choice: Choice | None = None) -> Plan:
     teacher, features = _teacher(asked.repa), _features(asked, index)
     if source := teacher or features:
         resolved = config.replace(resolved, "repa.digest", source.digest)
+    speech = text_of(asked, located, validation)
+    resolved = config.replace(resolved, "text.digest", speech.digest)
     standard = _standard(asked.evaluation)
     run = Path(asked.out)
     _check_writable(run)
@@ -110,7 +116,7 @@ def plan(asked: Config, ranks: int, choice: Choice | None = None) -> Plan:
     if choice.saved is None:
         if asked.init and not checkpoint.exported_file(Path(asked.init)):
             checkpoint.find(Path(asked.init), World(), hashed=False)
-        return Plan(resolved, located, layout, choice, validation, [], teacher, features, standard)
+        return Plan(resolved, located, layout, choice, validation, [], teacher, features, standard, speech)
     folder, state = choice.saved.folder, choice.saved.state
     _check_batch(state, layout, str(folder))
     changes = config.compare(state.config, resolved, str(folder))
@@ -121,7 +127,7 @@ def plan(asked: Config, ranks: int, choice: Choice | None = None) -> Plan:
         )
     if state.layout.ranks != ranks:
         changes.append(f"ranks: {state.layout.ranks} -> {ranks}")
-    return Plan(resolved, located, layout, choice, validation, changes, teacher, features, standard)
+    return Plan(resolved, located, layout, choice, validation, changes, teacher, features, standard, speech)
 
 
 def _teacher(repa: RepaConfig) -> Encoder | None:
@@ -231,7 +237,7 @@ def _validation(asked: Config, training: Index) -> Located | None:
     _check_sizes(asked, path, Policy.from_dict(index.image_policy))
     if index.digest == training.digest:
         raise InputError(f"validation.path = {path!r} is the training set: expected images that are not trained on")
-    if index.class_names != training.class_names:
+    if asked.model.num_classes and index.class_names != training.class_names:
         raise InputError(f"validation.path = {path!r} has other classes than {asked.data.path!r}")
     return located
 

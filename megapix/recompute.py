@@ -16,7 +16,7 @@ from types import MethodType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from megapix.config import MachineConfig
@@ -69,22 +69,22 @@ def _prepare(block: nn.Module, policy: str, compiled: bool) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _full(block: nn.Module, *args: Any) -> Tensor:
+def _full(block: nn.Module, *args: Any) -> Any:
     return _checkpointed(block, args)
 
 
-def _selective(block: nn.Module, *args: Any) -> Tensor:
+def _selective(block: nn.Module, *args: Any) -> Any:
     return _checkpointed(block, args, context_fn=_keep_matmuls)
 
 
-def _selective_modulation(block: nn.Module, *args: Any) -> Tensor:
+def _selective_modulation(block: nn.Module, *args: Any) -> Any:
     return _checkpointed(block, args, context_fn=_keep_matmuls_but_the_modulation)
 
 
 RECOMPUTING = {"full": _full, "selective": _selective, "selective_modulation": _selective_modulation}
 
 
-def _checkpointed(block: nn.Module, args: Any, **how: Any) -> Tensor:
+def _checkpointed(block: nn.Module, args: Any, **how: Any) -> Any:
     # No dropout in the network, so there is no generator state to keep for the recomputation.
     return checkpoint(type(block).forward, block, *args, use_reentrant=False, preserve_rng_state=False, **how)
 

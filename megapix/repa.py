@@ -17,16 +17,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from megapix import flow
+from megapix.condition import Condition
 from megapix.config import FlowConfig, RepaConfig
 
 
 class Student(Protocol):
-    """What the objective needs of an `AlignedPixelDiT`, wrapped in an engine or not."""
+    """What the objective needs of a network with a projector, wrapped in an engine or not."""
 
-    @property
-    def null_class(self) -> int: ...
-
-    def __call__(self, x: Tensor, t: Tensor, y: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]: ...
+    def __call__(self, x: Tensor, t: Tensor, *told: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]: ...
 
 
 def active(config: RepaConfig, images_seen: int) -> bool:
@@ -43,7 +41,7 @@ def training_loss(
     net: Student,
     features: Tensor,
     images: Tensor,
-    labels: Tensor,
+    condition: Condition,
     positions: NDArray[np.int64],
     seed: int,
     config: FlowConfig,
@@ -55,7 +53,7 @@ def training_loss(
     Args:
         features: the encoder's, of these images: [B, rows, columns, F].
     """
-    asked = flow.question(images, labels, positions, seed, config, net.null_class)
+    asked = flow.question(images, condition, positions, seed, config)
     rows, columns = features.shape[1:3]
-    velocity, projected = net(asked.x_t, asked.t, asked.y, grid=(rows, columns))
+    velocity, projected = net(asked.x_t, asked.t, *asked.told, grid=(rows, columns))
     return flow.squared_error(velocity, asked.target), asked.t, apart(projected, features.flatten(1, 2))

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from megapix import draws, flow
+from megapix.condition import Condition
+from megapix.condition import classes as of_classes
 from megapix.config import Sampler, SamplingConfig
 from megapix.draws import Purpose
 from megapix.errors import InputError
@@ -32,7 +34,7 @@ def time_grid(steps: int, shift: float) -> list[float]:
 def generate(
     net: Network,
     noise: Tensor,
-    labels: Tensor,
+    condition: Condition,
     sampler: Sampler = "ab2",
     steps: int = 50,
     guidance: float = 1.0,
@@ -52,9 +54,9 @@ def generate(
     guidance interval it jumps, which leaves every sampler an error of order dt.
 
     Args:
-        net: velocity network in eval mode, called as net(x, t, y).
+        net: velocity network in eval mode, called as net(x, t, *told).
         noise: float32 [B, 3, H, W], standard normal.
-        labels: int64 [B] on the same device.
+        condition: what the images shall show, on the same device; a negative prompt takes the place of its `nothing`.
         steps: steps on the grid. Each evaluates the velocity once, of heun twice but for the last.
         guidance: w in v_u + w (v_c - v_u), used where interval[0] < t < interval[1] for the t of that evaluation;
             elsewhere, and for w = 1, v_c alone is evaluated, at half the cost.
@@ -75,7 +77,7 @@ def generate(
 
     def velocity(x: Tensor, t: float) -> Tensor:
         guided = guidance != 1.0 and low < t < high
-        return _velocity(net, x, t, labels, guidance if guided else None)
+        return _velocity(net, x, t, condition, guidance if guided else None)
 
     x, previous = noise.float(), None
     for t, following in pairwise(time_grid(steps, shift)):
@@ -94,25 +96,23 @@ def generate(
 def draw(
     net: Network,
     noise: Tensor,
-    labels: Tensor,
+    condition: Condition,
     config: SamplingConfig,
     each_step: Callable[[], None] = lambda: None,
 ) -> Tensor:
     """`generate` with a run's sampling options."""
     interval = (config.guidance_from, config.guidance_to)
     return generate(
-        net, noise, labels, config.sampler, config.steps, config.guidance, interval, config.shift, each_step
+        net, noise, condition, config.sampler, config.steps, config.guidance, interval, config.shift, each_step
     )
 
 
-def _velocity(net: Network, x: Tensor, t: float, labels: Tensor, guidance: float | None) -> Tensor:
+def _velocity(net: Network, x: Tensor, t: float, condition: Condition, guidance: float | None) -> Tensor:
     times = torch.full((len(x),), t, device=x.device)
     if guidance is None:
-        return net(x, times, labels).float()
-    null = torch.full_like(labels, net.null_class)
-    conditional, unconditional = (
-        net(torch.cat([x, x]), torch.cat([times, times]), torch.cat([labels, null])).float().chunk(2)
-    )
+        return net(x, times, *condition.given).float()
+    both = net(torch.cat([x, x]), torch.cat([times, times]), *condition.with_nothing())
+    conditional, unconditional = both.float().chunk(2)
     return unconditional + guidance * (conditional - unconditional)
 
 
@@ -153,7 +153,7 @@ def write_samples(
     for start in range(0, len(labels), batch):
         some = labels[start : start + batch]
         noise = seeded_noise(seed, list(range(start, start + len(some))), size, device)
-        drawn = draw(net, noise, some, config)
+        drawn = draw(net, noise, of_classes(some, weights.about.model.num_classes), config)
         if not drawn.isfinite().all():
             raise InputError(not_finite(weights.about.source))
         parts.append(to_uint8(drawn))

@@ -41,7 +41,7 @@ class SmallEvaluation:
         self._standard, self._world, self._device = standard, world, device
         e, size = config.evaluation, config.data.image_size
         classes = tuple(range(config.model.num_classes))
-        self._images = Images(e.count, e.batch, classes, SEED, (size, size), config.sampling)
+        self._images = Images(e.count, e.batch, classes, config.model.num_classes, SEED, (size, size), config.sampling)
         standard.extractor.to(device)
 
     def scores(self, engine_: Any, listen: Callable[[str], None]) -> dict[str, float]:

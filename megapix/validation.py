@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from megapix import dist, draws, engine, flow
+from megapix.conditioner import Conditioner
 from megapix.config import Config
-from megapix.data.loader import MicroBatches
+from megapix.data.loader import Beside, MicroBatches
 from megapix.data.locate import Located
 from megapix.dist import World
 from megapix.draws import Purpose
@@ -34,10 +35,20 @@ class HeldOut:
     Args:
         located: the validation data set.
         config: the run's resolved configuration.
+        conditioner: what the network is told of a batch.
+        beside: what it needs to be read for that.
     """
 
-    def __init__(self, located: Located, config: Config, world: World, device: torch.device) -> None:
-        self._world, self._device = world, device
+    def __init__(
+        self,
+        located: Located,
+        config: Config,
+        conditioner: Conditioner,
+        beside: Beside,
+        world: World,
+        device: torch.device,
+    ) -> None:
+        self._conditioner, self._world, self._device = conditioner, world, device
         total = located.index.samples
         count = min(config.validation.samples or total, total)
         groups = -(-count // GROUP)
@@ -47,7 +58,7 @@ class HeldOut:
         positions = np.arange(count, dtype=np.int64)
         self._groups = [positions[i * GROUP : (i + 1) * GROUP] for i in range(groups)]
         reading = replace(config.data, path=config.validation.path, flip=False, shuffle_window=0, reading_groups=1)
-        self._batches = MicroBatches(located, reading, SEED, GROUP)
+        self._batches = MicroBatches(located, reading, SEED, GROUP, beside)
 
     def losses(self, engine_: Any, each_group: Callable[[], None]) -> dict[str, float]:
         """Scalars: mean squared error of the velocity at TIMES, of raw and EMA weights. Every rank calls it.
@@ -86,11 +97,11 @@ class HeldOut:
         if isinstance(batch, InputError):
             raise batch
         x = flow.to_images(batch.images.to(self._device))
-        labels = batch.labels.to(self._device)
+        told = self._conditioner.of(batch).given
         eps = flow.noise(draws.bits(SEED, Purpose.VALIDATION_NOISE, batch.positions), x.shape[1:], x.device)
         found = []
         for time in TIMES:
             t = torch.full((len(x),), time, device=x.device)
-            prediction = net(flow.interpolate(x, eps, t), t, labels)
+            prediction = net(flow.interpolate(x, eps, t), t, *told)
             found.append(flow.squared_error(prediction, flow.velocity(x, eps)).double().sum())
         return torch.stack(found)

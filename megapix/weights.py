@@ -27,10 +27,10 @@ from torch import Tensor
 
 from megapix import checkpoint, config, dist, flat
 from megapix.checkpoint import EXPECTED, Saved
-from megapix.config import ModelConfig, SamplingConfig
+from megapix.config import ModelConfig, SamplingConfig, TextConfig
 from megapix.dist import World
 from megapix.errors import InputError
-from megapix.model import PixelDiT
+from megapix.model import PixelDiT, build
 from megapix.model.aligned import PROJECTOR
 from megapix.shards import write_atomic
 
@@ -45,6 +45,7 @@ class About:
     model: ModelConfig
     sampling: SamplingConfig
     image_size: int
+    text: TextConfig
     classes: tuple[str, ...]
     ema: bool
     source: str
@@ -68,7 +69,8 @@ class Weights:
 def load_model(path: str | Path, ema: bool | None = None, device: str | torch.device = "cpu") -> PixelDiT:
     """The network of a run, a checkpoint, an exported file or an imported folder, in eval mode, with float32 weights.
 
-    Call it as net(x, t, y): x [B, 3, H, W] in [-1, 1], t [B] in [0, 1], y [B] class indices; it returns the velocity.
+    Call it as net(x, t, y): x [B, 3, H, W] in [-1, 1], t [B] in [0, 1], y [B] class indices; or, where it takes text,
+    as net(x, t, y, mask): y [B, T, C_text], mask [B, T] true for real tokens. It returns the velocity.
 
     Args:
         path: run folder (its newest whole checkpoint is taken), checkpoint folder, exported file, or imported folder.
@@ -88,7 +90,7 @@ def network(weights: Weights, device: str | torch.device = "cpu") -> PixelDiT:
         InputError: tensors and configuration do not belong together.
     """
     with torch.device("meta"):
-        net = PixelDiT(weights.about.model)
+        net = build(weights.about.model)
     _check(net, weights)
     net.load_state_dict(weights.tensors, assign=True)
     return net.to(device).eval().requires_grad_(False)
@@ -152,7 +154,12 @@ def write_model(out: Path, weights: Weights) -> None:
     if taken:
         raise InputError(f"--out {str(out)!r} exists already; expected a new or empty folder")
     about = config.to_dict(weights.about)
-    run = {"model": about["model"], "data": {"image_size": about["image_size"]}, "sampling": about["sampling"]}
+    run = {
+        "model": about["model"],
+        "data": {"image_size": about["image_size"]},
+        "sampling": about["sampling"],
+        "text": about["text"],
+    }
     with appearing(out) as temporary:
         temporary.mkdir(parents=True)
         tensors = {name: (tuple(t.shape), flat.chunks(t.flatten())) for name, t in weights.tensors.items()}
@@ -242,7 +249,7 @@ def _part(ema: bool) -> str:
 def _about(saved: Saved, ema: bool) -> About:
     c, state = saved.state.config, saved.state
     size, seen = c.data.image_size, state.counters.images_seen
-    return About(c.model, c.sampling, size, state.classes, ema, str(saved.folder), seen)
+    return About(c.model, c.sampling, size, c.text, state.classes, ema, str(saved.folder), seen)
 
 
 def _metadata(about: About) -> dict[str, str]:
@@ -275,5 +282,6 @@ def _parsed(data: dict[str, Any], path: Path) -> About:
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
     sampling = config.from_dict(SamplingConfig, data["sampling"], str(path))
+    text = config.from_dict(TextConfig, data.get("text", {}), str(path))
     classes = tuple(data["classes"])
-    return About(model, sampling, size, classes, data["ema"], str(path), data["images_seen"])
+    return About(model, sampling, size, text, classes, data["ema"], str(path), data["images_seen"])

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from megapix import checkpoint, config, engine, flow, schedule, weights
+from megapix.condition import classes
 from megapix.config import BatchLayout
 from megapix.data.loader import MicroBatches
 from megapix.data.locate import locate
@@ -42,7 +43,9 @@ def plain(shards: Path) -> Plain:
         for group in optimizer.param_groups:
             group["lr"] = o.lr if step < 12 else o.lr_after
         batch = data[np.arange(step * STEP_BATCH, (step + 1) * STEP_BATCH)]
-        loss, _ = flow.training_loss(net, batch.images, batch.labels, batch.positions, SMALL.seed, SMALL.flow)
+        loss, _ = flow.training_loss(
+            net, batch.images, classes(batch.labels, SMALL.model.num_classes), batch.positions, SMALL.seed, SMALL.flow
+        )
         optimizer.zero_grad()
         loss.mean().backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), o.grad_clip)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from megapix import draws, flow
+from megapix.condition import classes
 from megapix.config import FlowConfig
 from megapix.draws import Purpose
 
@@ -94,8 +95,6 @@ def test_draws_are_frozen() -> None:
 
 def test_label_dropout_replaces_the_stated_share_by_the_null_class() -> None:
     class Recorder:
-        null_class = 9
-
         def __call__(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
             self.labels = y
             return x
@@ -103,11 +102,11 @@ def test_label_dropout_replaces_the_stated_share_by_the_null_class() -> None:
     net, positions = Recorder(), np.arange(4000)
     images = torch.zeros(4000, 3, 1, 1, dtype=torch.uint8)
     labels = torch.arange(4000) % 9
-    flow.training_loss(net, images, labels, positions, 0, FlowConfig(label_dropout=0.1))
+    flow.training_loss(net, images, classes(labels, 9), positions, 0, FlowConfig(label_dropout=0.1))
     dropped = net.labels == 9
     assert dropped.float().mean().item() == pytest.approx(0.1, abs=0.02)
     assert torch.equal(net.labels[~dropped], labels[~dropped])
-    flow.training_loss(net, images, labels, positions, 0, FlowConfig(label_dropout=0.0))
+    flow.training_loss(net, images, classes(labels, 9), positions, 0, FlowConfig(label_dropout=0.0))
     assert torch.equal(net.labels, labels)
 
 
@@ -118,11 +117,11 @@ def test_training_loss_of_the_exact_velocity_is_zero() -> None:
     class Exact:
         """Knows the image, so it can read the noise off x_t: v = (x - x_t) / (1 - t)."""
 
-        null_class = 0
-
         def __call__(self, x_t: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
             return (x - x_t) / (1 - t)[:, None, None, None]
 
-    loss, t = flow.training_loss(Exact(), images, torch.zeros(4, dtype=torch.long), np.arange(4), 0, FlowConfig())
+    loss, t = flow.training_loss(
+        Exact(), images, classes(torch.zeros(4, dtype=torch.long), 1), np.arange(4), 0, FlowConfig()
+    )
     assert loss.max().item() < 1e-10
     assert bool(((t > 0) & (t < 1)).all())

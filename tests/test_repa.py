@@ -18,6 +18,7 @@ from data_prep.plan import Options
 from data_prep.sources.image_folder import ImageFolder
 from data_prep.write import write
 from megapix import checkpoint, cli, config, encoder, engine, flow, repa, weights
+from megapix.condition import classes
 from megapix.config import MachineConfig, ModelConfig
 from megapix.data.loader import MicroBatches
 from megapix.data.locate import locate
@@ -206,7 +207,9 @@ def plain(shards_32: Path, teacher_folder: Path) -> dict[str, Any]:
     for step in range(STEPS):
         batch = data[np.arange(step * STEP_BATCH, (step + 1) * STEP_BATCH)]
         tokens.clear()
-        error, _ = flow.training_loss(net, batch.images, batch.labels, batch.positions, SMALL.seed, SMALL.flow)
+        error, _ = flow.training_loss(
+            net, batch.images, classes(batch.labels, SMALL.model.num_classes), batch.positions, SMALL.seed, SMALL.flow
+        )
         pixels = F.interpolate(batch.images / 255, 28, mode="bicubic")
         pixels = (pixels - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)) / torch.tensor(
             [0.229, 0.224, 0.225]

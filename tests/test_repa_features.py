@@ -28,7 +28,7 @@ from data_prep.write import write
 from megapix import checkpoint, cli, config, draws, encoder
 from megapix.config import BatchLayout, DataConfig, RepaConfig
 from megapix.data import loader
-from megapix.data.loader import MicroBatches
+from megapix.data.loader import Beside, MicroBatches
 from megapix.data.locate import locate
 from megapix.doctor import software
 from megapix.draws import Purpose
@@ -113,7 +113,7 @@ def test_in_bf16_they_are_the_bf16_encoders_to_rounding(shards_32: Path, teacher
     features = read_features(out, locate(reading(shards_32)).index)
     assert (features.dtype, features.flip, features.width) == ("bf16", True, encoders.WIDTH)
     c = reading(shards_32)
-    batch = MicroBatches(locate(c), c, 1, STEP_BATCH, features)[np.arange(STEP_BATCH)]
+    batch = MicroBatches(locate(c), c, 1, STEP_BATCH, Beside(features))[np.arange(STEP_BATCH)]
     assert batch.features is not None
     assert batch.features.dtype == torch.bfloat16
     same, exact = (encoder.load(str(teacher_folder), dtype, 0)(batch.images) for dtype in ("bf16", "fp32"))
@@ -157,7 +157,7 @@ def test_each_bucket_has_its_grid(teacher_folder: Path, teacher: Encoder, tmp_pa
     assert compute(shards, teacher_folder, out, "--dtype", "fp32") == 0
     c = reading(shards)
     located = locate(c)
-    data, grids = MicroBatches(located, c, 0, 4, read_features(out, located.index)), set()
+    data, grids = MicroBatches(located, c, 0, 4, Beside(read_features(out, located.index))), set()
     for step in range(6):
         batch = data[np.arange(4 * step, 4 * step + 4)]
         assert batch.features is not None
@@ -181,7 +181,7 @@ def test_batches_carry_the_features_of_what_they_show(
     features = read_features(stored, located.index)
     layout = BatchLayout(STEP_BATCH, 1, 1)
     assert c.flip
-    for batch in islice(loader.batches(c, located, 3, layout, 0, 16, (), features), 3):
+    for batch in islice(loader.batches(c, located, 3, layout, 0, 16, (), Beside(features)), 3):
         flips = draws.uniform(3, Purpose.FLIP, batch.positions) < 0.5
         assert 0 < flips.sum() < len(flips)
         assert batch.features is not None
@@ -199,7 +199,7 @@ def test_a_replacement_brings_its_own_features(shards_32: Path, stored: Path, te
         file.write(b"damage")
     c = reading(damaged)
     located = locate(c)
-    data = MicroBatches(located, c, 1, SAMPLES, read_features(stored, located.index))
+    data = MicroBatches(located, c, 1, SAMPLES, Beside(read_features(stored, located.index)))
     batch = data[np.arange(SAMPLES)]
     assert len(batch.replaced) == 1
     assert batch.features is not None

@@ -11,14 +11,13 @@ import torch
 from PIL import Image
 
 from megapix import sample
+from megapix.condition import classes
 from megapix.config import ModelConfig
 from megapix.model import PixelDiT
 
 
 class Analytic:
     """A velocity given by a formula; counts its evaluations and remembers what it was asked."""
-
-    null_class = 5
 
     def __init__(self, formula: object) -> None:
         self.formula, self.calls = formula, []
@@ -28,7 +27,7 @@ class Analytic:
         return self.formula(x, t[:, None, None, None], y)  # type: ignore[operator]
 
 
-LABELS = torch.tensor([1, 2])
+LABELS = classes(torch.tensor([1, 2]), 5)
 
 
 def noise() -> torch.Tensor:
@@ -169,7 +168,7 @@ def test_an_image_does_not_depend_on_its_batch_or_rank(sampler: sample.Sampler) 
 
     def images(numbers: list[int]) -> torch.Tensor:
         start = sample.seeded_noise(3, numbers, (8, 8), torch.device("cpu"))
-        labels = torch.tensor([number % 3 for number in numbers])
+        labels = classes(torch.tensor([number % 3 for number in numbers]), 3)
         return sample.generate(net, start, labels, sampler, steps=3, guidance=1.5, interval=(0.1, 0.9))
 
     together = images([0, 1, 2, 3, 4])

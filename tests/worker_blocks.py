@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from megapix import blocks, config, dist, engine, flow
+from megapix.condition import classes
 from megapix.config import Config
 from megapix.data.loader import Batch, MicroBatches
 from megapix.data.locate import locate
@@ -41,7 +42,9 @@ def main(precision: str, modulation: str, checkpointing: str, shards: str) -> No
         watch = blocks.Watch(e) if step in (*WATCHED, SKIPPED) else None
         for mine in positions.reshape(ACCUMULATION, world.size, -1)[:, world.rank]:
             batch = data[mine]
-            loss, _ = flow.training_loss(e, batch.images, batch.labels, batch.positions, c.seed, c.flow)
+            loss, _ = flow.training_loss(
+                e, batch.images, classes(batch.labels, c.model.num_classes), batch.positions, c.seed, c.flow
+            )
             e.backward(loss.mean() * (float("inf") if step == SKIPPED else 1.0))
             e.step()
         found = watch.read(world.size) if watch else {}
@@ -72,7 +75,9 @@ def reference(net: PixelDiT, batch: Batch, c: Config) -> dict[str, float]:
         keep(f"patch_blocks.{i}")
     for i in range(c.model.pixel_depth):
         keep(f"pixel_blocks.{i}")
-    loss, _ = flow.training_loss(plain, batch.images, batch.labels, batch.positions, c.seed, c.flow)
+    loss, _ = flow.training_loss(
+        plain, batch.images, classes(batch.labels, c.model.num_classes), batch.positions, c.seed, c.flow
+    )
     loss.mean().backward()
 
     def norm(module: nn.Module) -> float:

@@ -12,6 +12,7 @@ import torch
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
 from megapix import config, dist, engine, flow
+from megapix.condition import classes
 from megapix.data.loader import MicroBatches
 from megapix.data.locate import locate
 from tests.runs import SMALL, STEP_BATCH
@@ -42,7 +43,9 @@ def main(precision: str, shards: str, ds_config: str = "zero2") -> None:
         before = masters()
         positions = np.arange(step * STEP_BATCH, (step + 1) * STEP_BATCH)
         batch = data[positions.reshape(world.size, -1)[world.rank]]
-        loss, _ = flow.training_loss(e, batch.images, batch.labels, batch.positions, c.seed, c.flow)
+        loss, _ = flow.training_loss(
+            e, batch.images, classes(batch.labels, c.model.num_classes), batch.positions, c.seed, c.flow
+        )
         rates.append(e.lr_scheduler.get_last_lr()[0])
         e.backward(loss.mean() * (float("inf") if step in SKIPPED and world.rank == world.size - 1 else 1.0))
         e.step()

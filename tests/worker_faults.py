@@ -36,8 +36,8 @@ def main() -> int:
     record = Path(os.environ["RECORD"]) / f"rank-{rank}.txt" if "RECORD" in os.environ else None
     sick, first, last = map(int, os.environ.get("NAN", "-1:0:0").split(":"))
 
-    def training_loss(net: Any, images: Tensor, labels: Tensor, positions: Any, *rest: Any) -> tuple[Tensor, Tensor]:
-        loss, t = computed(net, images, labels, positions, *rest)
+    def training_loss(net: Any, images: Tensor, condition: Any, positions: Any, *rest: Any) -> tuple[Tensor, Tensor]:
+        loss, t = computed(net, images, condition, positions, *rest)
         if record:
             with open(record, "a") as file:
                 print(net.lr_scheduler.images_seen, *positions.tolist(), file=file)

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from megapix import config, dist, encoder, engine, repa
+from megapix.condition import classes
 from megapix.config import Config
 from megapix.data.loader import MicroBatches
 from megapix.data.locate import locate
@@ -52,7 +53,7 @@ def main(shards: str, folder: str, out: str, accumulation: str, *changes: str) -
         sums = []
         for mine in positions.reshape(layout.accumulation, layout.ranks, layout.micro)[:, world.rank]:
             batch = data[mine]
-            drawn = batch.images, batch.labels, batch.positions, c.seed, c.flow
+            drawn = batch.images, classes(batch.labels, c.model.num_classes), batch.positions, c.seed, c.flow
             flow, _, apart = repa.training_loss(e, teacher(batch.images), *drawn)
             e.backward(flow.mean() + WEIGHT * apart.mean())
             e.step()

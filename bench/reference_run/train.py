@@ -14,6 +14,7 @@ from torch import Tensor
 
 from bench.reference_run.data import Data
 from megapix import cli, config, engine, plain, weights
+from megapix.condition import Condition, classes
 from megapix.data.loader import Batch, MicroBatches
 from megapix.data.locate import locate
 from megapix.dist import World
@@ -74,15 +75,17 @@ def _plain(asked: list[str], out: Path) -> tuple[dict[int, Path], Trace]:
     if not logged.is_file():
         batches = MicroBatches(located, c.data, c.seed, c.optim.global_batch)
 
-        def samples(positions: object) -> tuple[Tensor, Tensor]:
+        def samples(positions: object) -> tuple[Tensor, Condition]:
             batch = batches[positions]  # type: ignore[index]
             assert isinstance(batch, Batch)
-            return batch.images, batch.labels
+            return batch.images, classes(batch.labels, c.model.num_classes)
 
         def keep(steps: int, ema: Mapping[str, Tensor]) -> None:
             seen = steps * c.optim.global_batch
             if seen in _moments() and not (folder := _folder(out, seen)).is_dir():
-                about = About(c.model, c.sampling, c.data.image_size, located.index.class_names, True, PLAIN, seen)
+                about = About(
+                    c.model, c.sampling, c.data.image_size, c.text, located.index.class_names, True, PLAIN, seen
+                )
                 weights.write_model(folder, Weights({n: t.clone() for n, t in ema.items()}, about))
 
         out.mkdir(parents=True, exist_ok=True)

@@ -15,21 +15,22 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from megapix import config, dist, engine
+from megapix import conditioner, config, dist, engine
 from megapix.bench import peak
 from megapix.bench.options import StepOptions
 from megapix.bench.report import Measured, Saves, numbers, table
 from megapix.bench.step import TrainingStep
 from megapix.checkpoint import Counters, State
+from megapix.conditioner import Classes, Conditioner, StoredText
 from megapix.config import IMAGENET_IMAGES, BatchLayout, CheckpointConfig, Config
 from megapix.data import loader
 from megapix.data.loader import Batch
-from megapix.data.locate import Located
 from megapix.dist import World
 from megapix.ds_config import read_knobs
 from megapix.errors import InputError
-from megapix.prepare import plan
+from megapix.prepare import Plan, plan
 from megapix.saver import Saver
 from megapix.shards import check_writable, write_atomic
 
@@ -43,8 +44,8 @@ class Prepared:
     config: Config
     """Resolved."""
     layout: BatchLayout
-    located: Located | None
-    """The shards, unless images are made up."""
+    plan: Plan | None
+    """The run that reads shards, unless images are made up."""
 
 
 def step(options: StepOptions, world: World) -> int:
@@ -78,7 +79,8 @@ def measure(
     """
     products = peak.products(prepared.config, prepared.layout.micro, device.type)
     before = _peaks(products, prepared, world, device)
-    timed = TrainingStep(prepared.config, prepared.layout, data, world, device)
+    told_of = told(prepared, world, device)
+    timed = TrainingStep(prepared.config, prepared.layout, data, told_of, world, device)
     steps = []
     for number in range(options.warmup + options.repeats):
         dist.barrier(world)
@@ -122,24 +124,43 @@ def prepare(options: StepOptions, ranks: int) -> Prepared:
     with tempfile.TemporaryDirectory() as nowhere:  # a run has a folder; a step writes nothing into it
         if asked.data.path:
             p = plan(dataclasses.replace(asked, out=nowhere), ranks)
-            return Prepared(p.config, p.layout, p.located)
+            return Prepared(p.config, p.layout, p)
     read_knobs(asked.machine.ds_config, asked.machine.unproven)
     return Prepared(config.freeze(asked, IMAGENET_IMAGES), config.batch_layout(asked, ranks), None)
 
 
 def batches(prepared: Prepared, world: World, device: torch.device) -> Iterator[Batch]:
-    """Micro batches of this rank: the loader's, or one made-up batch on the device, at ever new positions."""
+    """Micro batches of this rank: the loader's, or one made-up batch on the device, at ever new positions. Made-up
+    captions have as many tokens as captions may have."""
     c, layout = prepared.config, prepared.layout
-    if prepared.located:
-        yield from loader.batches(c.data, prepared.located, c.seed, layout, world.rank, 0, ())
+    if p := prepared.plan:
+        yield from loader.batches(c.data, p.located, c.seed, layout, world.rank, 0, (), p.speech.beside(None))
     generator = torch.Generator().manual_seed(c.seed)
     shape = (layout.micro, 3, c.data.image_size, c.data.image_size)
     images = torch.randint(256, shape, dtype=torch.uint8, generator=generator).to(device)
-    labels = torch.randint(c.model.num_classes, (layout.micro,), generator=generator).to(device)
+    labels = torch.randint(c.model.num_classes or 1, (layout.micro,), generator=generator).to(device)
+    text = _made_up_text(c, layout.micro, device) if c.model.text_width else None
     positions = np.arange(layout.micro) + layout.micro * world.rank
     while True:
-        yield Batch(images, labels, positions)
+        yield Batch(images, labels, positions, text=text)
         positions = positions + layout.micro * layout.ranks
+
+
+def told(prepared: Prepared, world: World, device: torch.device) -> Conditioner:
+    """What the network is told of those batches. Every rank calls it."""
+    c = prepared.config
+    if p := prepared.plan:
+        p.speech.to(device)
+        return conditioner.of_run(p.config, p.speech, world, device)
+    return (
+        StoredText(_made_up_text(c, 1, device), device) if c.model.text_width else Classes(c.model.num_classes, device)
+    )
+
+
+def _made_up_text(c: Config, captions: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(c.seed)
+    features = torch.randn(captions, c.text.max_tokens, c.model.text_width, generator=generator).bfloat16()
+    return features.to(device), torch.ones(captions, c.text.max_tokens, dtype=torch.bool, device=device)
 
 
 def save(timed: TrainingStep, c: Config, folder: Path, world: World) -> Saves:

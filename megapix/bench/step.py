@@ -8,6 +8,7 @@ import torch
 
 from megapix import consensus, engine, flow
 from megapix.bench.stopwatch import Stopwatch
+from megapix.conditioner import Conditioner
 from megapix.config import BatchLayout, Config
 from megapix.data.loader import Batch
 from megapix.dist import World
@@ -37,14 +38,22 @@ class TrainingStep:
     Args:
         config: resolved.
         batches: endless micro batches of this rank.
+        conditioner: what the network is told of them.
     """
 
     def __init__(
-        self, config: Config, layout: BatchLayout, batches: Iterator[Batch], world: World, device: torch.device
+        self,
+        config: Config,
+        layout: BatchLayout,
+        batches: Iterator[Batch],
+        conditioner: Conditioner,
+        world: World,
+        device: torch.device,
     ) -> None:
         network = engine.build_network(config.model, config.seed, config.machine)
         self.layout, self.engine = layout, engine.build(config, layout, network)
-        self._config, self._batches, self._world, self._device = config, batches, world, device
+        self._config, self._batches, self._conditioner = config, batches, conditioner
+        self._world, self._device = world, device
         self._watch = Stopwatch(device)
         zero = self.engine.optimizer
         for owner, method, part in (
@@ -70,9 +79,10 @@ class TrainingStep:
             for _ in range(self.layout.accumulation):
                 with watch.part("data_wait"):
                     batch = next(self._batches)
-                    images, labels = (x.to(self._device, non_blocking=True) for x in (batch.images, batch.labels))
+                    images = batch.images.to(self._device, non_blocking=True)
+                    condition = self._conditioner.of(batch)
                 with watch.part("objective"):
-                    loss, _ = flow.training_loss(e, images, labels, batch.positions, c.seed, c.flow)
+                    loss, _ = flow.training_loss(e, images, condition, batch.positions, c.seed, c.flow)
                     loss = loss.mean()
                 e.backward(loss)
                 e.step()

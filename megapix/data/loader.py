@@ -8,6 +8,7 @@ Stage by stage, in worker processes (or, with workers = 0, in the training proce
     decode.Decoder        -> uint8 image [3, H, W]; another sample's, by (seed, position), if this one is damaged
     flip                  mirrored where (seed, position) says so
     FeatureReader         sample number, mirrored or not -> REPA's features, where they were computed before
+    captions.choose       a caption of the sample, by (seed, position), or its features (TextFeatureReader)
 
 Resume contract: `batches(..., position=p)` yields exactly what a loader started at 0 yields after p positions, for any
 number of ranks and workers and any micro batch. Workers hold no state that matters; torch's DataLoader hands their
@@ -17,15 +18,16 @@ results over in order.
 from __future__ import annotations
 
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from megapix import draws
+from megapix import captions, draws
 from megapix.config import BatchLayout, DataConfig
 from megapix.data import order, workers
 from megapix.data.cache import DamagedShard
@@ -37,6 +39,7 @@ from megapix.draws import Purpose
 from megapix.errors import InputError
 from megapix.features import FeatureReader, Features
 from megapix.images import Pixels
+from megapix.text_features import TextFeatureReader, TextFeatures
 
 PREFETCH = 4
 """Micro batches that each worker keeps ready."""
@@ -89,12 +92,29 @@ class Batch:
     spent: Spent = field(default_factory=Spent)
     features: Tensor | None = None
     """An encoder's features of the images, where the run reads them: bf16 or float32 [B, rows, columns, F]."""
+    captions: tuple[str, ...] = ()
+    """One caption of each image, where the run reads them."""
+    text: tuple[Tensor, Tensor] | None = None
+    """Or its features, bf16 [B, T, C_text], and their mask, bool [B, T]; T is the longest of the batch."""
 
     def pin_memory(self) -> Batch:
         """Page-locked copies, so that the transfer to a GPU does not wait (called by DataLoader)."""
         images, labels = self.images.pin_memory(), self.labels.pin_memory()
         features = None if self.features is None else self.features.pin_memory()
-        return replace(self, images=images, labels=labels, features=features)
+        text = None if self.text is None else (self.text[0].pin_memory(), self.text[1].pin_memory())
+        return replace(self, images=images, labels=labels, features=features, text=text)
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What is read beside images and labels."""
+
+    features: Features | None = None
+    """An image encoder's features, for REPA."""
+    captions: bool = False
+    """One caption of each image, by seed and position."""
+    text: TextFeatures | None = None
+    """A text encoder's features of that caption."""
 
 
 class MicroBatches(Dataset[Batch]):
@@ -105,14 +125,13 @@ class MicroBatches(Dataset[Batch]):
         config: how it is read.
         seed: the run's seed.
         batch: positions of one step.
-        features: an encoder's features of all images, if they are to be read too.
+        beside: what is to be read too.
     """
 
-    def __init__(
-        self, located: Located, config: DataConfig, seed: int, batch: int, features: Features | None = None
-    ) -> None:
-        self.located, self.config, self.seed, self.batch = located, config, seed, batch
-        self._features = FeatureReader(features) if features else None
+    def __init__(self, located: Located, config: DataConfig, seed: int, batch: int, beside: Beside = Beside()) -> None:
+        self.located, self.config, self.seed, self.batch, self._beside = located, config, seed, batch, beside
+        self._features = FeatureReader(beside.features) if beside.features else None
+        self._text = TextFeatureReader(beside.text) if beside.text else None
         self._opened: tuple[ShardReader, Decoder, order.Order] | None = None
 
     def __getitem__(self, positions: Positions) -> Batch | InputError:  # type: ignore[override]
@@ -145,18 +164,30 @@ class MicroBatches(Dataset[Batch]):
             reader.cache.prefetch(reader.shard_of(sample) for sample in ahead.tolist())
             spent.hits, spent.misses = reader.cache.hits, reader.cache.misses
             reader.cache.hits = reader.cache.misses = 0
-        features = self._read(shown, mirrored.tolist(), spent)
+        start = time.perf_counter()
+        features = self._read(shown, mirrored.tolist())
+        captions, text = self._said(shown, positions)
+        spent.read += time.perf_counter() - start
         pixels = torch.from_numpy(np.stack(images))
-        return Batch(pixels, torch.tensor(labels), positions, tuple(replaced), spent, features)
+        return Batch(pixels, torch.tensor(labels), positions, tuple(replaced), spent, features, captions, text)
 
-    def _read(self, samples: list[int], mirrored: list[bool], spent: Spent) -> Tensor | None:
+    def _read(self, samples: list[int], mirrored: list[bool]) -> Tensor | None:
         """The features of the images that are shown, the replacements among them."""
         if self._features is None:
             return None
-        start = time.perf_counter()
         stacked = torch.from_numpy(np.stack(list(map(self._features.read, samples, mirrored))))
-        spent.read += time.perf_counter() - start
         return stacked.view(torch.bfloat16) if self._features.features.dtype == "bf16" else stacked
+
+    def _said(self, samples: list[int], positions: Positions) -> tuple[tuple[str, ...], tuple[Tensor, Tensor] | None]:
+        """A caption of each image that is shown, or its features: which one, by seed and position."""
+        if not self._beside.captions and self._text is None:
+            return (), None
+        reader, uniform = self._open()[0], draws.uniform(self.seed, Purpose.CAPTION, positions).tolist()
+        found = [reader.captions(sample) for sample in samples]
+        chosen = [captions.choose(some, number) for some, number in zip(found, uniform, strict=True)]
+        if self._text is None:
+            return tuple(some[number].text for some, number in zip(found, chosen, strict=True)), None
+        return (), padded([self._text.read(*which) for which in zip(samples, chosen, strict=True)])
 
     def _decoded(self, sample: int, position: int, replaced: list[str], spent: Spent) -> tuple[int, Pixels, int]:
         """The sample with image and label, or if it is damaged another one of its bucket: which, depends on seed and
@@ -192,6 +223,15 @@ class MicroBatches(Dataset[Batch]):
             spent.decode += time.perf_counter() - start
 
 
+def padded(rows: Sequence[NDArray[np.int16]]) -> tuple[Tensor, Tensor]:
+    """bf16 bit patterns [T_i, C] of each caption -> features bf16 [B, T, C], 0 where there is none, and mask [B, T]."""
+    lengths = torch.tensor([len(row) for row in rows])
+    features = torch.zeros(len(rows), int(lengths.max()), rows[0].shape[1], dtype=torch.bfloat16)
+    for place, row in zip(features, rows, strict=True):
+        place[: len(row)] = torch.from_numpy(row.copy()).view(torch.bfloat16)
+    return features, torch.arange(features.shape[1]) < lengths[:, None]
+
+
 def batches(
     config: DataConfig,
     located: Located,
@@ -200,9 +240,9 @@ def batches(
     rank: int,
     position: int,
     skipped: Skipped,
-    features: Features | None = None,
+    beside: Beside = Beside(),
 ) -> Generator[Batch, None, None]:
-    """Endless micro batches of `rank` from `position` on, with the samples' features if some are given.
+    """Endless micro batches of `rank` from `position` on, with what is read beside them.
     Closing it ends the workers.
 
     Raises:
@@ -210,7 +250,7 @@ def batches(
             features that cannot be read.
     """
     loader = DataLoader(
-        MicroBatches(located, config, seed, layout.total, features),
+        MicroBatches(located, config, seed, layout.total, beside),
         batch_size=None,
         sampler=order.micro_batches(position, layout, rank, skipped, config.reading_groups),
         num_workers=config.workers,

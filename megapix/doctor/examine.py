@@ -13,7 +13,7 @@ from megapix.dist import World
 from megapix.doctor import files, network, software
 from megapix.doctor.verdict import Findings, Verdict, table, tried, worst
 from megapix.ds_config import read_knobs
-from megapix.model import PixelDiT
+from megapix.model import build
 
 
 def examine(asked: Config, world: World) -> int:
@@ -31,7 +31,7 @@ def examine(asked: Config, world: World) -> int:
         return 1
     layout = dist.together(world, lambda: _layout(asked, world))
     with torch.device("meta"):
-        parameters = sum(p.numel() for p in PixelDiT(asked.model).parameters())
+        parameters = sum(p.numel() for p in build(asked.model).parameters())
 
     hosts = dist.gather(world, socket.gethostname())
     here = hosts.count(hosts[world.rank])

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from megapix import sample
+from megapix.condition import classes as of_classes
 from megapix.config import SamplingConfig
 from megapix.extractors import Extractor
 from megapix.flow import Network
@@ -26,6 +27,8 @@ class Images:
     batch: int
     classes: tuple[int, ...]
     """Image number n has class n modulo their number."""
+    num_classes: int
+    """Classes of the network; the number of its null class."""
     seed: int
     size: tuple[int, int]
     """Height and width in pixels."""
@@ -76,8 +79,9 @@ def draw(
     """
     numbers = list(range(block * images.batch, (block + 1) * images.batch))
     labels = torch.tensor([images.label(n) for n in numbers], device=device)
+    condition = of_classes(labels, images.num_classes)
     noise = sample.seeded_noise(images.seed, numbers, images.size, torch.device("cpu")).to(device)
-    drawn = sample.draw(net, noise, labels, images.sampling, each_step)
+    drawn = sample.draw(net, noise, condition, images.sampling, each_step)
     finite, pixels = bool(drawn.isfinite().all()), sample.to_uint8(drawn)
     features, logits = extractor(torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous().to(device))
     kept = len(images.numbers(block))

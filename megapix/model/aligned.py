@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from megapix.config import ModelConfig
 from megapix.model.layers import PiTBlock
 from megapix.model.pixeldit import PixelDiT
+from megapix.model.text import TextPixelDiT
 
 PROJECTOR = "projector."
 """Beginning of the names of the projector's parameters."""
@@ -31,14 +32,8 @@ class Alignment:
     """Width of the encoder's features (F)."""
 
 
-class AlignedPixelDiT(PixelDiT):
-    """PixelDiT with a three-layer SiLU projector (D → D → D → F) on the tokens after one of its patch blocks.
-
-    Args:
-        config: sizes, as of PixelDiT.
-        alignment: the block, and F.
-        pit_block: as of PixelDiT.
-    """
+class _Aligned(PixelDiT):
+    """A network with a three-layer SiLU projector (D → D → D → F) on the tokens after one of its patch blocks."""
 
     def __init__(self, config: ModelConfig, alignment: Alignment, pit_block: type[PiTBlock] = PiTBlock) -> None:
         super().__init__(config, pit_block)
@@ -54,16 +49,24 @@ class AlignedPixelDiT(PixelDiT):
         )
 
     def forward(  # type: ignore[override]
-        self, x: Tensor, t: Tensor, y: Tensor, grid: tuple[int, int] | None = None
+        self, x: Tensor, t: Tensor, *condition: Tensor, grid: tuple[int, int] | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """The velocity [B, 3, H, W] as PixelDiT's; with the encoder's grid (rows, columns) also the projected tokens
-        [B, G, F], brought to that grid."""
+        """The velocity [B, 3, H, W] as without the projector; with the encoder's grid (rows, columns) also the
+        projected tokens [B, G, F], brought to that grid."""
         if grid is None:
-            return super().forward(x, t, y)
-        velocity, tokens_BLD = self.with_tokens(x, t, y, self.layer)
+            return super().forward(x, t, *condition)
+        velocity, tokens_BLD = self.with_tokens(x, t, condition, self.layer)
         patch, (height, width) = self.config.patch_size, x.shape[-2:]
         tokens_BGD = regrid(tokens_BLD, (height // patch, width // patch), grid)
         return velocity, self.projector(tokens_BGD)  # [B, C, H, W], [B, G, F]
+
+
+class AlignedPixelDiT(_Aligned, PixelDiT):
+    """PixelDiT with REPA's projector."""
+
+
+class AlignedTextPixelDiT(_Aligned, TextPixelDiT):
+    """PixelDiT-T2I with REPA's projector."""
 
 
 def regrid(tokens_BLD: Tensor, have: tuple[int, int], want: tuple[int, int]) -> Tensor:

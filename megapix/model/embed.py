@@ -12,6 +12,8 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from megapix.model.layers import RMSNorm
+
 TIMESTEP_CHANNELS = 256
 TIMESTEP_MAX_PERIOD = 10.0
 """t lies in [0, 1], so the slowest sinusoid has period 10 (the authors' configuration), not DiT's 10,000."""
@@ -73,6 +75,18 @@ class ClassEmbedder(nn.Module):
         return self.embedding_table(y_B)  # [B, D]
 
 
+class TextEmbedder(nn.Module):
+    """RMSNorm(linear(y)) of text features of C_text channels, taken as they come: y [B, T, C_text] -> [B, T, D]."""
+
+    def __init__(self, in_features: int, width: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(in_features, width)
+        self.norm = RMSNorm(width)
+
+    def forward(self, y_BTC: Tensor) -> Tensor:
+        return self.norm(self.proj(y_BTC))  # [B, T, D]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Position tables: fp32, computed once for a size and device, never inside a step
 # ---------------------------------------------------------------------------------------------------------------------
@@ -99,6 +113,17 @@ def rope_table(rows: int, cols: int, head_dim: int, device: torch.device) -> tup
     x = torch.linspace(0.0, ROPE_EXTENT, cols, dtype=torch.float64)
     y_L, x_L = (grid.flatten() for grid in torch.meshgrid(y, x, indexing="ij"))
     angle = torch.stack([x_L[:, None] * frequency, y_L[:, None] * frequency], dim=-1).flatten(1)  # [L, h/2]
+    return angle.cos().float().to(device), angle.sin().float().to(device)
+
+
+@lru_cache(maxsize=32)
+def text_rope_table(tokens: int, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of the rotary angles of text positions 0, 1, 2, …, each [T, head_dim / 2] float32.
+
+    Pair k turns by position·f_k, f_k = 10000^(-2k/head_dim).
+    """
+    k = torch.arange(head_dim // 2, dtype=torch.float64)
+    angle = torch.arange(tokens, dtype=torch.float64)[:, None] * ROPE_THETA ** (-2.0 * k / head_dim)  # [T, h/2]
     return angle.cos().float().to(device), angle.sin().float().to(device)
 
 

@@ -155,6 +155,25 @@ def _turn(x_BLHh: Tensor, cos_Lh: Tensor, sin_Lh: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def projected(
+    x_BLD: Tensor, qkv: nn.Linear, q_norm: RMSNorm, k_norm: RMSNorm, rope: Rope, heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values of tokens, the first two normed on each head and turned: [B, L, H, h] each."""
+    q, k, v = qkv(x_BLD).view(*x_BLD.shape[:2], 3, heads, -1).unbind(2)  # [B, L, H, h]
+    return q_norm.rotated(q, rope), k_norm.rotated(k, rope), v
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Softmax attention of [B, L, H, h] queries, keys and values, heads laid end to end: [B, L, D].
+
+    Args:
+        mask: bool [B, L], true for the tokens that take part as keys; None for all.
+    """
+    keys = None if mask is None else mask[:, None, None]  # [B, 1, 1, L]
+    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), keys)  # [B, H, L, h]
+    return out.transpose(1, 2).flatten(2)  # [B, L, D]
+
+
 class Attention(nn.Module):
     """Self-attention over patches with QK-RMSNorm on each head and 2D RoPE: [B, L, D] -> [B, L, D]."""
 
@@ -167,11 +186,8 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x_BLD: Tensor, rope: Rope) -> Tensor:
-        qkv = self.qkv(x_BLD).view(*x_BLD.shape[:2], 3, self.heads, -1)  # [B, L, 3, H, h]
-        q, k, v = qkv.unbind(2)  # [B, L, H, h]
-        q, k = self.q_norm.rotated(q, rope), self.k_norm.rotated(k, rope)  # [B, L, H, h]
-        out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))  # [B, H, L, h]
-        return self.proj(out.transpose(1, 2).flatten(2))  # [B, L, D]
+        q, k, v = projected(x_BLD, self.qkv, self.q_norm, self.k_norm, rope, self.heads)  # [B, L, H, h] each
+        return self.proj(attention(q, k, v))  # [B, L, D]
 
 
 class GeluMlp(nn.Module):
@@ -200,6 +216,11 @@ class SwiGluMlp(nn.Module):
         return self.w2(F.silu(self.w1(x)) * self.w3(x))
 
 
+def patch_mlp(config: ModelConfig) -> nn.Module:
+    """The FFN of the patch pathway that the configuration names."""
+    return GeluMlp(config.width) if config.mlp == "gelu" else SwiGluMlp(config.width)
+
+
 def zero_linear(in_features: int, out_features: int) -> nn.Linear:
     """A linear layer that starts at zero, weight and bias: modulation and output layers."""
     layer = nn.Linear(in_features, out_features)
@@ -217,7 +238,7 @@ class PatchBlock(nn.Module):
         self.norm1 = RMSNorm(width)
         self.attn = Attention(width, config.heads)
         self.norm2 = RMSNorm(width)
-        self.mlp = GeluMlp(width) if config.mlp == "gelu" else SwiGluMlp(width)
+        self.mlp = patch_mlp(config)
         self.adaLN_modulation = nn.Sequential(zero_linear(width, 6 * width))
 
     def forward(self, x_BLD: Tensor, c_B1D: Tensor, rope: Rope) -> Tensor:
@@ -229,8 +250,9 @@ class PatchBlock(nn.Module):
 class PiTBlock(nn.Module):
     """PiT block (section 3.2): pixel-wise AdaLN, pixel token compaction, MLP on each pixel: [N, P, d] -> [N, P, d].
 
-    Compaction: the P·d numbers of a patch go through a linear layer to D, attention runs over the L patches, and a
-    linear layer brings them back; so attention costs what it costs in the patch pathway, not (H·W)².
+    Compaction: the P·d numbers of a patch go through a linear layer to the width of attention (D, or its own),
+    attention runs over the L patches, and a linear layer brings them back; so it costs what it costs in the patch
+    pathway, not (H·W)².
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -239,9 +261,9 @@ class PiTBlock(nn.Module):
         self.post = config.modulation == "post"
         self.chunks = 4 if self.post else 6
         self.norm1 = RMSNorm(width)
-        self.compress_to_attn = nn.Linear(pixels * width, config.width)
-        self.attn = Attention(config.width, config.heads)
-        self.expand_from_attn = nn.Linear(config.width, pixels * width)
+        self.compress_to_attn = nn.Linear(pixels * width, config.attention_width)
+        self.attn = Attention(config.attention_width, config.attention_heads)
+        self.expand_from_attn = nn.Linear(config.attention_width, pixels * width)
         self.norm2 = RMSNorm(width)
         self.mlp = GeluMlp(width)
         self.adaLN_modulation = nn.Sequential(zero_linear(config.width, pixels * self.chunks * width))
@@ -259,7 +281,7 @@ class PiTBlock(nn.Module):
         return torch.addcmul(x_NPd, gate2, self.mlp(self.norm2.modulated(x_NPd, shift2, scale2)))
 
     def _attend(self, x_NPd: Tensor, s_BLD: Tensor, rope: Rope) -> Tensor:
-        compact = self.compress_to_attn(x_NPd.view(*s_BLD.shape[:2], -1))  # [B, L, D]
+        compact = self.compress_to_attn(x_NPd.view(*s_BLD.shape[:2], -1))  # [B, L, attention width]
         return self.expand_from_attn(self.attn(compact, rope)).view_as(x_NPd)  # [N, P, d]
 
 

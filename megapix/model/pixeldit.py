@@ -1,9 +1,14 @@
-"""PixelDiT, the class-conditional network: patch pathway for semantics, pixel pathway for texture (section 3).
+"""PixelDiT: patch pathway for semantics, pixel pathway for texture (section 3); here conditioned on a class.
+
+What conditions the network reaches it in two places, which a subclass replaces (`text.py`): the layers that
+`add_condition` makes, and the way `through_blocks`.
 
 Shape suffixes: B batch, C = 3 colours, L patches, P pixels of a patch, N = B·L, D patch width, d pixel width.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch.nn.functional as F
 from einops import rearrange
@@ -37,16 +42,15 @@ class PixelDiT(nn.Module):
         patch = config.patch_size
         self.s_embedder = PatchEmbedder(CHANNELS * patch * patch, config.width)
         self.t_embedder = TimestepEmbedder(config.width)
-        self.y_embedder = ClassEmbedder(config.num_classes, config.width)
-        self.patch_blocks = nn.ModuleList(PatchBlock(config) for _ in range(config.depth))
+        self.add_condition(config)
         self.pixel_embedder = PixelEmbedder(CHANNELS, config.pixel_width)
         self.pixel_blocks = nn.ModuleList(pit_block(config) for _ in range(config.pixel_depth))
         self.final_layer = FinalLayer(config.pixel_width, CHANNELS)
 
-    @property
-    def null_class(self) -> int:
-        """Class index that means "no class": the last row of the table."""
-        return self.config.num_classes
+    def add_condition(self, config: ModelConfig) -> None:
+        """The class table, whose last row is the null class, and the patch blocks."""
+        self.y_embedder: nn.Module = ClassEmbedder(config.num_classes, config.width)
+        self.patch_blocks = nn.ModuleList(PatchBlock(config) for _ in range(config.depth))
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """Predict the velocity.
@@ -54,7 +58,7 @@ class PixelDiT(nn.Module):
         Args:
             x: noisy images [B, 3, H, W], any float dtype; H and W divisible by the patch size.
             t: time [B] float32 in [0, 1]; 0 is noise, 1 the image.
-            y: class indices [B] int64; `null_class` for none.
+            y: class indices [B] int64; num_classes, the null class, for none.
 
         Returns:
             Velocity [B, 3, H, W] in the dtype of the weights.
@@ -62,34 +66,51 @@ class PixelDiT(nn.Module):
         Raises:
             ValueError: H or W is not divisible by the patch size.
         """
-        return self.with_tokens(x, t, y, 0)[0]
+        return self.with_tokens(x, t, (y,), 0)[0]
 
-    def with_tokens(self, x: Tensor, t: Tensor, y: Tensor, after: int) -> tuple[Tensor, Tensor]:
-        """The velocity as `forward`, and the patch tokens [B, L, D] after block number `after`, counted from 1."""
+    def with_tokens(
+        self, x: Tensor, t: Tensor, condition: tuple[Tensor | None, ...], after: int
+    ) -> tuple[Tensor, Tensor]:
+        """The velocity as `forward`, and the patch tokens [B, L, D] after block number `after`, counted from 1.
+
+        Args:
+            condition: what `forward` takes after x and t.
+        """
         patch, (height, width) = self.config.patch_size, x.shape[-2:]
         if height % patch or width % patch:
             raise ValueError(f"image size {height}x{width} is not divisible by the patch size {patch}")
         x = x.to(self.s_embedder.proj.weight.dtype)
-        rope = rope_table(height // patch, width // patch, self.config.width // self.config.heads, x.device)
-        s, tokens = self.patch_pathway(x, t, y, rope, after)  # [B, L, D] each
-        return self.pixel_pathway(x, s, rope), tokens  # [B, C, H, W], [B, L, D]
+        s, tokens = self.patch_pathway(x, t, condition, after)  # [B, L, D] each
+        return self.pixel_pathway(x, s), tokens  # [B, C, H, W], [B, L, D]
 
-    def patch_pathway(self, x: Tensor, t: Tensor, y: Tensor, rope: Rope, after: int = 0) -> tuple[Tensor, Tensor]:
+    def patch_pathway(
+        self, x: Tensor, t: Tensor, condition: tuple[Tensor | None, ...], after: int = 0
+    ) -> tuple[Tensor, Tensor]:
         """Semantics: attention and FFN over patches; returns the pixel pathway's condition [B, L, D], and the tokens
         [B, L, D] after block number `after`, counted from 1; 0 gives those before the first."""
-        patch = self.config.patch_size
+        patch, c = self.config.patch_size, self.config
         patches = rearrange(x, "b c (r i) (q j) -> b (r q) (c i j)", i=patch, j=patch)
         s = tokens = self.s_embedder(patches)  # [B, L, D]
         t_emb = self.t_embedder(t)[:, None]  # [B, 1, D]
-        c = F.silu(t_emb + self.y_embedder(y)[:, None])  # [B, 1, D]
-        for number, block in enumerate(self.patch_blocks, 1):
-            s = block(s, c, rope)  # [B, L, D]
+        for number, s in enumerate(self.through_blocks(s, t_emb, self._rope(x, c.width // c.heads), *condition), 1):
             tokens = s if number == after else tokens
         return F.silu(t_emb + s), tokens  # [B, L, D] each
 
-    def pixel_pathway(self, x: Tensor, s: Tensor, rope: Rope) -> Tensor:
+    def through_blocks(self, s: Tensor, t_emb: Tensor, rope: Rope, y: Tensor) -> Iterator[Tensor]:
+        """The patch tokens [B, L, D] after each block; t_emb [B, 1, D], y [B]."""
+        c = F.silu(t_emb + self.y_embedder(y)[:, None])  # [B, 1, D]
+        for block in self.patch_blocks:
+            s = block(s, c, rope)  # [B, L, D]
+            yield s
+
+    def _rope(self, x: Tensor, head_dim: int) -> Rope:
+        rows, columns = (side // self.config.patch_size for side in x.shape[-2:])
+        return rope_table(rows, columns, head_dim, x.device)
+
+    def pixel_pathway(self, x: Tensor, s: Tensor) -> Tensor:
         """Texture: every pixel a token, conditioned on its patch's s [B, L, D]; returns the velocity [B, C, H, W]."""
-        patch, (height, width) = self.config.patch_size, x.shape[-2:]
+        patch, (height, width), c = self.config.patch_size, x.shape[-2:], self.config
+        rope = self._rope(x, c.attention_width // c.attention_heads)
         positions = pixel_position_table(height, width, patch, self.config.pixel_width, x.device)
         pixels = rearrange(x, "b c (r i) (q j) -> b (r q) (i j) c", i=patch, j=patch)
         tokens = (self.pixel_embedder(pixels) + positions.to(x.dtype)).flatten(0, 1)  # [N, P, d]

@@ -1,0 +1,167 @@
+"""Where the text of a run comes from: a frozen encoder and captions, or features stored with the shards.
+
+Everything that can be wrong with it is found here, before the first step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megapix.config import Config, TextConfig
+from megapix.data.loader import Beside
+from megapix.data.locate import Located
+from megapix.data.read import Captions
+from megapix.errors import InputError
+from megapix.features import Features
+from megapix.shards import CAPTIONS_NAME
+from megapix.text_features import Recipe, TextFeatures, check_recipe, read_text_features
+
+if TYPE_CHECKING:
+    import torch
+
+    from megapix.text_encoder import TextEncoder
+
+
+@dataclass(frozen=True)
+class Speech:
+    """The source of text; neither encoder nor features where the network takes classes."""
+
+    encoder: TextEncoder | None = None
+    features: TextFeatures | None = None
+    """Of the training set, in place of an encoder."""
+    held_out_features: TextFeatures | None = None
+    """Of the held-out images, if there are any."""
+    prompts: tuple[str, ...] = ()
+    """What the rows of the sample grids are about."""
+
+    @property
+    def digest(self) -> str:
+        """The encoder's; empty with classes."""
+        if self.encoder:
+            return self.encoder.digest
+        return self.features.recipe.digest if self.features else ""
+
+    @property
+    def about(self) -> str:
+        """In words, for the first line of a run; empty with classes."""
+        if self.features:
+            return f"with stored text features ({self.features.encoder})"
+        return "with captions" if self.encoder else ""
+
+    def to(self, device: torch.device) -> None:
+        """Move the encoder to a device."""
+        if self.encoder:
+            self.encoder.to(device)
+
+    def beside(self, features: Features | None) -> Beside:
+        """What the loader reads of the training set, with REPA's `features`."""
+        return Beside(features, captions=self.encoder is not None, text=self.features)
+
+    @property
+    def held_out(self) -> Beside:
+        """What is read of the held-out images."""
+        return Beside(captions=self.encoder is not None, text=self.held_out_features)
+
+
+def text_of(asked: Config, located: Located, validation: Located | None) -> Speech:
+    """The text of a run over a data set, and over its held-out images.
+
+    Raises:
+        InputError: no captions, no encoder and no features, or features of another encoder, width or options.
+    """
+    width, shown = asked.model.text_width, asked.data.path
+    if not width:
+        return Speech()
+    for place, key in ((located, "data.path"), (validation, "validation.path")):
+        if place and not (place.folder / CAPTIONS_NAME).stat().st_size:
+            raise InputError(f"{key} = {str(place.folder)!r} has no captions, and the network takes text")
+    if asked.text.encoder:
+        encoder = load(asked.text, asked.text.encoder)
+        _check_width(encoder.width, width, f"text.encoder = {asked.text.encoder!r}")
+        return Speech(encoder, prompts=_prompts(asked, located, validation))
+    found = read_text_features(located.folder, located.index)
+    if found is None:
+        raise InputError(
+            f"data.path = {shown!r} holds no text features: give text.encoder, or store them with "
+            f"'data_prep embed-text {shown} --encoder ENCODER'"
+        )
+    _check_width(found.recipe.width, width, f"the text features of {shown!r}")
+    wanted = recipe(asked.text, found.recipe.digest, width)
+    if asked.text.digest not in ("", found.recipe.digest):
+        raise InputError(
+            f"the text features of {shown!r} are of the encoder {found.recipe.digest[:16]}…, but text.digest = "
+            f"{asked.text.digest!r}"
+        )
+    check_recipe(found.recipe, wanted, shown)
+    if asked.log.prompts:
+        raise InputError(f"log.prompts = {asked.log.prompts!r}: prompts of your own need text.encoder")
+    held_out = read_text_features(validation.folder, validation.index) if validation else None
+    if validation and held_out is None:
+        raise InputError(
+            f"validation.path = {asked.validation.path!r} holds no text features: store them with "
+            f"'data_prep embed-text {asked.validation.path} --encoder ENCODER'"
+        )
+    if held_out:
+        check_recipe(held_out.recipe, found.recipe, asked.validation.path)
+    return Speech(None, found, held_out, _prompts(asked, located, validation))
+
+
+def load(text: TextConfig, name: str, option: str = "text.encoder") -> TextEncoder:
+    """The frozen encoder of that folder or hub name, with a run's options.
+
+    Raises:
+        InputError: no such encoder, or another one than text.digest.
+    """
+    from megapix import text_encoder  # late: torch and transformers, which no other check needs
+
+    encoder = text_encoder.load(
+        name,
+        max_tokens=text.max_tokens,
+        normalize=text.normalize,
+        scale=text.scale,
+        prefix=text.prefix,
+        dtype=text.dtype,
+        micro_batch=text.micro_batch,
+        option=option,
+    )
+    if text.digest not in ("", encoder.digest):
+        raise InputError(
+            f"{option} = {name!r} has the digest {encoder.digest[:16]}…, but text.digest = {text.digest!r}"
+        )
+    return encoder
+
+
+def recipe(text: TextConfig, digest: str, width: int) -> Recipe:
+    """How a run's features are made."""
+    return Recipe(digest, width, text.max_tokens, text.normalize, text.scale, text.prefix, text.dtype)
+
+
+def _check_width(found: int, wanted: int, shown: str) -> None:
+    if found != wanted:
+        raise InputError(f"{shown} has {found} channels, but model.text_width = {wanted}")
+
+
+def _prompts(asked: Config, located: Located, validation: Located | None) -> tuple[str, ...]:
+    """The lines of log.prompts, or the first captions of the held-out images, or of the training set."""
+    if asked.log.prompts:
+        return read_prompts(Path(asked.log.prompts), "log.prompts")
+    place = validation or located
+    captions = Captions(place.folder, place.index)
+    return tuple(captions.of(n)[0].text for n in range(min(asked.log.grid_classes, place.index.samples)))
+
+
+def read_prompts(path: Path, option: str) -> tuple[str, ...]:
+    """The lines of a text file that are not blank.
+
+    Raises:
+        InputError: it cannot be read, or has none.
+    """
+    try:
+        lines = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{option} = {str(path)!r}: cannot be read as UTF-8 text: {error}") from error
+    if not lines:
+        raise InputError(f"{option} = {str(path)!r} holds no prompt")
+    return lines
