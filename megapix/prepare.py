@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -52,7 +52,7 @@ class Plan:
     """Or its features, computed before."""
     standard: Standard | None = None
     """What images are measured by in training, if they are."""
-    speech: Speech = Speech()
+    speech: Speech = field(default_factory=Speech)
     """Where the text of a network that takes text comes from."""
 
     @property

@@ -74,15 +74,75 @@ def count(state: dict[str, Tensor], prefix: str) -> int:
     return 1 + max(int(key.split(".")[1]) for key in state if key.startswith(prefix))
 
 
-def pixeldit(state: dict[str, Tensor], patch: int, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-    """Velocity [B, 3, H, W] float64 of the network whose parameters are `state` (names as released)."""
+def joint_attention(
+    state: dict[str, Tensor], name: str, image: Tensor, text: Tensor, real: Tensor, turns: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Attention over the real text tokens and all patches of each sample, one sample and one head at a time."""
+    head_dim = state[f"{name}.q_norm_x.weight"].numel()
+    heads = image.shape[-1] // head_dim
+    positions = torch.arange(text.shape[1], dtype=torch.float64)
+    pairs = torch.arange(head_dim // 2, dtype=torch.float64)
+    text_turns = torch.exp(1j * positions[:, None] * 10000.0 ** (-2 * pairs / head_dim))
+
+    def project(tokens: Tensor, stream: str, turn_by: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = linear(state, f"{name}.qkv_{stream}", tokens).chunk(3, -1)
+        normed = []
+        for part, norm in ((q, "q_norm"), (k, "k_norm")):
+            z = rms(part.reshape(*part.shape[:2], heads, head_dim), state[f"{name}.{norm}_{stream}.weight"])
+            turned = torch.complex(z[..., 0::2], z[..., 1::2]) * turn_by[None, :, None]
+            normed.append(torch.stack([turned.real, turned.imag], -1).flatten(-2))
+        return normed[0], normed[1], v.reshape(*v.shape[:2], heads, head_dim)
+
+    (qx, kx, vx), (qy, ky, vy) = project(image, "x", turns), project(text, "y", text_turns)
+    out_x, out_y = torch.zeros_like(image), torch.zeros_like(text)
+    for b in range(len(image)):
+        for h in range(heads):
+            keys = torch.cat([ky[b, real[b], h], kx[b, :, h]])
+            values = torch.cat([vy[b, real[b], h], vx[b, :, h]])
+            for query, out in ((qx, out_x), (qy, out_y)):
+                weights = torch.softmax(query[b, :, h] @ keys.T / math.sqrt(head_dim), -1)
+                out[b, :, h * head_dim : (h + 1) * head_dim] = weights @ values
+    return linear(state, f"{name}.proj_x", out_x), linear(state, f"{name}.proj_y", out_y)
+
+
+def text_blocks(state: dict[str, Tensor], s: Tensor, t_emb: Tensor, y: Tensor, real: Tensor, turns: Tensor) -> Tensor:
+    """Patch tokens after the MM-DiT blocks."""
+    text = rms(linear(state, "y_embedder.proj", y.double()), state["y_embedder.norm.weight"])
+    text = text + state["y_pos_embedding"][:, : y.shape[1]]
+    c = silu(t_emb)
+    for n in range(count(state, "patch_blocks.")):
+        name = f"patch_blocks.{n}"
+        streams, ways = {"x": s, "y": text}, {}
+        for stream, kind in (("x", "img"), ("y", "txt")):
+            ways[stream] = linear(state, f"{name}.adaLN_modulation_{kind}.0", c).chunk(6, -1)
+
+        norm = {key: state[f"{name}.norm_{key}.weight"] for key in ("x1", "y1", "x2", "y2")}
+        first = [rms(streams[z], norm[f"{z}1"]) * (1 + ways[z][1]) + ways[z][0] for z in "xy"]
+        attended = joint_attention(state, f"{name}.attn", *first, real, turns)
+        for z, out in zip("xy", attended, strict=True):
+            streams[z] = streams[z] + ways[z][2] * out
+            second = rms(streams[z], norm[f"{z}2"]) * (1 + ways[z][4]) + ways[z][3]
+            streams[z] = streams[z] + ways[z][5] * patch_mlp(state, f"{name}.mlp_{z}", second)
+        s, text = streams["x"], streams["y"]
+    return s
+
+
+def pixeldit(
+    state: dict[str, Tensor], patch: int, x: Tensor, t: Tensor, y: Tensor, real: Tensor | None = None
+) -> Tensor:
+    """Velocity [B, 3, H, W] float64 of the network whose parameters are `state` (names as released).
+
+    y are classes [B]; or text features [B, T, C], where `real` is true, if the parameters are of a text network.
+    """
     state = {key: value.double() for key, value in state.items()}
     x, t = x.double(), t.double()
     batch, channels, height, width = x.shape
     rows, cols = height // patch, width // patch
     length, pixels = rows * cols, patch * patch
     d = state["pixel_embedder.proj.weight"].shape[0]
-    turns = rope_turns(rows, cols, state["patch_blocks.0.attn.q_norm.weight"].numel())
+    text = "y_pos_embedding" in state
+    turns = rope_turns(rows, cols, state[f"patch_blocks.0.attn.q_norm{'_x' * text}.weight"].numel())
+    pixel_turns = rope_turns(rows, cols, state["pixel_blocks.0.attn.q_norm.weight"].numel())
 
     patches = F.unfold(x, patch, stride=patch).transpose(1, 2)  # [B, L, C·p·p], channel-major
     s = linear(state, "s_embedder.proj", patches)
@@ -91,8 +151,12 @@ def pixeldit(state: dict[str, Tensor], patch: int, x: Tensor, t: Tensor, y: Tens
         sinusoid[:, k] = torch.cos(t * 10.0 ** (-k / 128))
         sinusoid[:, 128 + k] = torch.sin(t * 10.0 ** (-k / 128))
     t_emb = linear(state, "t_embedder.mlp.2", silu(linear(state, "t_embedder.mlp.0", sinusoid)))[:, None]
-    c = silu(t_emb + state["y_embedder.embedding_table.weight"][y][:, None])
-    for n in range(count(state, "patch_blocks.")):
+    if text:
+        assert real is not None
+        s = text_blocks(state, s, t_emb, y, real, turns)
+    else:
+        c = silu(t_emb + state["y_embedder.embedding_table.weight"][y][:, None])
+    for n in range(0 if text else count(state, "patch_blocks.")):
         name = f"patch_blocks.{n}"
         a1, b1, g1, a2, b2, g2 = linear(state, f"{name}.adaLN_modulation.0", c).chunk(6, -1)
         normed = rms(s, state[f"{name}.norm1.weight"]) * (1 + b1) + a1
@@ -119,7 +183,7 @@ def pixeldit(state: dict[str, Tensor], patch: int, x: Tensor, t: Tensor, y: Tens
 
     def attend(name: str, z: Tensor) -> Tensor:
         compact = linear(state, f"{name}.compress_to_attn", z.reshape(batch, length, pixels * d))
-        out = attention(state, f"{name}.attn", compact, turns)
+        out = attention(state, f"{name}.attn", compact, pixel_turns)
         return linear(state, f"{name}.expand_from_attn", out).reshape(batch, length, pixels, d)
 
     def mlp(name: str, z: Tensor) -> Tensor:

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from megapix.config import ModelConfig, pixeldit_b, pixeldit_l, pixeldit_xl, preset
-from megapix.model import PixelDiT, embed, layers, pixeldit
+from megapix.model import PixelDiT, build, embed, layers, pixeldit, text
 from tests import reference
+from tests.test_text_model import TEXT
 
 SMALL = ModelConfig(patch_size=4, width=32, depth=2, heads=2, pixel_width=8, pixel_depth=2, num_classes=3)
 
@@ -176,11 +177,11 @@ def test_patch_embedding_is_one_linear_layer() -> None:
 
 
 def test_every_layer_class_is_used() -> None:
-    configs = [SMALL, ModelConfig(**{**SMALL.__dict__, "mlp": "swiglu"})]
-    used = {type(m) for config in configs for m in PixelDiT(config).modules()}
+    configs = [SMALL, ModelConfig(**{**SMALL.__dict__, "mlp": "swiglu"}), TEXT]
+    used = {type(m) for config in configs for m in build(config).modules()}
     defined = {
         cls
-        for module in (embed, layers, pixeldit)
+        for module in (embed, layers, pixeldit, text)
         for cls in vars(module).values()
         if inspect.isclass(cls) and issubclass(cls, nn.Module) and cls.__module__.startswith("megapix")
     }

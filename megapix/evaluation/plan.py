@@ -118,6 +118,10 @@ def _plan(options: EvaluateOptions, recorded: Scored | None, weights: Weights, d
 
 
 def _check(manifest: Manifest, about: About) -> None:
+    if about.model.text_width:
+        raise InputError(
+            f"{about.source} takes text, and images are scored by class; megapix sample --prompts draws from text"
+        )
     config.validate_sampling(manifest.sampling)
     for name, least in (("count", 2), ("batch", 1)):
         if getattr(manifest, name) < least:

@@ -45,7 +45,7 @@ def evaluate(options: EvaluateOptions, world: World) -> int:
     p = plan(options, world, device)
     m = p.manifest
     work = p.out.with_name(f".{p.out.stem}-{m.key[:16]}.work")
-    images = Images(m.count, m.batch, m.classes, weights.about.model.num_classes, m.seed, m.size, m.sampling)
+    images = Images(m.count, m.batch, m.classes, p.weights.about.model.num_classes, m.seed, m.size, m.sampling)
     blocks = Blocks(work, images, options.npz is not None, options.images)
 
     def finished() -> Scored | None:

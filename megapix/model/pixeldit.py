@@ -90,9 +90,10 @@ class PixelDiT(nn.Module):
         [B, L, D] after block number `after`, counted from 1; 0 gives those before the first."""
         patch, c = self.config.patch_size, self.config
         patches = rearrange(x, "b c (r i) (q j) -> b (r q) (c i j)", i=patch, j=patch)
-        s = tokens = self.s_embedder(patches)  # [B, L, D]
+        s = tokens = first = self.s_embedder(patches)  # [B, L, D]
         t_emb = self.t_embedder(t)[:, None]  # [B, 1, D]
-        for number, s in enumerate(self.through_blocks(s, t_emb, self._rope(x, c.width // c.heads), *condition), 1):
+        blocks = self.through_blocks(first, t_emb, self._rope(x, c.width // c.heads), *condition)
+        for number, s in enumerate(blocks, 1):
             tokens = s if number == after else tokens
         return F.silu(t_emb + s), tokens  # [B, L, D] each
 

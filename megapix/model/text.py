@@ -55,11 +55,11 @@ class TextPixelDiT(PixelDiT):
         tokens = y.shape[1]
         if tokens > self.config.text_tokens:
             raise ValueError(f"{tokens} text tokens: the position table has {self.config.text_tokens} rows")
-        text = self.y_embedder(y.to(s.dtype)) + self.y_pos_embedding[:, :tokens]  # [B, T, D]
         keys = None
-        if mask is not None:  # text tokens first, then all patches
+        if mask is not None:
+            y = y.where(mask[..., None], 0)  # whatever stands there, not even a NaN may come through
             keys = torch.cat([mask, mask.new_ones(len(mask), s.shape[1])], 1)  # [B, T + L]
-            text = text.where(mask[..., None], 0)  # whatever stands there, not even a NaN may come through
+        text = self.y_embedder(y.to(s.dtype)) + self.y_pos_embedding[:, :tokens]  # [B, T, D]
         turns = text_rope_table(tokens, self.config.width // self.config.heads, s.device)
         c = F.silu(t_emb)  # [B, 1, D]
         for block in self.patch_blocks:
@@ -94,7 +94,7 @@ class MMDiTBlock(nn.Module):
     """MM-DiT block: two streams with norms, FFN and adaLN-Zero of their own, and joint attention.
 
     [B, L, D], [B, T, D] -> the same. After the last block nobody reads the text: it comes back as it went in, and
-    `attn.proj_y`, `norm_y2` and `mlp_y`, which the released weights have there too, are never used.
+    `attn.q_norm_y`, `attn.proj_y`, `norm_y2` and `mlp_y`, which the released weights have there too, change nothing.
     """
 
     def __init__(self, config: ModelConfig, last: bool) -> None:
