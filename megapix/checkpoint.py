@@ -121,6 +121,20 @@ class FileRecord:
 
 
 @dataclass(frozen=True)
+class Stage:
+    """An earlier stage of training, whose weights the next one has started from."""
+
+    source: str
+    """Checkpoint folder or exported file, absolute."""
+    sha256: str
+    """Of its state.json, or of the file."""
+    kind: str
+    """'EMA' or 'raw weights'."""
+    images_seen: int
+    """In that stage."""
+
+
+@dataclass(frozen=True)
 class State:
     """What a checkpoint says of itself: the manifest, state.json."""
 
@@ -147,6 +161,8 @@ class State:
     """Skipped steps since the last applied one."""
     files: dict[str, FileRecord] = field(default_factory=dict)
     """Each file beside state.json."""
+    stages: tuple[Stage, ...] = ()
+    """The stages before this run, oldest first."""
 
 
 def write_state(folder: Path, state: State) -> None:
@@ -183,6 +199,7 @@ def read_state(folder: Path) -> State:
             tuple((position, step, seen) for position, step, seen in data["standing_out"]),
             data["skipped_in_a_row"],
             {name: FileRecord(**record) for name, record in data["files"].items()},
+            tuple(Stage(**stage) for stage in data.get("stages", ())),
         )
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error

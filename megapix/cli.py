@@ -239,22 +239,35 @@ def _read_config(path: Path) -> Config:
 @dataclass(frozen=True)
 class SampleOptions:
     """Draw images from a run, a checkpoint, an exported file or an imported folder, on one process. Defaults marked
-    'the run's' come from the configuration stored with the weights."""
+    'the run's' come from the configuration stored with the weights. Each PNG says what it was drawn from."""
 
     path: tyro.conf.Positional[Path]
     """Run folder (its newest whole checkpoint), checkpoint folder, exported file, or imported folder."""
     out: Path = Path("samples.png")
-    """PNG file of the grid: one class a row."""
+    """PNG file of the grid, one class or prompt a row; of another layout the folder, which is gone on with."""
     singles: Path | None = None
-    """Folder that also gets every image as its own PNG, CLASS-NUMBER.png."""
+    """Folder that also gets every image of a grid as its own PNG, CLASS-NUMBER.png or PROMPT-NUMBER.png."""
     raw: bool = False
     """Use the raw weights of a run or checkpoint instead of the EMA."""
     classes: tuple[int, ...] = ()
     """Class numbers; the default is all, but no more than 16."""
-    per_class: int = 8
-    """Images of each class."""
+    prompts: Path | None = None
+    """Of a network that takes text: a file with a prompt a line, or a shard folder, for its captions; for geneval its
+    evaluation_metadata.jsonl, for dpg its folder of .txt files."""
+    count: int = 0
+    """Prompts of it that are taken, the first ones; 0 is all."""
+    negative_prompt: str = ""
+    """What guidance leads away from; empty is the empty caption."""
+    encoder: str = ""
+    """Folder or hub name of the text encoder; the run's."""
+    layout: Literal["grid", "geneval", "dpg"] = "grid"
+    """One picture; or the files that the evaluators of GenEval or DPG-Bench read (docs/text.md)."""
+    per_class: Annotated[int, tyro.conf.arg(aliases=["--per-prompt"])] = 8
+    """Images of each class or prompt; GenEval and DPG-Bench want 4."""
     seed: int = 0
     """Seed of the noise; an image depends on it and on its own number, not on the batch."""
+    seeds: tuple[int, ...] = ()
+    """A seed for each image of a row, the same ones in all rows, in place of --seed."""
     sampler: config.Sampler | None = None
     """Euler, Heun, or two-step Adams-Bashforth; the run's."""
     steps: int | None = None
@@ -274,43 +287,41 @@ class SampleOptions:
 
 
 def sample(arguments: list[str], world: World) -> int:
-    """Draw a grid of samples and write it as PNG."""
+    """Draw samples and write them as PNG."""
     options = tyro.cli(SampleOptions, args=arguments, prog="megapix sample", console_outputs=world.main)
-    from megapix.sample import write_samples
-    from megapix.weights import load_weights
+    _check_sample(options)
 
+    from megapix.sample_command import sample
+
+    return sample(options)
+
+
+def _check_sample(o: SampleOptions) -> None:
+    """What is wrong with the options whatever the weights are."""
     for name in ("per_class", "batch", "zoom"):
-        if getattr(options, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')} = {getattr(options, name)}: expected at least 1")
-    config.validate_seed(options.seed)
-    check_writable("--out", options.out)
-    if options.singles:
-        if options.singles.exists() and not options.singles.is_dir():
-            raise InputError(f"--singles {str(options.singles)!r} is not a folder")
-        check_writable("--singles", options.singles / "0.png")
-    weights = load_weights(options.path, False if options.raw else None)
-    o = options
-    sampling = config.asked_sampling(
-        weights.about.sampling, o.interval, sampler=o.sampler, steps=o.steps, guidance=o.guidance, shift=o.shift
-    )
-    size = options.size or (weights.about.image_size, weights.about.image_size)
-    classes = options.classes or tuple(range(min(16, weights.about.model.num_classes)))
-    write_samples(
-        weights,
-        sampling,
-        classes,
-        options.per_class,
-        options.seed,
-        size,
-        options.batch,
-        options.out,
-        options.singles,
-        options.zoom,
-    )
-    about = weights.about
-    print(f"megapix: {options.out}: {options.per_class} samples a row, from the {about.kind} of {about.source}")
-    print(f"megapix: rows: {', '.join(weights.about.classes[c] for c in classes)}")
-    return 0
+        if getattr(o, name) < 1:
+            raise InputError(f"--{name.replace('_', '-')} = {getattr(o, name)}: expected at least 1")
+    if o.count < 0:
+        raise InputError(f"--count = {o.count}: expected 0 (all) or more")
+    for seed in (o.seed, *o.seeds):
+        config.validate_seed(seed)
+    if o.seeds and len(o.seeds) != o.per_class:
+        raise InputError(f"--seeds are {len(o.seeds)}, but --per-class = {o.per_class}: expected one for each image")
+    if o.layout == "dpg" and o.per_class != 4:
+        raise InputError(f"--per-class = {o.per_class}: DPG-Bench expects 4 images of a prompt")
+    if o.layout != "grid":
+        for name, default in (("singles", None), ("zoom", 1)):
+            if getattr(o, name) != default:
+                raise InputError(f"--{name} goes with --layout grid alone")
+        if o.out.exists() and not o.out.is_dir():
+            raise InputError(f"--out {str(o.out)!r} is a file; --layout {o.layout} writes a folder")
+        check_writable("--out", o.out / "0.png")
+        return
+    check_writable("--out", o.out)
+    if o.singles:
+        if o.singles.exists() and not o.singles.is_dir():
+            raise InputError(f"--singles {str(o.singles)!r} is not a folder")
+        check_writable("--singles", o.singles / "0.png")
 
 
 @dataclass(frozen=True)

@@ -28,8 +28,14 @@ from megapix.text_features import TextFeatureReader, TextFeatures
 EMPTY_NAME = "empty_caption.safetensors"
 """File of the run folder with the empty caption's features: what stands for no caption, from the first step on."""
 
-Encode = Callable[[Sequence[str]], tuple[Tensor, Tensor]]
-"""Captions -> features [B, T, C_text] and mask [B, T] (`text_encoder.TextEncoder`)."""
+
+class Encode(Protocol):
+    """What is needed of a text encoder (`text_encoder.TextEncoder`)."""
+
+    first_cut: str | None
+
+    def __call__(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Captions -> features [B, T, C_text] and mask [B, T]."""
 
 
 class Conditioner(Protocol):
@@ -58,18 +64,29 @@ class Classes:
 
 
 class EncodedText:
-    """Captions, encoded when they are drawn; `nothing` are the features of the empty one."""
+    """Captions, encoded when they are drawn; `nothing` are the features of the empty one.
 
-    def __init__(self, encode: Encode, nothing: Told, prompts: Sequence[str]) -> None:
-        self._encode, self._nothing, self._prompts = encode, nothing, prompts
+    Args:
+        say: told of the first caption that had to be cut.
+    """
+
+    def __init__(self, encode: Encode, nothing: Told, prompts: Sequence[str], say: Callable[[str], None]) -> None:
+        self._encode, self._nothing, self._prompts, self._say = encode, nothing, prompts, say
 
     def of(self, batch: Batch) -> Condition:
         """Features of the batch's captions."""
-        return Condition(self._encode(batch.captions), self._nothing)
+        return self._told(batch.captions)
 
     def rows(self, count: int) -> Condition:
         """Features of the first prompts."""
-        return Condition(self._encode(self._prompts[:count]), self._nothing)
+        return self._told(self._prompts[:count])
+
+    def _told(self, captions: Sequence[str]) -> Condition:
+        unsaid = self._encode.first_cut is None
+        told = self._encode(captions)
+        if unsaid and self._encode.first_cut:
+            self._say(self._encode.first_cut)
+        return Condition(told, self._nothing)
 
 
 class StoredText:
@@ -107,7 +124,7 @@ def of_run(c: Config, speech: Speech, world: World, device: torch.device, folder
     if speech.encoder:
         encode = speech.encoder
         nothing = _kept(folder, lambda: encode([""]), world)
-        return EncodedText(encode, tuple(part.to(device) for part in nothing), speech.prompts)
+        return EncodedText(encode, tuple(part.to(device) for part in nothing), speech.prompts, world.say)
     if speech.features:
         shown, empty = speech.held_out_features or speech.features, TextFeatureReader(speech.features).empty()
         return StoredText(_kept(folder, lambda: padded([empty]), world), device, shown)

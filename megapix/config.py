@@ -360,8 +360,10 @@ class Config:
     seed: int = _identity(0)
     """Seed of the initial weights, sample order, flips, noise, timesteps and label dropout."""
     init: str = _identity("")
-    """Start from the EMA of this run or checkpoint, or from an exported file or imported folder; all other state
-    starts fresh."""
+    """Start from the weights of this run or checkpoint, or of an exported file or imported folder, as another stage;
+    optimizer, position and EMA start fresh."""
+    init_weights: Literal["ema", "raw"] = _identity("ema")
+    """Which weights of it; an exported file or imported folder holds one kind."""
     resume: Literal["auto", "require"] = _machine("auto")
     """'auto' goes on from the newest whole checkpoint, or starts; 'require' from the newest one or not at all."""
     precision: Literal["bf16", "fp32"] = _identity("bf16")
@@ -626,7 +628,7 @@ def freeze(config: Config, epoch: int) -> Config:
         if value == 0 and key not in ("optim.warmup", "repa.stop_at"):
             raise InputError(f"{key} = {get(config, key)!r} is no image at all; expected at least 1")
         config = replace(config, key, "never" if value is None else value)
-    return replace(config, "repa.layer", aligned_layer(config)) if config.repa.wanted else config
+    return replace(config, "repa.layer", aligned_layer(config))
 
 
 def validate(config: Config) -> None:
@@ -661,7 +663,7 @@ def validate(config: Config) -> None:
     need(config.flow.t_std > 0, "flow.t_std", "above 0")
     need(config.flow.time_shift > 0, "flow.time_shift", "above 0")
     need(0 <= config.flow.label_dropout <= 1, "flow.label_dropout", "a probability, 0 to 1")
-    _validate_repa(config.repa, aligned_layer(config), m.depth)
+    _validate_repa(config.repa, m)
     _validate_text(config.text, m)
     need(o.global_batch >= 1, "optim.global_batch", "at least 1")
     need(o.lr > 0, "optim.lr", "above 0")
@@ -754,7 +756,12 @@ def validate_model(m: ModelConfig) -> None:
 
 def aligned_layer(config: Config) -> int:
     """Patch block, counted from 1, that REPA aligns: repa.layer, or the paper's."""
-    return config.repa.layer or (6 if config.model.text_width else 8)
+    return config.repa.layer or paper_layer(config.model)
+
+
+def paper_layer(model: ModelConfig) -> int:
+    """Patch block, counted from 1, that the paper aligns."""
+    return 6 if model.text_width else 8
 
 
 def _validate_text(t: TextConfig, m: ModelConfig) -> None:
@@ -773,12 +780,13 @@ def _validate_text(t: TextConfig, m: ModelConfig) -> None:
         raise InputError(f"text.micro_batch = {t.micro_batch}: expected 0 (the run's micro batch) or more")
 
 
-def _validate_repa(r: RepaConfig, layer: int, depth: int) -> None:
+def _validate_repa(r: RepaConfig, m: ModelConfig) -> None:
+    layer, depth = r.layer or paper_layer(m), m.depth
     if r.encoder and r.features:
         raise InputError(f"repa.encoder = {r.encoder!r} and repa.features = {r.features!r}: expected one of them")
     if not r.wanted:
         for (key, value, _), (_, default, _) in zip(leaves(r), leaves(RepaConfig()), strict=True):
-            if value != default:
+            if value != default and (key, value) != ("layer", paper_layer(m)):
                 raise InputError(
                     f"repa.{key} = {value!r} has no effect without repa.encoder or repa.features; give one of them, too"
                 )

@@ -26,11 +26,12 @@ from megapix import (
     recovery,
     repa,
     retention,
+    stages,
     stopping,
     storage,
     weights,
 )
-from megapix.checkpoint import Counters, State
+from megapix.checkpoint import Counters, Stage, State
 from megapix.claim import claim
 from megapix.condition import Condition
 from megapix.conditioner import Conditioner
@@ -132,15 +133,18 @@ def _run(p: Plan, world: World, device: torch.device, stop: StopRequest, watch: 
     alignment = Alignment(c.repa.layer, p.aligned_width) if p.aligned_width else None
     p.speech.to(device)
     net = engine.build_network(c.model, c.seed, c.machine, alignment)
+    before: tuple[Stage, ...] = ()
     if c.init and not p.saved:
-        initial = weights.load_weights(c.init, world=world)
+        initial = weights.load_weights(c.init, stages.kind(c), world)
         dist.together(world, lambda: weights.assign(net, initial))
-        world.say(f"starting from the {initial.about.kind} of {initial.about.source}")
+        before = dist.gather(world, stages.of(initial.about) if world.main else ())[0]
+        world.say(f"stage {len(before) + 1}: starting from the {initial.about.kind} of {initial.about.source}")
     e = engine.build(c, p.layout, net)
     if p.saved:
         engine.load(e, p.saved, world)
     layout, index = engine.layout(e, world), p.located.index
-    state = p.saved.state if p.saved else State(Counters(), c, index.digest, index.class_names, layout, adam_steps=0)
+    fresh = State(Counters(), c, index.digest, index.class_names, layout, adam_steps=0, stages=before)
+    state = p.saved.state if p.saved else fresh
     state = replace(state, config=c, layout=layout, files={})
     _announce(p, world, net)
     write_config(world, p)

@@ -114,8 +114,10 @@ def plan(asked: Config, ranks: int, choice: Choice | None = None) -> Plan:
     _check_writable(run)
     choice = choice or checkpoint.choose(run, asked.resume, World(), hashed=False)
     if choice.saved is None:
-        if asked.init and not checkpoint.exported_file(Path(asked.init)):
-            checkpoint.find(Path(asked.init), World(), hashed=False)
+        if asked.init:
+            from megapix import stages  # late: torch, which no other check needs
+
+            stages.check(resolved)
         return Plan(resolved, located, layout, choice, validation, [], teacher, features, standard, speech)
     folder, state = choice.saved.folder, choice.saved.state
     _check_batch(state, layout, str(folder))

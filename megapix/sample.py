@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -13,15 +14,15 @@ from torch import Tensor
 
 from megapix import draws, flow
 from megapix.condition import Condition
-from megapix.condition import classes as of_classes
 from megapix.config import Sampler, SamplingConfig
 from megapix.draws import Purpose
 from megapix.errors import InputError
 from megapix.flow import Network
 from megapix.shards import write_atomic
-from megapix.weights import Weights, network
 
 SAMPLERS = get_args(Sampler)
+METADATA = "megapix"
+"""Text chunk of a PNG that says what it was drawn from."""
 
 
 def time_grid(steps: int, shift: float) -> list[float]:
@@ -122,48 +123,6 @@ def seeded_noise(seed: int, numbers: list[int], size: tuple[int, int], device: t
     return flow.noise(keys, (3, *size), device)
 
 
-def write_samples(
-    weights: Weights,
-    config: SamplingConfig,
-    classes: tuple[int, ...],
-    per_class: int,
-    seed: int,
-    size: tuple[int, int],
-    batch: int,
-    out: Path,
-    singles: Path | None,
-    zoom: int,
-) -> None:
-    """Draw `per_class` images of each class and write the grid, one class a row, and perhaps single files.
-
-    Raises:
-        InputError: a class that does not exist, a size that the patch size does not divide, images that are not
-            finite, or a file that cannot be written.
-    """
-    for c in classes:
-        if not 0 <= c < weights.about.model.num_classes:
-            raise InputError(f"class {c} does not exist: expected 0 to {weights.about.model.num_classes - 1}")
-    patch = weights.about.model.patch_size
-    if min(size) < patch or size[0] % patch or size[1] % patch:
-        raise InputError(f"size {size[0]}x{size[1]}: expected multiples of the patch size {patch}")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    net = network(weights, device)
-    labels = torch.tensor(classes, device=device).repeat_interleave(per_class)
-    parts = []
-    for start in range(0, len(labels), batch):
-        some = labels[start : start + batch]
-        noise = seeded_noise(seed, list(range(start, start + len(some))), size, device)
-        drawn = draw(net, noise, of_classes(some, weights.about.model.num_classes), config)
-        if not drawn.isfinite().all():
-            raise InputError(not_finite(weights.about.source))
-        parts.append(to_uint8(drawn))
-    images = np.concatenate(parts)
-    write_png(out, grid(images, per_class), zoom)
-    if singles:
-        for number, (label, image) in enumerate(zip(labels.tolist(), images, strict=True)):
-            write_png(singles / f"{label:04d}-{number:06d}.png", image)
-
-
 def not_finite(source: str) -> str:
     """What is said where a network draws something else than numbers."""
     return f"{source}: its images are not finite: the weights have diverged, or are too large for this precision"
@@ -186,8 +145,11 @@ def grid(images: np.ndarray, columns: int, gap: int = 2) -> np.ndarray:
     return sheet
 
 
-def write_png(path: Path, image: np.ndarray, zoom: int = 1) -> None:
+def write_png(path: Path, image: np.ndarray, zoom: int = 1, about: Mapping[str, Any] | None = None) -> None:
     """Write a uint8 image [H, W, 3] as PNG, each pixel `zoom` × `zoom`; the file appears whole or not at all.
+
+    Args:
+        about: what is said of it, as JSON in its text chunk METADATA.
 
     Raises:
         InputError: the file cannot be written.
@@ -195,9 +157,12 @@ def write_png(path: Path, image: np.ndarray, zoom: int = 1) -> None:
     import io
 
     from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
 
-    png = io.BytesIO()
-    Image.fromarray(image.repeat(zoom, 0).repeat(zoom, 1)).save(png, format="PNG")
+    png, said = io.BytesIO(), PngInfo()
+    if about is not None:
+        said.add_itxt(METADATA, json.dumps(about, ensure_ascii=False))
+    Image.fromarray(image.repeat(zoom, 0).repeat(zoom, 1)).save(png, format="PNG", pnginfo=said)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, png.getvalue())

@@ -16,7 +16,7 @@ from megapix.data.read import Captions
 from megapix.errors import InputError
 from megapix.features import Features
 from megapix.shards import CAPTIONS_NAME
-from megapix.text_features import Recipe, TextFeatures, check_recipe, read_text_features
+from megapix.text_features import Recipe, TextFeatures, read_text_features
 
 if TYPE_CHECKING:
     import torch
@@ -79,32 +79,25 @@ def text_of(asked: Config, located: Located, validation: Located | None) -> Spee
             raise InputError(f"{key} = {str(place.folder)!r} has no captions, and the network takes text")
     if asked.text.encoder:
         encoder = load(asked.text, asked.text.encoder)
-        _check_width(encoder.width, width, f"text.encoder = {asked.text.encoder!r}")
+        check_width(encoder.width, width, f"text.encoder = {asked.text.encoder!r}")
         return Speech(encoder, prompts=_prompts(asked, located, validation))
-    found = read_text_features(located.folder, located.index)
+    found = read_text_features(located.folder, located.index, shown)
     if found is None:
         raise InputError(
             f"data.path = {shown!r} holds no text features: give text.encoder, or store them with "
             f"'data_prep embed-text {shown} --encoder ENCODER'"
         )
-    _check_width(found.recipe.width, width, f"the text features of {shown!r}")
-    wanted = recipe(asked.text, found.recipe.digest, width)
-    if asked.text.digest not in ("", found.recipe.digest):
-        raise InputError(
-            f"the text features of {shown!r} are of the encoder {found.recipe.digest[:16]}…, but text.digest = "
-            f"{asked.text.digest!r}"
-        )
-    check_recipe(found.recipe, wanted, shown)
+    found.require(recipe(asked.text, width))
     if asked.log.prompts:
         raise InputError(f"log.prompts = {asked.log.prompts!r}: prompts of your own need text.encoder")
-    held_out = read_text_features(validation.folder, validation.index) if validation else None
+    held_out = read_text_features(validation.folder, validation.index, asked.validation.path) if validation else None
     if validation and held_out is None:
         raise InputError(
             f"validation.path = {asked.validation.path!r} holds no text features: store them with "
             f"'data_prep embed-text {asked.validation.path} --encoder ENCODER'"
         )
     if held_out:
-        check_recipe(held_out.recipe, found.recipe, asked.validation.path)
+        held_out.require(found.recipe)
     return Speech(None, found, held_out, _prompts(asked, located, validation))
 
 
@@ -116,16 +109,7 @@ def load(text: TextConfig, name: str, option: str = "text.encoder") -> TextEncod
     """
     from megapix import text_encoder  # late: torch and transformers, which no other check needs
 
-    encoder = text_encoder.load(
-        name,
-        max_tokens=text.max_tokens,
-        normalize=text.normalize,
-        scale=text.scale,
-        prefix=text.prefix,
-        dtype=text.dtype,
-        micro_batch=text.micro_batch,
-        option=option,
-    )
+    encoder = text_encoder.load(name, recipe(text), text.micro_batch, option)
     if text.digest not in ("", encoder.digest):
         raise InputError(
             f"{option} = {name!r} has the digest {encoder.digest[:16]}…, but text.digest = {text.digest!r}"
@@ -133,12 +117,21 @@ def load(text: TextConfig, name: str, option: str = "text.encoder") -> TextEncod
     return encoder
 
 
-def recipe(text: TextConfig, digest: str, width: int) -> Recipe:
-    """How a run's features are made."""
-    return Recipe(digest, width, text.max_tokens, text.normalize, text.scale, text.prefix, text.dtype)
+def recipe(text: TextConfig, width: int = 0) -> Recipe:
+    """How a run's features are made; of any width if none is given."""
+    return Recipe(
+        digest=text.digest,
+        width=width,
+        max_tokens=text.max_tokens,
+        normalize=text.normalize,
+        scale=text.scale,
+        prefix=text.prefix,
+        dtype=text.dtype,
+    )
 
 
-def _check_width(found: int, wanted: int, shown: str) -> None:
+def check_width(found: int, wanted: int, shown: str) -> None:
+    """Refuse features of another width than the network takes; `shown` is what has them."""
     if found != wanted:
         raise InputError(f"{shown} has {found} channels, but model.text_width = {wanted}")
 

@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megapix import checkpoint, config, dist, flat
-from megapix.checkpoint import EXPECTED, Saved
+from megapix.checkpoint import EXPECTED, Saved, Stage
 from megapix.config import ModelConfig, SamplingConfig, TextConfig
 from megapix.dist import World
 from megapix.errors import InputError
@@ -50,6 +50,8 @@ class About:
     ema: bool
     source: str
     images_seen: int
+    stages: tuple[Stage, ...] = ()
+    """The stages of training before this one, oldest first."""
 
     @property
     def kind(self) -> str:
@@ -119,6 +121,19 @@ def stored_weights(path: str | Path, ema: bool | None = None, world: World | Non
             return {name: flat.tensor(saved.folder, layout, part, name) for name in own(layout.shapes)}
 
     return Weights(dist.together(world, read), _about(saved, ema is not False))
+
+
+def about(path: str | Path, ema: bool | None = None) -> About:
+    """What is said of the weights at `path`, without reading them: checkpoints are checked by size alone.
+
+    Raises:
+        InputError: as `load_model`.
+    """
+    path = Path(path)
+    if file := checkpoint.exported_file(path):
+        with _opened(file, ema) as (_, found):
+            return found
+    return _about(checkpoint.find(path, World(), hashed=False), ema is not False)
 
 
 def export(path: Path, out: Path, ema: bool = True) -> About:
@@ -249,7 +264,7 @@ def _part(ema: bool) -> str:
 def _about(saved: Saved, ema: bool) -> About:
     c, state = saved.state.config, saved.state
     size, seen = c.data.image_size, state.counters.images_seen
-    return About(c.model, c.sampling, size, c.text, state.classes, ema, str(saved.folder), seen)
+    return About(c.model, c.sampling, size, c.text, state.classes, ema, str(saved.folder), seen, state.stages)
 
 
 def _metadata(about: About) -> dict[str, str]:
@@ -257,16 +272,23 @@ def _metadata(about: About) -> dict[str, str]:
 
 
 def _read_export(path: Path, ema: bool | None) -> Weights:
+    with _opened(path, ema) as (file, about):
+        return Weights({name: file.get_tensor(name) for name in file.keys()}, about)  # noqa: SIM118
+
+
+@contextmanager
+def _opened(path: Path, ema: bool | None) -> Iterator[tuple[Any, About]]:
+    """An exported file, and what it says of itself."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             if METADATA not in metadata:
                 raise InputError(f"{path} has no {METADATA!r} in its metadata: {EXPECTED}")
-            about = _parsed(json.loads(metadata[METADATA]), path)
-            if ema not in (None, about.ema):
+            found = _parsed(json.loads(metadata[METADATA]), path)
+            if ema not in (None, found.ema):
                 kinds = {True: "EMA", False: "raw"}
-                raise InputError(f"{path} holds {kinds[about.ema]} weights, but the {kinds[ema]} ones were asked for")
-            return Weights({name: file.get_tensor(name) for name in file.keys()}, about)  # noqa: SIM118
+                raise InputError(f"{path} holds {kinds[found.ema]} weights, but the {kinds[ema]} ones were asked for")
+            yield file, found
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
         hint = "; megapix import reads the authors' checkpoints" if path.suffix in (".ckpt", ".pt", ".pth") else ""
         raise InputError(f"{path}: cannot be read as exported weights: {error}{hint}") from error
@@ -283,5 +305,5 @@ def _parsed(data: dict[str, Any], path: Path) -> About:
         raise InputError(f"{path}: {error}") from error
     sampling = config.from_dict(SamplingConfig, data["sampling"], str(path))
     text = config.from_dict(TextConfig, data.get("text", {}), str(path))
-    classes = tuple(data["classes"])
-    return About(model, sampling, size, text, classes, data["ema"], str(path), data["images_seen"])
+    classes, stages = tuple(data["classes"]), tuple(Stage(**stage) for stage in data.get("stages", ()))
+    return About(model, sampling, size, text, classes, data["ema"], str(path), data["images_seen"], stages)

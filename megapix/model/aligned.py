@@ -65,7 +65,7 @@ class AlignedPixelDiT(_Aligned, PixelDiT):
     """PixelDiT with REPA's projector."""
 
 
-class AlignedTextPixelDiT(_Aligned, TextPixelDiT):
+class AlignedTextPixelDiT(_Aligned, TextPixelDiT):  # type: ignore[misc]
     """PixelDiT-T2I with REPA's projector."""
 
 

@@ -29,9 +29,7 @@ class TextPixelDiT(PixelDiT):
         blocks = (MMDiTBlock(config, last=number == config.depth) for number in range(1, config.depth + 1))
         self.patch_blocks = nn.ModuleList(blocks)
 
-    def forward(  # type: ignore[override]
-        self, x: Tensor, t: Tensor, y: Tensor, mask: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, y: Tensor, mask: Tensor | None = None) -> Tensor:
         """Predict the velocity.
 
         Args:
@@ -73,11 +71,11 @@ class JointAttention(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        for stream in "xy":  # image, text
-            self.add_module(f"qkv_{stream}", nn.Linear(width, 3 * width, bias=False))
-            self.add_module(f"q_norm_{stream}", RMSNorm(width // heads))
-            self.add_module(f"k_norm_{stream}", RMSNorm(width // heads))
-            self.add_module(f"proj_{stream}", nn.Linear(width, width))
+        head = width // heads
+        self.qkv_x, self.qkv_y = (nn.Linear(width, 3 * width, bias=False) for _ in range(2))  # image, text
+        self.q_norm_x, self.k_norm_x = RMSNorm(head), RMSNorm(head)
+        self.q_norm_y, self.k_norm_y = RMSNorm(head), RMSNorm(head)
+        self.proj_x, self.proj_y = (nn.Linear(width, width) for _ in range(2))
 
     def forward(
         self, x_BLD: Tensor, y_BTD: Tensor, rope: Rope, turns: Rope, keys: Tensor | None
@@ -86,8 +84,8 @@ class JointAttention(nn.Module):
         image = projected(x_BLD, self.qkv_x, self.q_norm_x, self.k_norm_x, rope, self.heads)  # [B, L, H, h] each
         text = projected(y_BTD, self.qkv_y, self.q_norm_y, self.k_norm_y, turns, self.heads)  # [B, T, H, h] each
         q, k, v = (torch.cat(pair, 1) for pair in zip(text, image, strict=True))  # [B, T + L, H, h]
-        out_y, out_x = attention(q, k, v, keys).split([y_BTD.shape[1], x_BLD.shape[1]], 1)  # [B, T or L, D]
-        return out_x, out_y
+        out, tokens = attention(q, k, v, keys), y_BTD.shape[1]  # [B, T + L, D]
+        return out[:, tokens:], out[:, :tokens]
 
 
 class MMDiTBlock(nn.Module):

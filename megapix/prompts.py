@@ -1,0 +1,58 @@
+"""Prompts from files: lines of text, GenEval's and DPG-Bench's own, or the captions of a shard folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from megapix.data.read import Captions
+from megapix.drawing import Layout, Row
+from megapix.errors import InputError
+from megapix.shards import INDEX_NAME, read_index
+from megapix.speech import read_prompts
+
+
+def rows_of(path: Path, layout: Layout, count: int) -> list[Row]:
+    """The prompts at `path`.
+
+    Args:
+        path: for `grid` a text file with a prompt a line, or a shard folder, whose samples' first captions are taken;
+            for `geneval` its evaluation_metadata.jsonl; for `dpg` its folder of .txt files.
+        count: the first so many; 0 is all.
+
+    Raises:
+        InputError: it is not there or cannot be read, or holds no prompt.
+    """
+    read = {"grid": _grid, "geneval": _geneval, "dpg": _dpg}[layout]
+    rows = read(path, count)
+    return rows[:count] if count else rows
+
+
+def _grid(path: Path, count: int) -> list[Row]:
+    if (path / INDEX_NAME).is_file():
+        index = read_index(path)
+        captions = Captions(path, index)
+        prompts = (captions.of(n)[0].text for n in range(min(count or index.samples, index.samples)))
+        return [Row(prompt, f"{n:04d}") for n, prompt in enumerate(prompts)]
+    return [Row(prompt, f"{n:04d}") for n, prompt in enumerate(read_prompts(path, "--prompts"))]
+
+
+def _geneval(path: Path, _: int) -> list[Row]:
+    rows = []
+    for n, line in enumerate(read_prompts(path, "--prompts")):
+        try:
+            prompt = json.loads(line)["prompt"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(
+                f'--prompts {str(path)!r}, line {n + 1}: expected JSON with a "prompt", as in GenEval\'s '
+                "evaluation_metadata.jsonl"
+            ) from error
+        rows.append(Row(str(prompt), f"{n:05d}", line))
+    return rows
+
+
+def _dpg(path: Path, _: int) -> list[Row]:
+    files = sorted(path.glob("*.txt")) if path.is_dir() else []
+    if not files:
+        raise InputError(f"--prompts {str(path)!r}: expected DPG-Bench's folder of prompts, a .txt file for each")
+    return [Row(" ".join(read_prompts(file, "--prompts")), file.stem) for file in files]
