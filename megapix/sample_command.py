@@ -37,17 +37,19 @@ def sample(o: SampleOptions) -> int:
     rows, condition_of = (_texts if about.model.text_width else _classes)(o, about, device)
     size = o.size or (about.image_size, about.image_size)
     asked = Asked(rows, o.per_class, o.seed, o.seeds, size, o.batch, sampling, o.negative_prompt)
-    files: Files = {
-        "grid": lambda: GridFiles(o.out, o.singles, rows, o.zoom),
-        "geneval": lambda: GenEvalFiles(o.out, rows),
-        "dpg": lambda: DpgFiles(o.out, rows),
-    }[o.layout]()
+    files = _files(o, rows)
     drawn = draw_all(weights, asked, condition_of, files, device)
     there = f" ({len(rows) - drawn} of {len(rows)} rows were there)" if drawn < len(rows) else ""
     print(f"megapix: {o.out}: {o.per_class} samples a row, from the {about.kind} of {about.source}{there}")
     shown = ", ".join(row.name for row in rows[:SHOWN])
     print(f"megapix: rows: {shown}{f' and {len(rows) - SHOWN} more' if len(rows) > SHOWN else ''}")
     return 0
+
+
+def _files(o: SampleOptions, rows: list[Row]) -> Files:
+    if o.layout == "geneval":
+        return GenEvalFiles(o.out, rows)
+    return DpgFiles(o.out, rows) if o.layout == "dpg" else GridFiles(o.out, o.singles, rows, o.zoom)
 
 
 def _classes(

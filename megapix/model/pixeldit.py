@@ -9,6 +9,7 @@ Shape suffixes: B batch, C = 3 colours, L patches, P pixels of a patch, N = B·L
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch.nn.functional as F
 from einops import rearrange
@@ -97,8 +98,9 @@ class PixelDiT(nn.Module):
             tokens = s if number == after else tokens
         return F.silu(t_emb + s), tokens  # [B, L, D] each
 
-    def through_blocks(self, s: Tensor, t_emb: Tensor, rope: Rope, y: Tensor) -> Iterator[Tensor]:
+    def through_blocks(self, s: Tensor, t_emb: Tensor, rope: Rope, *condition: Any) -> Iterator[Tensor]:
         """The patch tokens [B, L, D] after each block; t_emb [B, 1, D], y [B]."""
+        (y,) = condition
         c = F.silu(t_emb + self.y_embedder(y)[:, None])  # [B, 1, D]
         for block in self.patch_blocks:
             s = block(s, c, rope)  # [B, L, D]

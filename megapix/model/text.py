@@ -8,6 +8,7 @@ Shape suffixes: B batch, L patches, T text tokens, D patch width, H heads, h cha
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -46,10 +47,9 @@ class TextPixelDiT(PixelDiT):
         """
         return self.with_tokens(x, t, (y, mask), 0)[0]
 
-    def through_blocks(
-        self, s: Tensor, t_emb: Tensor, rope: Rope, y: Tensor, mask: Tensor | None = None
-    ) -> Iterator[Tensor]:
-        """The patch tokens [B, L, D] after each block; y and mask as of `forward`."""
+    def through_blocks(self, s: Tensor, t_emb: Tensor, rope: Rope, *condition: Any) -> Iterator[Tensor]:
+        """The patch tokens [B, L, D] after each block; the condition is y and mask of `forward`."""
+        y, mask = condition
         tokens = y.shape[1]
         if tokens > self.config.text_tokens:
             raise ValueError(f"{tokens} text tokens: the position table has {self.config.text_tokens} rows")
