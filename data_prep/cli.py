@@ -42,7 +42,8 @@ class ImageOptions:
     resize: Literal["exact", "fast"] = "exact"
     """exact is Pillow's, bit for bit that of ADM's reference statistics; fast is torch's, within 50 dB of it."""
     bucket_step: int = 0
-    """Sides of aspect buckets are multiples of this; 0 takes an eighth of the size."""
+    """Sides of aspect buckets are multiples of this; 0 takes an eighth of the size, and above 512 pixels 64 where that
+    divides it."""
     bucket_ratio: float = 2.0
     """Largest ratio of the sides of an aspect bucket."""
     background: str = "#ffffff"
