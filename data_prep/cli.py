@@ -42,7 +42,8 @@ class ImageOptions:
     resize: Literal["exact", "fast"] = "exact"
     """exact is Pillow's, bit for bit that of ADM's reference statistics; fast is torch's, within 50 dB of it."""
     bucket_step: int = 0
-    """Sides of aspect buckets are multiples of this; 0 takes an eighth of the size."""
+    """Sides of aspect buckets are multiples of this; 0 takes an eighth of the size, and above 512 pixels 64 where that
+    divides it."""
     bucket_ratio: float = 2.0
     """Largest ratio of the sides of an aspect bucket."""
     background: str = "#ffffff"
@@ -53,6 +54,14 @@ class ImageOptions:
     """Largest share of samples that may be left out because they cannot be used; more stop the run."""
     workers: int = CPUS
     """Processes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptionOptions:
+    """Where captions are."""
+
+    captions: Annotated[str, tyro.conf.arg(metavar="KEY[=WEIGHT],…")] = ""
+    """Parquet columns or JSON keys that hold the captions, such as 'long=0.7,short=0.3'; by default the usual ones."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +93,7 @@ class ShardOptions(ImageOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Write(ShardOptions):
+class Write(ShardOptions, CaptionOptions):
     """Shards from images: a folder of class folders, ImageNet's synset tars (in a folder or one tar), a zip in EDM2's
     layout, parquet files, images with a text beside each, existing WebDataset shards, or a flat set with a label file.
 
@@ -117,7 +126,7 @@ class Demo(ShardOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MakeIndex(ImageOptions, RemoteOptions):
+class MakeIndex(ImageOptions, CaptionOptions, RemoteOptions):
     """An index over WebDataset shards that exist already, local or remote, without rewriting a byte.
 
     Each tar file is read once: hashed, its images decoded, its classes (cls) or captions (txt, json) listed. The image
@@ -244,6 +253,7 @@ def _interrupt(_signal: int, _frame: FrameType | None) -> None:
 
 def _write(command: Write | Demo) -> int:
     from data_prep import plan
+    from data_prep.captions import parse_keys
     from data_prep.demo import OpenMoji
     from data_prep.source import Source
     from data_prep.sources import open_source
@@ -257,7 +267,7 @@ def _write(command: Write | Demo) -> int:
             raise InputError(
                 f"OUT {str(command.out)!r} lies inside SOURCE {str(command.source)!r}; give another folder"
             )
-        source = open_source(command.source, command.kind, command.labels)
+        source = open_source(command.source, command.kind, command.labels, parse_keys(command.captions))
     options = plan.Options(_policy(command), command.format, command.quality, command.samples_per_shard, command.seed)
     if command.dry_run:
         options.check()
@@ -276,10 +286,17 @@ def _write(command: Write | Demo) -> int:
 
 
 def _index(command: MakeIndex) -> int:
+    from data_prep.captions import parse_keys
     from data_prep.index import index
 
     made, was_finished = index(
-        command.shards, command.out, _policy(command), command.workers, command.max_rejected, _access(command)
+        command.shards,
+        command.out,
+        _policy(command),
+        command.workers,
+        command.max_rejected,
+        _access(command),
+        keys=parse_keys(command.captions),
     )
     _summary(command.out, made, was_finished)
     return 0

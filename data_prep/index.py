@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 from data_prep import plan as planning
 from data_prep import receipt
+from data_prep.captions import CaptionKeys, check_found, recorded
 from data_prep.finish import finish
 from data_prep.pool import Budget, Outcome, alone_in, check_workers, in_processes
 from data_prep.receipt import Receipt, Rejected, Sample
@@ -88,12 +89,17 @@ def index(
     max_rejected: float,
     access: Access,
     progress: bool = True,
+    keys: CaptionKeys = (),
 ) -> tuple[Index, bool]:
     """Index the tar files of `pattern` into the folder `out`; return the index, and whether it was finished already.
 
+    Args:
+        keys: JSON keys that hold the captions (--captions).
+
     Raises:
         InputError: nothing there, a tar file that is damaged or cannot be read, a key that occurs twice, samples with
-            and without a class, an `out` of other files or options, or more rejected samples than allowed.
+            and without a class, one of `keys` that no sample has, an `out` of other files or options, or more rejected
+            samples than allowed.
     """
     from tqdm import tqdm
 
@@ -103,6 +109,7 @@ def index(
     plan = {
         "kind": "index of WebDataset shards",
         **planning.of_policy(policy),
+        **recorded(keys),
         "base": base,
         "shards": len(names),
         "list_sha256": hashlib.sha256("\n".join(names).encode()).hexdigest(),
@@ -113,18 +120,20 @@ def index(
         with alone_in(out):
             if there := begin(out, retry_rejected=False):
                 return there, True
-            work = partial(_index_file, base, access, policy, out)
+            work = partial(_index_file, base, access, policy, keys, out)
             parts = [Part(number, name) for number, name in enumerate(names)]
             with tqdm(total=len(parts), unit="shard", disable=not progress, mininterval=0.5) as bar:
-                seen = 0
+                seen, found = 0, set[str]()
                 for done, (_, outcome) in enumerate(in_processes(work, parts, workers), 1):
                     seen += outcome.samples
                     budget.samples = seen * len(parts) // done  # if the others are like these; at the end, exactly
                     budget.spend(outcome.rejected)
+                    found.update(outcome.caption_keys)
                     bar.update()
-            recorded = policy.to_dict() | {"applied": "loading"}
-            about = {"kind": plan["kind"], "list_sha256": plan["list_sha256"]}
-            return finish(out, len(parts), partial(_class_names, known), base, recorded, about), False
+            check_found(keys, found, repr(pattern))
+            image_policy = policy.to_dict() | {"applied": "loading"}
+            about = {"kind": plan["kind"], "list_sha256": plan["list_sha256"], **recorded(keys)}
+            return finish(out, len(parts), partial(_class_names, known), base, image_policy, about), False
     except OSError as error:
         raise InputError(f"cannot write {str(error.filename or out)!r}: {error.strerror or error}") from error
 
@@ -147,14 +156,14 @@ def local_copy(storage: Storage, name: str, beside: Path) -> Iterator[Path]:
         yield Path(file.name)
 
 
-def _index_file(base: str, access: Access, policy: Policy, out: Path, part: Part) -> Outcome:
+def _index_file(base: str, access: Access, policy: Policy, keys: CaptionKeys, out: Path, part: Part) -> Outcome:
     storage = open_storage(base, access)
     made = receipt.load(out, part.number)
     if made is None or any(entry.bytes != _size(storage, entry.name) for entry in made.entries):
         with local_copy(storage, part.name, out / receipt.RECEIPTS) as path:
-            made = _indexed(path, storage.where(part.name), part.name, policy)
+            made = _indexed(path, storage.where(part.name), part.name, policy, keys)
         made.save(out, part.number)
-    return Outcome(len(made.samples) + len(made.rejected), made.rejected)
+    return Outcome(len(made.samples) + len(made.rejected), made.rejected, made.caption_keys)
 
 
 def _size(storage: Storage, name: str) -> int:
@@ -164,12 +173,12 @@ def _size(storage: Storage, name: str) -> int:
         raise InputError(f"{storage.where(name)}: cannot be read: {error.strerror or error}") from error
 
 
-def _indexed(path: Path, shown: str, name: str, policy: Policy) -> Receipt:
+def _indexed(path: Path, shown: str, name: str, policy: Policy, keys: CaptionKeys) -> Receipt:
     from megapix.images import decode
 
     if not path.is_file():
         raise InputError(f"{shown} does not exist")
-    listed = samples_of(path, shown)
+    listed = samples_of(path, shown, keys)
     found: list[tuple[int, Sample]] = []
     rejected: list[Rejected] = []
     with open(path, "rb") as file:
@@ -193,4 +202,5 @@ def _indexed(path: Path, shown: str, name: str, policy: Policy) -> Receipt:
     buckets = sorted({bucket for bucket, _ in found})
     entries = tuple(ShardEntry(name, sum(bucket == b for bucket, _ in found), size, sha256, b) for b in buckets)
     samples = tuple(sample._replace(entry=buckets.index(bucket)) for bucket, sample in found)
-    return Receipt(entries, samples, tuple(rejected))
+    has = tuple(key for key, _ in keys if any(key in sample.caption_keys for sample in listed))
+    return Receipt(entries, samples, tuple(rejected), has)

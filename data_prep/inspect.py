@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator
+from functools import partial
+from itertools import accumulate
 from pathlib import Path
 
+from data_prep.caption_counts import CaptionCounts
+from megapix.captions import unpack
 from megapix.errors import InputError
 from megapix.shards import CAPTIONS_NAME, RECORD, TABLE_NAME, Index, SampleRecord, check_table, read_index
 from megapix.storage import Access, open_storage
@@ -20,7 +24,7 @@ def report(folder: Path) -> Iterator[str]:
     """Lines of text about the folder.
 
     Raises:
-        InputError: no such folder, or its index cannot be read.
+        InputError: no such folder, or its index or captions cannot be read.
     """
     index = read_index(folder)
     check_table(folder, index)
@@ -33,7 +37,8 @@ def report(folder: Path) -> Iterator[str]:
     yield f"  policy       {policy['mode']}{scaled}, applied at {policy['applied']}"
     yield f"  bytes        {total:,} in shards, {total // index.samples:,} a sample"
     yield f"  image bytes  {sizes}"
-    yield f"  captions     {_captions(folder, index)}"
+    for number, line in enumerate(_captions(folder, index).lines(partial(_shard_of, index))):
+        yield f"  {'' if number else 'captions':12} {line}"
     yield f"  rejected     {index.rejected:,}" + (" (rejected.jsonl)" if index.rejected else "")
     yield f"  identity     {index.digest}"
     buckets = [tuple(bucket) for bucket in policy["buckets"]]
@@ -56,14 +61,20 @@ def _spread(values: array[int]) -> str:
     return f"{ordered[0]:,} smallest, {ordered[len(ordered) // 2]:,} median, {ordered[-1]:,} largest"
 
 
-def _captions(folder: Path, index: Index) -> str:
-    lengths, seen = array("L"), set()
+def _captions(folder: Path, index: Index) -> CaptionCounts:
+    counts = CaptionCounts()
     with open(folder / CAPTIONS_NAME, "rb") as file:
-        for record in _records(folder, index):
-            lengths.append(record.caption_size)
-            seen.add(hash(file.read(record.caption_size)))  # they lie in the records' order
-    empty = sum(length == 0 for length in lengths)
-    return f"{len(seen):,} different, {empty:,} empty; bytes: {_spread(lengths)}"
+        for sample, record in enumerate(_records(folder, index)):
+            try:
+                counts.add(sample, unpack(file.read(record.caption_size).decode()))  # they lie in the records' order
+            except ValueError as error:
+                raise InputError(f"{folder / CAPTIONS_NAME}: the captions of sample {sample}: {error}") from error
+    return counts
+
+
+def _shard_of(index: Index, sample: int) -> str:
+    ends = accumulate(entry.samples for entry in index.shards)
+    return next(entry.name for entry, end in zip(index.shards, ends, strict=True) if sample < end)
 
 
 def contact_sheet(folder: Path, out: Path, columns: int, rows: int, access: Access) -> int:

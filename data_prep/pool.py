@@ -27,6 +27,8 @@ class Outcome:
 
     samples: int
     rejected: tuple[Rejected, ...]
+    caption_keys: tuple[str, ...] = ()
+    """Keys of --captions that it has."""
 
 
 @dataclass

@@ -51,10 +51,15 @@ class Receipt:
     entries: tuple[ShardEntry, ...]
     samples: tuple[Sample, ...]
     rejected: tuple[Rejected, ...]
+    caption_keys: tuple[str, ...] = ()
+    """Keys of --captions that at least one sample of the tar file has in its JSON."""
 
     def save(self, out: Path, number: int) -> None:
         """Write it atomically."""
-        write_atomic(_path(out, number), (json.dumps(asdict(self), ensure_ascii=False) + "\n").encode())
+        data = asdict(self)
+        if not self.caption_keys:
+            del data["caption_keys"]
+        write_atomic(_path(out, number), (json.dumps(data, ensure_ascii=False) + "\n").encode())
 
 
 def load(out: Path, number: int) -> Receipt | None:
@@ -70,6 +75,7 @@ def load(out: Path, number: int) -> Receipt | None:
             tuple(ShardEntry(**entry) for entry in data["entries"]),
             tuple(Sample(*sample) for sample in data["samples"]),
             tuple(Rejected(**rejected) for rejected in data["rejected"]),
+            tuple(data.get("caption_keys", ())),
         )
     except FileNotFoundError:
         return None

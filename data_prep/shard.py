@@ -11,6 +11,7 @@ import os
 import tarfile
 import zlib
 from pathlib import Path
+from typing import Any
 
 from data_prep import receipt
 from data_prep.plan import Job, Options
@@ -18,6 +19,7 @@ from data_prep.pool import Outcome
 from data_prep.receipt import Receipt, Rejected, Sample
 from data_prep.source import Item, Reader
 from megapix import shards
+from megapix.captions import unpack
 from megapix.errors import InputError
 from megapix.shards import ShardEntry, sha256_of
 
@@ -64,13 +66,12 @@ def _write(reader: Reader, out: Path, options: Options, job: Job) -> Receipt:
                         rejected.append(Rejected.because(item.name, error))
                         continue
                     kept.append((item, zlib.crc32(image)))
-                    about = {"source": item.name, "caption": item.caption}
                     tar.write(
                         {
                             "__key__": shards.sample_key(number),
                             extension: image,
                             "cls": str(item.label).encode(),
-                            "json": json.dumps(about, ensure_ascii=False).encode(),
+                            "json": json.dumps(_about(item), ensure_ascii=False).encode(),
                         }
                     )
             file.flush()
@@ -87,6 +88,14 @@ def _write(reader: Reader, out: Path, options: Options, job: Job) -> Receipt:
     else:
         temporary.unlink()
     return made
+
+
+def _about(item: Item) -> dict[str, Any]:
+    """The sample's JSON member; `data_prep.captions.captions_of` reads it back to the same captions."""
+    captions = unpack(item.caption)
+    if len(captions) == 1:
+        return {"source": item.name, "caption": captions[0].text}
+    return {"source": item.name, "captions": [caption._asdict() for caption in captions]}
 
 
 def _render(reader: Reader, item: Item, options: Options, bucket: int) -> tuple[bytes, str]:

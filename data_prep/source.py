@@ -26,6 +26,7 @@ class Item(NamedTuple):
     label: int
     """A place in the source's list of classes."""
     caption: str
+    """One text, as `megapix.captions` packs them: a single caption is its own text; empty if there is none."""
     place: tuple[Any, ...] = ()
     """Where the reader finds it, if the name is not enough."""
     chunk: str = ""

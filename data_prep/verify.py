@@ -10,10 +10,12 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
+from data_prep.captions import parse_keys
 from data_prep.index import local_copy
 from data_prep.pool import check_workers, in_processes
 from data_prep.samples import TarSample, labels_of, samples_of
 from data_prep.sources.tars import members
+from megapix.captions import unpack
 from megapix.errors import InputError
 from megapix.images import Policy, decode_indexed
 from megapix.shards import (
@@ -85,7 +87,9 @@ def _faults(folder: Path, index: Index, shown: str, path: Path, rows: list[Rows]
         yield f"{shown}: sha256 differs from the index: the file was changed or damaged"
         return
     try:
-        samples = samples_of(path, shown)
+        # Shards that `write` made have our own keys, wherever their captions came from.
+        keys = parse_keys(str(index.source.get("captions", ""))) if index.base else ()
+        samples = samples_of(path, shown, keys)
         labels = dict(zip((sample.offset for sample in samples), labels_of(samples, shown), strict=True))
     except InputError as error:
         yield str(error)
@@ -118,10 +122,17 @@ def _faults(folder: Path, index: Index, shown: str, path: Path, rows: list[Rows]
 def _sample_faults(record: SampleRecord, sample: TarSample, label: int, data: bytes, caption: bytes) -> Iterator[str]:
     if zlib.crc32(data) != record.crc:
         yield "its bytes are not those that were indexed"
+    if sample.fault:
+        yield sample.fault
+        return
     if label != record.label:
         yield f"the class differs from {TABLE_NAME}"
     if caption != sample.caption.encode():
         yield f"the caption differs from {CAPTIONS_NAME}"
+    try:
+        unpack(caption.decode())
+    except ValueError as error:
+        yield f"its captions in {CAPTIONS_NAME} cannot be told apart: {error}"
 
 
 def _in_order(path: Path, samples: list[TarSample]) -> bool:

@@ -30,6 +30,8 @@ class Purpose(IntEnum):
     REPLACEMENT = 7
     BUCKET = 8
     VALIDATION_NOISE = 9
+    CAPTION = 10
+    """Which caption of a sample is shown."""
 
 
 def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:

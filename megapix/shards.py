@@ -4,7 +4,8 @@ A shard folder holds
 
     shard-000000.tar, shard-000001.tar, …   ordinary WebDataset tar files (USTAR)
     samples.bin                             one fixed-size record a sample, in the shards' order
-    captions.bin                            the captions in the same order, UTF-8, end to end
+    captions.bin                            the captions in the same order, UTF-8, end to end; those of one sample are
+                                            one text (`megapix.captions`)
     index.json                              what is in the folder; written last, so its presence means "complete"
 
 and what only `data_prep` reads: plan.json, .receipts/ and rejected.jsonl. In an index over tar files that exist
@@ -14,17 +15,19 @@ A sample that `data_prep write` wrote is three tar members, KEY being nine digit
 
     KEY.cls     the class number, ASCII
     KEY.jpg     the image (or KEY.png, KEY.webp: members are sorted by extension)
-    KEY.json    {"source": name in the source, "caption": …}
+    KEY.json    {"source": name in the source, "caption": …}, or with several captions
+                {"source": …, "captions": [{"text": …, "weight": …}, …]}
 
 The record of a sample (`RECORD`, little endian, 36 bytes) says where its image lies, so that a reader gets any sample
 with one read: place of the entry in the index's list (uint32), image bytes (uint32), offset of the image's data in the
-tar file (uint64), class number (int32), CRC-32 of the image's bytes (uint32), offset of its caption in captions.bin
-(uint64) and the caption's bytes (uint32).
+tar file (uint64), class number (int32), CRC-32 of the image's bytes (uint32), offset of its captions in captions.bin
+(uint64) and their bytes (uint32).
 
 An entry of the index is the samples of one tar file that belong to one bucket; a tar file with several buckets has
 several entries. Entries are in the order of their buckets.
 
-Standard library only: `data_prep` and the trainer share this file, `errors`, `images` and `storage`, nothing else.
+Standard library only: `data_prep` and the trainer share this file, `captions`, `errors`, `images` and `storage`,
+nothing else.
 """
 
 from __future__ import annotations

@@ -179,6 +179,28 @@ def test_bucket_sizes() -> None:
             bucket_sizes(512, step, ratio)
 
 
+def test_the_step_of_buckets_is_64_pixels_at_most_where_that_divides() -> None:
+    """By hand at 1024: the shorter side is the multiple of 64 that is nearest to 1024 * 1024 / the longer one.
+
+    For 1088 that is 963.8, 15.06 steps, so 960; then 14.22, 13.47, 12.80, 12.19 and 11.64 steps for 1152, 1216, 1280,
+    1344 and 1408; for 1472 11.13 steps, but 1472 / 704 is above 2.
+    """
+    wide = [(960, 1088), (896, 1152), (832, 1216), (832, 1280), (768, 1344), (768, 1408)]
+    tall = [(width, height) for height, width in reversed(wide)]
+    assert Policy.make("buckets", 1024).buckets == (*tall, (1024, 1024), *wide)
+    wide = [(448, 576), (384, 640), (384, 704)]
+    tall = [(width, height) for height, width in reversed(wide)]
+    assert Policy.make("buckets", 512).buckets == (*tall, (512, 512), *wide)
+    for size, worst in ((512, 0.0625), (1024, 0.0353)):
+        for height, width in Policy.make("buckets", size).buckets:
+            assert (height % 16, width % 16) == (0, 0)
+            assert abs(height * width / size**2 - 1) <= worst
+    for size, step in ((64, 8), (256, 32), (512, 64), (600, 75), (768, 64), (1000, 125), (2048, 64), (7, 1)):
+        assert images.default_step(size) == step
+        if size % step == 0:
+            assert Policy.make("buckets", size) == Policy.make("buckets", size, step)
+
+
 def test_every_image_goes_to_the_bucket_nearest_in_aspect() -> None:
     policy = Policy.make("buckets", 64, 16)
     assert policy.buckets == ((96, 48), (80, 48), (64, 64), (48, 80), (48, 96))

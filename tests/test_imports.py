@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
-CONTRACT = {"megapix.errors", "megapix.shards", "megapix.images", "megapix.storage"}
+CONTRACT = {"megapix.captions", "megapix.errors", "megapix.shards", "megapix.images", "megapix.storage"}
 """What preparation and loading share."""
 STATISTICS = {"megapix.extractors", "megapix.reference"}
 """What preparation and evaluation share."""
@@ -20,6 +20,7 @@ FEATURES = {"megapix.encoder", "megapix.features"}
 ALLOWED = {
     "megapix": {"megapix.weights", "megapix.sample"},
     "megapix.errors": set(),
+    "megapix.captions": set(),
     "megapix.shards": {"megapix.errors"},
     "megapix.config": {"megapix.errors"},
     "megapix.dist": {"megapix.errors"},

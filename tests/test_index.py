@@ -100,7 +100,7 @@ def test_captions_alone_make_one_class(tmp_path: Path, capsys: pytest.CaptureFix
     assert read_index(tmp_path / "index").class_names == ("images",)
     assert run("inspect", tmp_path / "index", "--sheet", tmp_path / "sheet.png") == 0
     out = capsys.readouterr().out
-    assert "24 different, 0 empty" in out
+    assert "24 different, 0 duplicates" in out
     assert "applied at loading" in out
 
 

@@ -325,7 +325,14 @@ def test_bad_image_text_pairs(image_folder: Path, tmp_path: Path) -> None:
     pairs = image_text(image_folder, tmp_path / "pairs")
     text, about = next(pairs.rglob("*.txt")), next(pairs.rglob("*.json"))
     about.write_text('{"title": "no caption"}')
-    with pytest.raises(InputError, match=rf"{about}: expected UTF-8 text, or JSON with the key 'caption'"):
+    with pytest.raises(InputError, match=rf"{about}: expected the key 'caption' or 'captions', or {about.stem}.txt"):
+        open_source(pairs)
+    about.write_text('{"caption": ')
+    with pytest.raises(InputError, match=rf"{about}: expected JSON: Expecting value"):
+        open_source(pairs)
+    text.write_bytes(b"caf\xe9")
+    about.write_text('{"caption": null}')
+    with pytest.raises(InputError, match=rf"{text}: expected UTF-8 text: .* can't decode byte 0xe9"):
         open_source(pairs)
     about.write_text('{"caption": null}')
     text.unlink()

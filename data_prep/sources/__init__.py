@@ -8,23 +8,30 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from data_prep.captions import CaptionKeys
 from data_prep.source import Source
 from megapix.errors import InputError, one_of
 
+CAPTIONED = ("parquet", "image-text", "shards")
+"""Kinds that have captions under names, for --captions."""
 
-def open_source(path: Path, name: str | None = None, labels: Path | None = None) -> Source:
+
+def open_source(path: Path, name: str | None = None, labels: Path | None = None, keys: CaptionKeys = ()) -> Source:
     """List the source at `path`; its kind is `name`, or is recognised from what is there.
 
+    Args:
+        keys: parquet columns or JSON keys that hold the captions (--captions).
+
     Raises:
-        InputError: nothing there, of no known kind, damaged, or not readable.
+        InputError: nothing there, of no known kind, damaged, not readable, or without one of `keys`.
     """
     try:
-        return _open(path, name, labels)
+        return _open(path, name, labels, keys)
     except OSError as error:
         raise InputError(f"{str(error.filename or path)!r} cannot be read: {error.strerror or error}") from error
 
 
-def _open(path: Path, name: str | None, labels: Path | None) -> Source:
+def _open(path: Path, name: str | None, labels: Path | None, keys: CaptionKeys) -> Source:
     from data_prep.sources.edm2_zip import Edm2Zip
     from data_prep.sources.image_folder import ImageFolder
     from data_prep.sources.image_text import ImageText
@@ -46,17 +53,26 @@ def _open(path: Path, name: str | None, labels: Path | None) -> Source:
     if labels is not None:
         if name not in (None, "labelled"):
             raise InputError(f"--labels goes with a flat set of images, not with --source {name}")
+        _check_captioned(keys, "labelled")
         return LabelledImages.open(path, labels)
     if name == "labelled":
         raise InputError("--source labelled needs --labels FILE")
-    if name is not None:
-        if name not in kinds:
-            raise InputError(f"--source = {name!r} is not a kind of source{one_of(name, [*kinds, 'labelled'])}")
-        return kinds[name].open(path)
-    for kind in kinds.values():
-        if kind.recognises(path):
-            return kind.open(path)
-    raise InputError(
-        f"source {str(path)!r} is of no known kind ({', '.join([*kinds, 'labelled'])}); a folder needs one folder of "
-        "images for each class, and flat images need --labels FILE"
-    )
+    if name is not None and name not in kinds:
+        raise InputError(f"--source = {name!r} is not a kind of source{one_of(name, [*kinds, 'labelled'])}")
+    name = name or next((name for name, kind in kinds.items() if kind.recognises(path)), None)
+    if name is None:
+        raise InputError(
+            f"source {str(path)!r} is of no known kind ({', '.join([*kinds, 'labelled'])}); a folder needs one folder "
+            "of images for each class, and flat images need --labels FILE"
+        )
+    if name in CAPTIONED:
+        return kinds[name].open(path, keys)
+    _check_captioned(keys, name)
+    return kinds[name].open(path)
+
+
+def _check_captioned(keys: CaptionKeys, name: str) -> None:
+    if keys and name not in CAPTIONED:
+        raise InputError(
+            f"--captions names columns or JSON keys, which --source {name} has not; expected {', '.join(CAPTIONED)}"
+        )

@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from data_prep.captions import packed
 from data_prep.source import Item, is_image
+from megapix.captions import Caption
 from megapix.errors import InputError
 
 
@@ -54,7 +56,8 @@ class ImageFolder:
             images = sorted(images_below(root / name, f"{name}/"))
             if not images:
                 raise InputError(f"class folder {str(root / name)!r} holds no image (png, jpg, jpeg, webp)")
-            items += [Item(image, label, name.replace("_", " ")) for image in images]
+            caption = packed([Caption(name.replace("_", " "))])
+            items += [Item(image, label, caption) for image in images]
         return cls(tuple(classes), items, FileReader(root))
 
 

@@ -8,21 +8,26 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data_prep.source import UNCLASSED, Item, as_utf8
+from data_prep.captions import CaptionKeys, captions_of, check_found, packed, recorded
+from data_prep.source import UNCLASSED, Item
 from data_prep.sources.image_folder import FileReader, images_below
 from megapix.errors import InputError
 
 TEXTS = (".txt", ".json")
+KIND = "image-text pairs"
 
 
 @dataclass(frozen=True)
 class ImageText:
-    """One class; the caption is the text file, or "caption" in the JSON file. The layout of img2dataset's `files`."""
+    """One class; the captions are "captions" in the JSON file, else the text file, else "caption" in the JSON file.
+
+    The layout of img2dataset's `files`.
+    """
 
     items: Sequence[Item]
     reader: FileReader
     classes: tuple[str, ...] = (UNCLASSED,)
-    about: dict[str, Any] = field(default_factory=lambda: {"kind": "image-text pairs"})
+    about: dict[str, Any] = field(default_factory=lambda: {"kind": KIND})
 
     @staticmethod
     def recognises(path: Path) -> bool:
@@ -31,27 +36,49 @@ class ImageText:
         return first is not None and any((path / first).with_suffix(ending).is_file() for ending in TEXTS)
 
     @classmethod
-    def open(cls, root: Path) -> ImageText:
+    def open(cls, root: Path, keys: CaptionKeys = ()) -> ImageText:
         """List the pairs below `root`.
 
+        Args:
+            keys: JSON keys that hold the captions (--captions).
+
         Raises:
-            InputError: no such folder, no image, or an image without a text that can be read.
+            InputError: no such folder, no image, an image without a text that can be read, a caption or weight that is
+                none, or a key that no sample has.
         """
         names = sorted(images_below(root)) if root.is_dir() else []
         if not names:
             raise InputError(f"source {str(root)!r} holds no image (png, jpg, jpeg, webp)")
-        return cls([Item(name, 0, _caption(root / name)) for name in names], FileReader(root))
+        found: set[str] = set()
+        items = [Item(name, 0, _caption(root / name, keys, found)) for name in names]
+        check_found(keys, found, f"source {str(root)!r}")
+        return cls(items, FileReader(root), about={"kind": KIND, **recorded(keys)})
 
 
-def _caption(image: Path) -> str:
-    text, about = (image.with_suffix(ending) for ending in TEXTS)
+def _caption(image: Path, keys: CaptionKeys, found: set[str]) -> str:
+    """The packed captions of an image; those of `keys` that its JSON file has are put into `found`."""
+    beside, about = (image.with_suffix(ending) for ending in TEXTS)
+    text, written = _read(beside), _read(about)
+    if text is None and written is None:
+        raise InputError(f"{image}: expected {beside.name} or {about.name} beside it")
     try:
-        if text.is_file():
-            return as_utf8(text.read_text("utf-8").strip())
-        caption = json.loads(about.read_text("utf-8"))["caption"]
-        return "" if caption is None else as_utf8(str(caption).strip())
-    except FileNotFoundError as error:
-        raise InputError(f"{image}: expected {text.name} or {about.name} beside it") from error
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        at_fault = text if text.is_file() else about
-        raise InputError(f"{at_fault}: expected UTF-8 text, or JSON with the key 'caption': {error!r}") from error
+        members = json.loads(written) if written is not None else {}
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{about}: expected JSON: {error}") from error
+    members = members if isinstance(members, dict) else {}
+    if text is None and not keys and not {"caption", "captions"} & members.keys():
+        raise InputError(f"{about}: expected the key 'caption' or 'captions', or {beside.name} beside it")
+    found.update(key for key, _ in keys if key in members)
+    try:
+        captions = captions_of(members, text or "", keys)
+        return packed([caption._replace(text=caption.text.strip()) for caption in captions])
+    except ValueError as error:
+        raise InputError(f"{about}: {error}") from error
+
+
+def _read(path: Path) -> str | None:
+    """The text of a file, stripped; None if there is no such file."""
+    try:
+        return path.read_text("utf-8").strip() if path.is_file() else None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: expected UTF-8 text: {error}") from error

@@ -10,12 +10,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from data_prep.captions import CaptionKeys, packed, recorded
 from data_prep.source import UNCLASSED, Item, check_label
+from data_prep.sources.parquet_captions import caption_columns, captions_of_rows, names_of
+from megapix.captions import Caption
 from megapix.errors import InputError
 
 IMAGE_COLUMNS = ("image", "img", "jpg", "png", "webp")
 LABEL_COLUMNS = ("label", "cls", "fine_label")
-CAPTION_COLUMNS = ("caption", "text", "txt")
+KIND = "parquet"
 HELD_BYTES = 1 << 29
 """Bytes of row groups that one process keeps (two groups at least); the plan lays a group's samples near each other."""
 
@@ -64,7 +67,7 @@ class Parquet:
     classes: tuple[str, ...]
     items: Sequence[Item]
     reader: ParquetReader = field(default_factory=ParquetReader)
-    about: dict[str, Any] = field(default_factory=lambda: {"kind": "parquet"})
+    about: dict[str, Any] = field(default_factory=lambda: {"kind": KIND})
 
     @staticmethod
     def recognises(path: Path) -> bool:
@@ -72,11 +75,15 @@ class Parquet:
         return bool(_files(path))
 
     @classmethod
-    def open(cls, path: Path) -> Parquet:
+    def open(cls, path: Path, keys: CaptionKeys = ()) -> Parquet:
         """List the rows; only labels and captions are read.
 
+        Args:
+            keys: columns that hold the captions (--captions).
+
         Raises:
-            InputError: pyarrow is not installed, a damaged file, or no column of images.
+            InputError: pyarrow is not installed, a damaged file, no column of images or one of `keys` missing, or a
+                caption or weight that is none.
         """
         if importlib.util.find_spec("pyarrow") is None:
             raise InputError(f"source {str(path)!r} needs pyarrow: pip install 'megapix[parquet]'")
@@ -89,7 +96,7 @@ class Parquet:
         labelled: dict[bool, Path] = {}
         for file in _files(path):
             try:
-                rows, names_here, has_labels = _rows(path, file)
+                rows, names_here, has_labels = _rows(path, file, keys)
             except (pyarrow.ArrowException, OSError) as error:
                 raise InputError(f"{file}: cannot be read as a parquet file: {error}") from error
             labelled.setdefault(has_labels, file)
@@ -102,10 +109,11 @@ class Parquet:
         if not items:
             raise InputError(f"source {str(path)!r} holds no rows")
         numbers = tuple(str(n) for n in range(1 + max(item.label for item in items)))
-        return cls((names or numbers) if True in labelled else (UNCLASSED,), items)
+        classes = (names or numbers) if True in labelled else (UNCLASSED,)
+        return cls(classes, items, about={"kind": KIND, **recorded(keys)})
 
 
-def _rows(root: Path, file: Path) -> tuple[list[Item], tuple[str, ...] | None, bool]:
+def _rows(root: Path, file: Path, keys: CaptionKeys) -> tuple[list[Item], tuple[str, ...] | None, bool]:
     import pyarrow.parquet
 
     with pyarrow.parquet.ParquetFile(file) as opened:
@@ -113,22 +121,24 @@ def _rows(root: Path, file: Path) -> tuple[list[Item], tuple[str, ...] | None, b
         image = _column(schema.names, IMAGE_COLUMNS)
         if image is None:
             raise InputError(f"{file}: no column of images ({', '.join(IMAGE_COLUMNS)}); it has {schema.names}")
-        label, caption = _column(schema.names, LABEL_COLUMNS), _column(schema.names, CAPTION_COLUMNS)
+        label = _column(schema.names, LABEL_COLUMNS)
+        columns = caption_columns(schema, file, keys)
         name = file.relative_to(root).as_posix() if root.is_dir() else file.name
         classes = _class_names(schema, label)
+        named = [packed([Caption(one.replace("_", " "))]) for one in classes or ()]
         items = []
         for group in range(opened.num_row_groups):
-            table = opened.read_row_group(group, [column for column in (label, caption) if column])
+            table = opened.read_row_group(group, [*([label] if label else []), *names_of(columns)])
             count = opened.metadata.row_group(group).num_rows
             labels = table.column(label).to_pylist() if label else [0] * count
-            captions = table.column(caption).to_pylist() if caption else [""] * count
-            chunk = f"{name}/{group}"
-            for row, (number, text) in enumerate(zip(labels, captions, strict=True)):
-                check_label(number, f"{file}: row group {group}, row {row}: {label}")
+            where, chunk = f"{file}: row group {group}", f"{name}/{group}"
+            captions = captions_of_rows(table, columns, where) if columns else []
+            for row, number in enumerate(labels):
+                check_label(number, f"{where}, row {row}: {label}")
                 if classes and number >= len(classes):
-                    raise InputError(f"{file}: row group {group}, row {row}: {label} is {number} of {len(classes)}")
-                about = str(text or "") if caption else (classes[number].replace("_", " ") if classes else "")
-                items.append(Item(f"{chunk}/{row}", number, about, (str(file), group, row, image), chunk))
+                    raise InputError(f"{where}, row {row}: {label} is {number} of {len(classes)}")
+                caption = captions[row] if columns else named[number] if named else ""
+                items.append(Item(f"{chunk}/{row}", number, caption, (str(file), group, row, image), chunk))
     return items, classes, label is not None
 
 

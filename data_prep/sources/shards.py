@@ -1,4 +1,4 @@
-"""Existing WebDataset shards, to be written anew: an image under each key, with its class number or caption."""
+"""Existing WebDataset shards, to be written anew: an image under each key, with its class number or captions."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from data_prep.captions import CaptionKeys, check_found, recorded
 from data_prep.samples import TarSample, labels_of, samples_of
 from data_prep.source import UNCLASSED, Item
 from data_prep.sources.tars import TarReader, members
 from megapix.errors import InputError
 from megapix.shards import read_index
+
+KIND = "WebDataset shards"
 
 
 @dataclass(frozen=True)
@@ -21,7 +24,7 @@ class Shards:
     classes: tuple[str, ...]
     items: Sequence[Item]
     reader: TarReader = field(default_factory=TarReader)
-    about: dict[str, Any] = field(default_factory=lambda: {"kind": "WebDataset shards"})
+    about: dict[str, Any] = field(default_factory=lambda: {"kind": KIND})
 
     @staticmethod
     def recognises(path: Path) -> bool:
@@ -30,30 +33,36 @@ class Shards:
         return bool(tars) and any(name.endswith((".cls", ".txt", ".json")) for name, _, _ in members(tars[0]))
 
     @classmethod
-    def open(cls, path: Path) -> Shards:
+    def open(cls, path: Path, keys: CaptionKeys = ()) -> Shards:
         """List the samples of a shard, or of a folder of shards.
 
+        Args:
+            keys: JSON keys that hold the captions (--captions).
+
         Raises:
-            InputError: no tar file, a damaged one, or a sample without a class where others have one.
+            InputError: no tar file, a damaged one, a sample without a class where others have one, or a key that no
+                sample has.
         """
         tars = _tars(path)
         if not tars:
             raise InputError(f"source {str(path)!r} holds no tar file")
-        found: list[tuple[Path, TarSample]] = [(tar, sample) for tar in tars for sample in samples_of(tar)]
+        found: list[tuple[Path, TarSample]] = [(tar, sample) for tar in tars for sample in samples_of(tar, keys=keys)]
         if not found:
             raise InputError(f"source {str(path)!r} holds no sample")
         samples = [sample for _, sample in found]
+        check_found(keys, {key for sample in samples for key in sample.caption_keys}, f"source {str(path)!r}")
         items = [
             Item(
                 f"{tar.name}/{sample.name}", label, sample.caption, (str(tar), sample.offset, sample.size, sample.fault)
             )
             for (tar, sample), label in zip(found, labels_of(samples, str(path)), strict=True)
         ]
+        about = {"kind": KIND, **recorded(keys)}
         if all(sample.label is None for sample in samples):
-            return cls((UNCLASSED,), items)
+            return cls((UNCLASSED,), items, about=about)
         count = 1 + max(item.label for item in items)
         names = names_beside(path)
-        return cls(names if len(names) >= count else tuple(str(n) for n in range(count)), items)
+        return cls(names if len(names) >= count else tuple(str(n) for n in range(count)), items, about=about)
 
 
 def names_beside(folder: Path) -> tuple[str, ...]:
