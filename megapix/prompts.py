@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from megapix.data.read import Captions
+from megapix.data.captions import Captions
 from megapix.drawing import Layout, Row
 from megapix.errors import InputError
 from megapix.shards import INDEX_NAME, read_index

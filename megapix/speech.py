@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megapix.config import Config, TextConfig
+from megapix.data.captions import Captions
 from megapix.data.loader import Beside
 from megapix.data.locate import Located
-from megapix.data.read import Captions
 from megapix.errors import InputError
 from megapix.features import Features
 from megapix.shards import CAPTIONS_NAME

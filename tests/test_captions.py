@@ -19,10 +19,12 @@ from data_prep.source import Item
 from megapix import draws
 from megapix.captions import Caption, choose, pack, unpack
 from megapix.config import DataConfig
+from megapix.data.captions import Captions
 from megapix.data.locate import locate
 from megapix.data.read import ShardReader
 from megapix.draws import Purpose
 from megapix.errors import InputError
+from megapix.shards import read_index
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\x1e\x1f"))
 WEIGHTS = st.just(1.0) | st.floats(min_value=5e-324, max_value=1.7e308)
@@ -236,7 +238,7 @@ def test_counts_by_hand() -> None:
 
 def test_the_reader_gives_the_captions_of_a_sample(shards: Path) -> None:
     config = DataConfig(path=str(shards), image_size=16)
-    reader = ShardReader(locate(config), config)
+    reader, said = ShardReader(locate(config), config), Captions(shards, read_index(shards))
     for sample in range(40):
         label = reader.read(sample).label
-        assert reader.captions(sample) == (Caption(("blue", "green", "red")[label], 1.0),)
+        assert said.of(sample) == (Caption(("blue", "green", "red")[label], 1.0),)

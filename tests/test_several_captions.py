@@ -21,11 +21,9 @@ from data_prep.sources.parquet import Parquet
 from data_prep.sources.shards import Shards
 from data_prep.verify import verify
 from megapix.captions import Caption, unpack
-from megapix.config import DataConfig
-from megapix.data.locate import locate
-from megapix.data.read import ShardReader
+from megapix.data.captions import Captions
 from megapix.errors import InputError
-from megapix.shards import CAPTIONS_NAME, INDEX_NAME, RECORD, TABLE_NAME, sha256_of
+from megapix.shards import CAPTIONS_NAME, INDEX_NAME, RECORD, TABLE_NAME, read_index, sha256_of
 from megapix.storage import Access
 from tests.foreign import captions
 from tests.test_images import encoded
@@ -300,9 +298,8 @@ def test_our_own_shards_come_back(ours: Path, tmp_path: Path) -> None:
 
 
 def test_the_reader_gives_several_captions(ours: Path) -> None:
-    config = DataConfig(path=str(ours), image_size=16)
-    reader = ShardReader(locate(config), config)
-    found = [reader.captions(sample) for sample in range(6)]
+    reader = Captions(ours, read_index(ours))
+    found = [reader.of(sample) for sample in range(6)]
     assert found == [unpack(text) for text in captions(ours)]
     assert (Caption("a dog"), Caption("a brown dog – ü", 0.25), Caption("dog")) in found
     assert (Caption(""),) in found
@@ -327,10 +324,9 @@ def test_captions_that_cannot_be_read(ours: Path, tmp_path: Path, capsys: pytest
     bad = captions(ours).index(PACKED)
     for weight, reason in ((b"-.25", "is '-.25', expected a finite number above 0"), (b"many", "to float: 'many'")):
         change(ours, whole.replace(b"0.25", weight))
-        config = DataConfig(path=str(ours), image_size=16)
-        reader = ShardReader(locate(config), config)
+        reader = Captions(ours, read_index(ours))
         with pytest.raises(InputError, match=rf"{CAPTIONS_NAME}: the captions of sample {bad}: .*{reason}"):
-            reader.captions(bad)
+            reader.of(bad)
         assert f"{CAPTIONS_NAME}: the captions of sample {bad}: " in refused(capsys, "inspect", ours)
         faults = [fault.partition(": sample ")[2] for fault in verify(ours, 1, Access(30.0, 5), progress=False)]
         assert faults[0] == f"{bad:09d}: the caption differs from captions.bin"
@@ -338,13 +334,12 @@ def test_captions_that_cannot_be_read(ours: Path, tmp_path: Path, capsys: pytest
         assert faults[1].endswith(reason)
         assert len(faults) == 2
     change(ours, whole, caption_offset=len(whole) - 1, caption_size=2)
-    reader = ShardReader(locate(config), config)
+    reader = Captions(ours, read_index(ours))
     with pytest.raises(InputError, match=r"captions of sample 0: 2 bytes at byte \d+ are past its end"):
-        reader.captions(0)
+        reader.of(0)
     empty = tmp_path / "empty"
     assert run("write", pairs(tmp_path / "none", {"e": BESIDE["e"]}), empty, "--size", 16, "--workers", 1) == 0
-    config = DataConfig(path=str(empty), image_size=16)
-    assert ShardReader(locate(config), config).captions(0) == (Caption(""),)
+    assert Captions(empty, read_index(empty)).of(0) == (Caption(""),)
 
 
 def spoil(folder: Path, old: bytes, new: bytes) -> None:

@@ -31,6 +31,7 @@ from megapix import captions, draws
 from megapix.config import BatchLayout, DataConfig
 from megapix.data import order, workers
 from megapix.data.cache import DamagedShard
+from megapix.data.captions import Captions
 from megapix.data.decode import Decoder
 from megapix.data.locate import Located
 from megapix.data.order import Positions, Skipped
@@ -129,9 +130,10 @@ class MicroBatches(Dataset[Batch]):
     """
 
     def __init__(self, located: Located, config: DataConfig, seed: int, batch: int, beside: Beside = Beside()) -> None:
-        self.located, self.config, self.seed, self.batch, self._beside = located, config, seed, batch, beside
+        self.located, self.config, self.seed, self.batch = located, config, seed, batch
         self._features = FeatureReader(beside.features) if beside.features else None
         self._text = TextFeatureReader(beside.text) if beside.text else None
+        self._captions = Captions(located.folder, located.index) if beside.captions or beside.text else None
         self._opened: tuple[ShardReader, Decoder, order.Order] | None = None
 
     def __getitem__(self, positions: Positions) -> Batch | InputError:  # type: ignore[override]
@@ -180,10 +182,10 @@ class MicroBatches(Dataset[Batch]):
 
     def _said(self, samples: list[int], positions: Positions) -> tuple[tuple[str, ...], tuple[Tensor, Tensor] | None]:
         """A caption of each image that is shown, or its features: which one, by seed and position."""
-        if not self._beside.captions and self._text is None:
+        if self._captions is None:
             return (), None
-        reader, uniform = self._open()[0], draws.uniform(self.seed, Purpose.CAPTION, positions).tolist()
-        found = [reader.captions(sample) for sample in samples]
+        uniform = draws.uniform(self.seed, Purpose.CAPTION, positions).tolist()
+        found = [self._captions.of(sample) for sample in samples]
         chosen = [captions.choose(some, number) for some, number in zip(found, uniform, strict=True)]
         if self._text is None:
             return tuple(some[number].text for some, number in zip(found, chosen, strict=True)), None

@@ -1,22 +1,17 @@
-"""Random access to the images and captions of an index: an image is one read, checked against its CRC."""
+"""Random access to the images of an index: one read a sample, checked against its CRC."""
 
 from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Any
 
-from numpy.typing import NDArray
-
-from megapix.captions import Caption, unpack
 from megapix.config import DataConfig
 from megapix.data.cache import CachedShards, DamagedShard
 from megapix.data.locate import Located, access_of
-from megapix.data.table import open_captions, open_table
+from megapix.data.table import open_table
 from megapix.errors import InputError
-from megapix.shards import CAPTIONS_NAME, TAR_BLOCK, SampleRecord, ShardEntry
+from megapix.shards import TAR_BLOCK, SampleRecord, ShardEntry
 from megapix.storage import Local, Remote
 
 
@@ -35,7 +30,7 @@ class Encoded:
 
 
 class ShardReader:
-    """Reads the encoded image, label and captions of any sample; each process needs its own."""
+    """Reads the encoded image and label of any sample; each process needs its own."""
 
     def __init__(self, located: Located, config: DataConfig) -> None:
         self.located, self.config = located, config
@@ -65,25 +60,6 @@ class ShardReader:
             )
         return Encoded(data, record.label, shard.bucket)
 
-    def captions(self, sample: int) -> tuple[Caption, ...]:
-        """The sample's captions: one at least, which is empty where there is none.
-
-        Raises:
-            InputError: they do not lie in `captions.bin`, or cannot be told apart.
-        """
-        record, _ = self._record(sample)
-        text = self._captions[record.caption_offset : record.caption_offset + record.caption_size].tobytes()
-        try:
-            if len(text) != record.caption_size:
-                raise ValueError(
-                    f"{record.caption_size} bytes at byte {record.caption_offset} are past its end; prepare the folder "
-                    "again"
-                )
-            return unpack(text.decode())
-        except ValueError as error:
-            path = self.located.folder / CAPTIONS_NAME
-            raise InputError(f"{path}: the captions of sample {sample}: {error}") from error
-
     def shard_of(self, sample: int) -> ShardEntry:
         """The entry that holds a sample."""
         return self._record(sample)[1]
@@ -97,11 +73,6 @@ class ShardReader:
         except InputError:
             key = ""
         return f"{self._files.where(shard.name)}: sample {sample}" + (f" (key {key})" if key else "")
-
-    @cached_property
-    def _captions(self) -> NDArray[Any]:
-        """Opened when it is asked for: a run with classes needs none."""
-        return open_captions(self.located.folder)
 
     def _record(self, sample: int) -> tuple[SampleRecord, ShardEntry]:
         record = SampleRecord(*self.table[sample].tolist())

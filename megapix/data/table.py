@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megapix.shards import CAPTIONS_NAME, RECORD, TABLE_NAME, Index
+from megapix.shards import RECORD, TABLE_NAME, Index
 
 RECORD_DTYPE = np.dtype(
     [
@@ -27,11 +27,3 @@ assert RECORD_DTYPE.itemsize == RECORD.size
 def open_table(folder: Path, index: Index) -> NDArray[Any]:
     """The records of all samples, fields as in `megapix.shards.SampleRecord`."""
     return np.memmap(folder / TABLE_NAME, dtype=RECORD_DTYPE, mode="r", shape=(index.samples,))
-
-
-def open_captions(folder: Path) -> NDArray[np.uint8]:
-    """The bytes of all captions, end to end."""
-    path = folder / CAPTIONS_NAME
-    if not path.stat().st_size:  # no sample has a caption, and nothing cannot be mapped
-        return np.zeros(0, np.uint8)
-    return np.memmap(path, dtype=np.uint8, mode="r")
