@@ -108,7 +108,8 @@ class StoredText:
         """Features of the first captions."""
         assert self._shown, "given where a grid is drawn"
         reader = TextFeatureReader(self._shown)
-        text = padded([reader.read(sample, 0) for sample in range(min(count, self._shown.samples))])
+        samples = sum(file.samples for file in self._shown.files)
+        text = padded([reader.read(sample, 0) for sample in range(min(count, samples))])
         return Condition(tuple(part.to(self._device) for part in text), self._nothing)
 
 
