@@ -335,7 +335,7 @@ class ExportOptions:
     out: Path
     """File to write, such as pixeldit.safetensors; `megapix sample`, `load_model` and `train --init` read it."""
     format: Literal["safetensors", "nvlabs"] = "safetensors"
-    """'nvlabs' writes a torch file (.ckpt) with the authors' names: docs/weights.md."""
+    """'nvlabs' writes a torch file (.ckpt, .pth) with the authors' names: docs/weights.md."""
     raw: bool = False
     """Export the raw weights instead of the EMA (the default)."""
     ema: bool = False
@@ -367,7 +367,7 @@ class ImportOptions:
     in its metadata, and config.json. The network is recognised from the shapes; the numbers stay as they are."""
 
     checkpoint: tyro.conf.Positional[Path]
-    """Torch file (.ckpt) whose state_dict holds denoiser.… or ema_denoiser.…"""
+    """Torch file (.ckpt, .pth) with the authors' names, behind denoiser., ema_denoiser., another prefix or none."""
     out: Path
     """New folder; `megapix sample`, `export`, `load_model` and `train --init` read it."""
     ema: bool = False
@@ -376,8 +376,9 @@ class ImportOptions:
     """Take the raw weights."""
     trust: bool = False
     """Load a file that holds more than tensors too, which may run code in it: only if you trust whom it is from."""
-    image_size: int = 256
-    """Height and width in pixels that the weights were trained at; the sampling defaults are that size's preset's."""
+    image_size: int | None = None
+    """Height and width in pixels that the weights were trained at, 256 by default, of a network that takes text 1024;
+    the sampling defaults are that size's preset's."""
     guidance: float | None = None
     """Guidance scale to sample with by default, 1 is off; the preset's."""
     interval: tuple[float, float] | None = None
@@ -402,6 +403,7 @@ def import_(arguments: list[str], world: World) -> int:
     about = replace(weights.about, sampling=sampling)
     write_model(options.out, replace(weights, about=about))
     print(f"megapix: {options.out}: the {about.kind} of {about.source}: {nvlabs.describe(about.model)}")
+    print(f"megapix: taken from {released.place}")
     if released.ignored:
         print(f"megapix: not taken, as they belong to neither the EMA nor the raw weights: {first(released.ignored)}")
     return 0
