@@ -6,6 +6,7 @@ import multiprocessing
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -15,6 +16,9 @@ from data_prep.plan import Options
 from data_prep.sources.image_folder import ImageFolder
 from data_prep.write import write
 from megapix.images import Policy
+
+if TYPE_CHECKING:
+    from tests.subjects import Subject
 
 OPTIONS = Options(Policy.make("crop", 16), samples_per_shard=16)
 """Those of the `shards` fixture."""
@@ -45,6 +49,31 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image.astype(np.uint8)).save(folder / f"{number:02d}.png")
     return root
+
+
+@pytest.fixture(scope="session")
+def text_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small random BERT with its tokenizer."""
+    from tests import text_encoders  # late: transformers, which most tests do not need
+
+    return text_encoders.make(tmp_path_factory.mktemp("encoder"), "bert")
+
+
+@pytest.fixture(scope="session")
+def text_shards(text_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """36 images of three shapes with one or two captions each, and these captions' features."""
+    from tests import subjects
+
+    return subjects.text_shards(tmp_path_factory.mktemp("text"), text_encoder)
+
+
+@pytest.fixture(scope="module", params=["classes", "text"])
+def subject(request: pytest.FixtureRequest) -> Subject:
+    """What a test trains: classes on square images, and text on images of several shapes."""
+    from tests.subjects import Subject
+
+    name = {"classes": "shards", "text": "text_shards"}[request.param]
+    return Subject(request.param, request.getfixturevalue(name))
 
 
 @pytest.fixture(scope="session")

@@ -43,11 +43,11 @@ ENDLESS = ["--optim.end-at", "1000000000", "--checkpoint.every", "1000000000"]
 """Options of a run that does not end by itself."""
 
 
-def arguments(shards: Path, out: Path, *overrides: str) -> list[str]:
+def arguments(shards: Path, out: Path, *overrides: str, small: Config = SMALL) -> list[str]:
     """`train` arguments of SMALL: the tiny preset with every option that differs from it, then the overrides."""
     preset = dict((key, value) for key, value, _ in config.leaves(config.preset("tiny")))
     found = ["train", "tiny", "--data.path", str(shards), "--out", str(out)]
-    for key, value, _ in config.leaves(SMALL):
+    for key, value, _ in config.leaves(small):
         if value != preset[key] and key not in ("out", "data.path"):
             option = key.replace("_", "-")
             section, _, name = option.rpartition(".")

@@ -25,6 +25,7 @@ from megapix.reshard import reshard
 from megapix.saver import Saver
 from tests.launch import start, succeed
 from tests.runs import SMALL, STEP_BATCH, arguments, counters, flat_vectors, saved, scalars
+from tests.subjects import Subject
 
 FIRST, SECOND = f"images-{10 * STEP_BATCH:012d}", f"images-{20 * STEP_BATCH:012d}"
 
@@ -249,10 +250,12 @@ def test_reshard_and_export_refuse_bad_input(trained: Path, tmp_path: Path, caps
 @pytest.mark.parametrize(
     ("ranks", "precision"), [(1, "fp32"), *(pytest.param(n, "bf16", marks=pytest.mark.long) for n in (1, 4))]
 )
-def test_every_number_of_ranks_loads_the_same_bits(ranks: int, precision: str, shards: Path, tmp_path: Path) -> None:
+def test_every_number_of_ranks_loads_the_same_bits(
+    ranks: int, precision: str, subject: Subject, tmp_path: Path
+) -> None:
     """Two ranks save; others load, and gather masters, both moments and the EMA of every parameter."""
     run = tmp_path / "run"
-    succeed(2, "megapix", arguments(shards, run, "--precision", precision, "--optim.end-at", "24"))
+    succeed(2, "megapix", subject.arguments(run, "--precision", precision, "--optim.end-at", "24"))
     succeed(ranks, "tests.worker_elastic", [run])
 
 
@@ -281,13 +284,13 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 
 
 @pytest.mark.long
-def test_ranks_change_in_mid_run(shards: Path, tmp_path: Path) -> None:
+def test_ranks_change_in_mid_run(subject: Subject, tmp_path: Path) -> None:
     """2 -> 4 -> 1 -> 3 ranks by the same command: one line of losses, within 1e-5 of the run that never changed."""
     batch = 12
     common = ["--optim.global-batch", str(batch), "--optim.lr-step-at", "never", "--log.every", str(batch)]
     common += ["--checkpoint.every", str(8 * batch)]
     still = ["--optim.end-at", str(16 * batch)]
-    succeed(2, "megapix", arguments(shards, tmp_path / "still", *common, *still))
+    succeed(2, "megapix", subject.arguments(tmp_path / "still", *common, *still))
     changed = tmp_path / "changed"
     micro = {2: "3", 4: "1", 1: "6", 3: "4"}
     for number, ranks in enumerate((2, 4, 1, 3)):
@@ -295,7 +298,7 @@ def test_ranks_change_in_mid_run(shards: Path, tmp_path: Path) -> None:
         if number:  # masters, moments and EMA as the new ranks hold them are what the old ones saved
             succeed(ranks, "tests.worker_elastic", [changed])
         options = ["--optim.end-at", str(end), "--machine.micro-batch", micro[ranks]]
-        out = succeed(ranks, "megapix", arguments(shards, changed, *common, *options))[0].out
+        out = succeed(ranks, "megapix", subject.arguments(changed, *common, *options))[0].out
         assert f"x ranks {ranks}" in out
         if number:
             assert f"changed since the checkpoint: ranks: {(2, 4, 1)[number - 1]} -> {ranks}" in out

@@ -10,12 +10,10 @@ import pytest
 import torch
 
 from megapix import checkpoint, config, engine, flow, schedule, weights
-from megapix.condition import classes
 from megapix.config import BatchLayout
-from megapix.data.loader import MicroBatches
-from megapix.data.locate import locate
 from tests.launch import succeed
 from tests.runs import SMALL, STEP_BATCH, arguments, counters, scalars, shard_tensors
+from tests.subjects import Subject
 
 STEPS = 20
 
@@ -30,11 +28,9 @@ class Plain:
 
 
 @pytest.fixture(scope="module")
-def plain(shards: Path) -> Plain:
+def plain(subject: Subject) -> Plain:
     """The run in one process without DeepSpeed: torch's AdamW, clipping, a dense EMA, the rate set by hand."""
-    reading = config.replace(SMALL.data, "path", str(shards))
-    data = MicroBatches(locate(reading), reading, SMALL.seed, STEP_BATCH)
-    net = engine.build_network(SMALL.model, SMALL.seed)
+    read, net = subject.samples(), engine.build_network(subject.config.model, SMALL.seed)
     o = SMALL.optim
     optimizer = torch.optim.AdamW(net.parameters(), o.lr, (o.beta1, o.beta2), weight_decay=o.weight_decay)
     ema = {name: p.detach().clone() for name, p in net.named_parameters()}
@@ -42,10 +38,8 @@ def plain(shards: Path) -> Plain:
     for step in range(STEPS):
         for group in optimizer.param_groups:
             group["lr"] = o.lr if step < 12 else o.lr_after
-        batch = data[np.arange(step * STEP_BATCH, (step + 1) * STEP_BATCH)]
-        loss, _ = flow.training_loss(
-            net, batch.images, classes(batch.labels, SMALL.model.num_classes), batch.positions, SMALL.seed, SMALL.flow
-        )
+        positions = np.arange(step * STEP_BATCH, (step + 1) * STEP_BATCH)
+        loss, _ = flow.training_loss(net, *read(positions), positions, SMALL.seed, SMALL.flow)
         optimizer.zero_grad()
         loss.mean().backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), o.grad_clip)
@@ -57,11 +51,11 @@ def plain(shards: Path) -> Plain:
 
 
 @pytest.fixture(scope="module")
-def trained(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+def trained(subject: Subject, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     """The same run on 1 and on 2 ranks, started like a launcher does."""
     folder = tmp_path_factory.mktemp("trained")
     for ranks in (1, 2):
-        succeed(ranks, "megapix", arguments(shards, folder / str(ranks)))
+        succeed(ranks, "megapix", subject.arguments(folder / str(ranks)))
     return {ranks: folder / str(ranks) for ranks in (1, 2)}
 
 
@@ -90,16 +84,16 @@ def test_losses_do_not_depend_on_the_number_of_ranks(trained: dict[int, Path]) -
 
 @pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.long), 2])
 @pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.long)])
-def test_the_sharded_ema_equals_a_dense_one_bit_for_bit(ranks: int, precision: str, shards: Path) -> None:
-    succeed(ranks, "tests.worker_ema", [precision, shards])
+def test_the_sharded_ema_equals_a_dense_one_bit_for_bit(ranks: int, precision: str, subject: Subject) -> None:
+    succeed(ranks, "tests.worker_ema", [precision, subject.name, subject.shards])
 
 
-def test_resume_is_exact(shards: Path, trained: dict[int, Path], tmp_path: Path) -> None:
+def test_resume_is_exact(subject: Subject, trained: dict[int, Path], tmp_path: Path) -> None:
     """20 steps, against 10 steps, a new process, and 10 more (workers on, to cross that boundary too)."""
     run = tmp_path / "run"
-    succeed(2, "megapix", arguments(shards, run, "--optim.end-at", str(10 * STEP_BATCH)))
+    succeed(2, "megapix", subject.arguments(run, "--optim.end-at", str(10 * STEP_BATCH)))
     assert counters(run).position == 10 * STEP_BATCH
-    out = succeed(2, "megapix", arguments(shards, run, "--data.workers", "1"))[0].out
+    out = succeed(2, "megapix", subject.arguments(run, "--data.workers", "1"))[0].out
     assert "going on from" in out
     assert f"changed since the checkpoint: optim.end_at: {10 * STEP_BATCH} -> {20 * STEP_BATCH}" in out
     whole, parts = (shard_tensors(checkpoint.latest(r)) for r in (trained[2], run))
@@ -111,9 +105,9 @@ def test_resume_is_exact(shards: Path, trained: dict[int, Path], tmp_path: Path)
         assert scalars(run, tag) == scalars(trained[2], tag)
 
 
-def test_a_finished_run_says_so(shards: Path, trained: dict[int, Path]) -> None:
+def test_a_finished_run_says_so(subject: Subject, trained: dict[int, Path]) -> None:
     before = sorted((path, path.stat().st_mtime_ns) for path in trained[2].rglob("*"))
-    out = succeed(2, "megapix", arguments(shards, trained[2]))[0].out
+    out = succeed(2, "megapix", subject.arguments(trained[2]))[0].out
     assert "is finished: 160 images seen" in out
     assert sorted((path, path.stat().st_mtime_ns) for path in trained[2].rglob("*")) == before
 
@@ -229,24 +223,25 @@ def _decoded(png: bytes) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(png)))
 
 
-def test_init_takes_weights_only(shards: Path, trained: dict[int, Path], tmp_path: Path) -> None:
+def test_init_takes_weights_only(subject: Subject, trained: dict[int, Path], tmp_path: Path) -> None:
     run, exported = tmp_path / "run", tmp_path / "exported.safetensors"
     weights.export(trained[2], exported)
     options = ["--init", str(exported), "--optim.end-at", "8", "--seed", "5", "--optim.lr", "1e-9"]
-    succeed(1, "megapix", arguments(shards, run, *options))
+    succeed(1, "megapix", subject.arguments(run, *options))
     assert counters(run).images_seen == 8
     start, now = (weights.load_weights(path).tensors for path in (exported, run))
     assert_close(now, start, 1e-5)
 
 
-def test_export_and_load_agree(trained: dict[int, Path], tmp_path: Path) -> None:
+def test_export_and_load_agree(subject: Subject, trained: dict[int, Path], tmp_path: Path) -> None:
+    told = subject.samples()(np.arange(2))[1].given
     for ema in (True, False):
         file = tmp_path / f"{ema}.safetensors"
         weights.export(trained[2], file, ema)
         direct, exported = weights.load_model(trained[2], ema), weights.load_model(file, ema)
-        x, t, y = torch.randn(2, 3, 16, 16), torch.rand(2), torch.tensor([0, 3])
-        assert torch.equal(direct(x, t, y), exported(x, t, y))
+        x, t = torch.randn(2, 3, 16, 16), torch.rand(2)
+        assert torch.equal(direct(x, t, *told), exported(x, t, *told))
         assert not exported.training
     by_checkpoint = weights.load_weights(checkpoint.latest(trained[2])).tensors
     assert all(torch.equal(t, by_checkpoint[n]) for n, t in weights.load_weights(trained[2]).tensors.items())
-    assert config.replace(SMALL, "model.mlp", "swiglu").model != weights.load_weights(trained[2]).about.model
+    assert config.replace(subject.config, "model.depth", 3).model != weights.load_weights(trained[2]).about.model

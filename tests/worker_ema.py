@@ -1,36 +1,35 @@
 """One rank of the EMA test: trains with DeepSpeed and keeps a dense fp32 EMA of the gathered masters beside it.
 
-usage: python -m tests.worker_ema PRECISION SHARDS [DS_CONFIG]
+usage: python -m tests.worker_ema PRECISION SUBJECT SHARDS [DS_CONFIG]
 """
 
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import numpy as np
 import torch
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
 from megapix import config, dist, engine, flow
-from megapix.condition import classes
-from megapix.data.loader import MicroBatches
-from megapix.data.locate import locate
-from tests.runs import SMALL, STEP_BATCH
+from tests.runs import STEP_BATCH
+from tests.subjects import Subject
 
 STEPS, SKIPPED, LR_STEP = 8, (0, 4), 3
 
 
-def main(precision: str, shards: str, ds_config: str = "zero2") -> None:
+def main(precision: str, name: str, shards: str, ds_config: str = "zero2") -> None:
     world = dist.from_environment()
     engine.start(world)
-    c = config.replace(config.replace(SMALL, "precision", precision), "optim.lr_step_at", LR_STEP * STEP_BATCH)
+    subject = Subject(name, Path(shards))
+    c = config.replace(config.replace(subject.config, "precision", precision), "optim.lr_step_at", LR_STEP * STEP_BATCH)
     c = config.replace(c, "machine.ds_config", ds_config)
     layout = config.batch_layout(c, world.size)
     net = engine.build_network(c.model, seed=1)
     initial = {name: p.detach().clone() for name, p in net.named_parameters()}
     e = engine.build(c, layout, net)
-    reading = config.replace(c.data, "path", shards)
-    data = MicroBatches(locate(reading), reading, 0, STEP_BATCH)
+    read = subject.samples(seed=0)
     parameters = dict(net.named_parameters())
 
     def masters() -> dict[str, torch.Tensor]:
@@ -42,10 +41,8 @@ def main(precision: str, shards: str, ds_config: str = "zero2") -> None:
     for step in range(STEPS):
         before = masters()
         positions = np.arange(step * STEP_BATCH, (step + 1) * STEP_BATCH)
-        batch = data[positions.reshape(world.size, -1)[world.rank]]
-        loss, _ = flow.training_loss(
-            e, batch.images, classes(batch.labels, c.model.num_classes), batch.positions, c.seed, c.flow
-        )
+        mine = positions.reshape(world.size, -1)[world.rank]
+        loss, _ = flow.training_loss(e, *read(mine), mine, c.seed, c.flow)
         rates.append(e.lr_scheduler.get_last_lr()[0])
         e.backward(loss.mean() * (float("inf") if step in SKIPPED and world.rank == world.size - 1 else 1.0))
         e.step()

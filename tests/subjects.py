@@ -1,0 +1,100 @@
+"""What the distributed tests train: the small run with classes, and with text on images of several shapes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from data_prep.embed_text import embed_text
+from data_prep.plan import Options
+from data_prep.sources.image_text import ImageText
+from data_prep.write import write
+from megapix import conditioner
+from megapix.condition import Condition
+from megapix.config import Config, TextConfig
+from megapix.data.loader import MicroBatches
+from megapix.data.locate import locate
+from megapix.dist import World
+from megapix.images import Policy
+from megapix.speech import recipe, text_of
+from tests import text_encoders
+from tests.runs import SMALL, STEP_BATCH, arguments
+
+TEXT = replace(
+    SMALL,
+    model=replace(
+        SMALL.model,
+        mlp="swiglu",
+        num_classes=0,
+        text_width=text_encoders.WIDTH,
+        text_tokens=12,
+        pixel_attention_width=24,
+        pixel_heads=3,
+    ),
+    text=TextConfig(max_tokens=12, scale=1.0, dtype="fp32"),
+)
+CONFIGS = {"classes": SMALL, "text": TEXT}
+BUCKETS = Policy.make("buckets", 16, step=4)
+SIZES = ((16, 16), (12, 20), (20, 12))
+"""(height, width) of the images, in turns."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A run's data and options."""
+
+    name: str
+    """'classes' or 'text'."""
+    shards: Path
+
+    @property
+    def config(self) -> Config:
+        """Its options."""
+        return CONFIGS[self.name]
+
+    def arguments(self, out: Path, *overrides: str) -> list[str]:
+        """`train` arguments."""
+        return arguments(self.shards, out, *overrides, small=self.config)
+
+    def samples(self, seed: int = SMALL.seed) -> Callable[[NDArray[np.int64]], tuple[Tensor, Condition]]:
+        """Positions of one step -> images uint8 [B, 3, H, W], and what they are about, as the run's loader has it."""
+        c = replace(self.config, data=replace(self.config.data, path=str(self.shards)))
+        located = locate(c.data)
+        speech = text_of(c, located, None)
+        told = conditioner.of_run(c, speech, World(), torch.device("cpu"))
+        data = MicroBatches(located, c.data, seed, STEP_BATCH, speech.beside(None))
+
+        def read(positions: NDArray[np.int64]) -> tuple[Tensor, Condition]:
+            batch = data[positions]
+            assert not isinstance(batch, Exception), batch
+            return batch.images, told.of(batch)
+
+        return read
+
+
+def text_shards(root: Path, encoder: Path, count: int = 36) -> Path:
+    """Shards of `count` images of three shapes with one or two captions each, and the features of these."""
+    generator = np.random.default_rng(0)
+    images = root / "images"
+    images.mkdir(parents=True)
+    for number in range(count):
+        height, width = SIZES[number % 3]
+        colour = ("red", "blue")[number % 2]
+        pixels = generator.integers(0, 60, (height, width, 3))
+        pixels[..., 2 * (number % 2)] += 150
+        Image.fromarray(pixels.astype(np.uint8)).save(images / f"{number:02d}.png")
+        captions = [{"text": f"a {colour} mat"}, {"text": f"a photo of the {colour} dog", "weight": 0.5}]
+        about = {"captions": captions} if number % 4 else {"caption": captions[0]["text"]}
+        (images / f"{number:02d}.json").write_text(json.dumps(about))
+    out = root / "shards"
+    write(ImageText.open(images), out, Options(BUCKETS, samples_per_shard=16), workers=1, progress=False)
+    embed_text(out, str(encoder), recipe(TEXT.text), batch=16, anew=False, progress=False)
+    return out
