@@ -100,11 +100,12 @@ def block_of(name: str) -> str:
 
     The last dot ends a block's own name.
     """
-    first, second = name.split(".")[:2]
+    first, _, rest = name.partition(".")
+    number = rest.partition(".")[0]
     if first == "patch_blocks":
-        return f"patch_{int(second):02d}"
+        return f"patch_{int(number):02d}"
     if first == "pixel_blocks":
-        return f"pit_{second}"
+        return f"pit_{number}"
     return first
 
 
