@@ -101,7 +101,7 @@ def main() -> None:
 
         ways: dict[str, Callable[[], tuple[Tensor, Tensor]]] = {
             "all": lambda: masked(MOST),
-            "longest": lambda longest=max(lengths): masked(longest),  # type: ignore[misc]
+            "longest": lambda lengths=lengths: masked(max(lengths)),  # type: ignore[misc]
             "packed": lambda texts=texts: packed(block, x, texts, c, size),  # type: ignore[misc]
         }
         expected, tolerance = ways["all"]()[0].float(), 1e-4 if options.fp32 else 0.1
