@@ -6,6 +6,7 @@ from array import array
 from collections.abc import Iterator
 from pathlib import Path
 
+from data_prep.embedded import text_line
 from megapix.errors import InputError
 from megapix.shards import CAPTIONS_NAME, RECORD, TABLE_NAME, Index, SampleRecord, check_table, read_index
 from megapix.storage import Access, open_storage
@@ -34,6 +35,7 @@ def report(folder: Path) -> Iterator[str]:
     yield f"  bytes        {total:,} in shards, {total // index.samples:,} a sample"
     yield f"  image bytes  {sizes}"
     yield f"  captions     {_captions(folder, index)}"
+    yield from text_line(folder, index)
     yield f"  rejected     {index.rejected:,}" + (" (rejected.jsonl)" if index.rejected else "")
     yield f"  identity     {index.digest}"
     buckets = [tuple(bucket) for bucket in policy["buckets"]]
