@@ -1,4 +1,4 @@
-"""The command line: `data_prep write | index | demo | verify | inspect | stats | features`.
+"""The command line: `data_prep write | index | demo | verify | inspect | stats | features | embed-text`.
 
 Bad input: one line, exit code 2.
 """
@@ -209,6 +209,33 @@ class MakeFeatures(RemoteOptions):
     """Processes that read and decode."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class EmbedText:
+    """A frozen text encoder's features of every caption, stored with the shards. On a GPU where there is one.
+
+    The same command goes on after an interruption: a file that is finished is not computed again.
+    """
+
+    shards: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="SHARDS")]
+    """Shard folder, or index over shards; the features are written into it."""
+    encoder: str
+    """Folder or Hugging Face hub name of a text encoder, as in text.encoder."""
+    max_tokens: int = 300
+    """Tokens of a caption that are kept, as in text.max_tokens."""
+    normalize: Literal["rms", "none"] = "rms"
+    """'rms' divides the features of each token by their root mean square, as in text.normalize."""
+    scale: float = 0.01
+    """Factor of the features, after that, as in text.scale."""
+    prefix: str = ""
+    """Instruction before each caption that is not empty, as in text.prefix."""
+    dtype: Literal["bf16", "fp32"] = "bf16"
+    """Number format that the encoder computes in, as in text.dtype; features are stored in bf16."""
+    batch: int = 64
+    """Captions that go through the encoder together."""
+    replace: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Remove features of another encoder, other options or other shards that are stored there."""
+
+
 Command = (
     Annotated[Write, tyro.conf.subcommand("write", prefix_name=False)]
     | Annotated[MakeIndex, tyro.conf.subcommand("index", prefix_name=False)]
@@ -217,6 +244,7 @@ Command = (
     | Annotated[Inspect, tyro.conf.subcommand("inspect", prefix_name=False)]
     | Annotated[Stats, tyro.conf.subcommand("stats", prefix_name=False)]
     | Annotated[MakeFeatures, tyro.conf.subcommand("features", prefix_name=False)]
+    | Annotated[EmbedText, tyro.conf.subcommand("embed-text", prefix_name=False)]
 )
 
 
@@ -231,6 +259,7 @@ def main(argv: list[str] | None = None) -> int:
         Inspect: _inspect,
         Stats: _stats,
         MakeFeatures: _features,
+        EmbedText: _embed_text,
     }[type(command)]
     signal.signal(signal.SIGTERM, _interrupt)
     try:
@@ -408,5 +437,24 @@ def _features(command: MakeFeatures) -> int:
         f"data_prep: {command.out} {'was finished already' if was_finished else 'is finished'}: features of "
         f"{samples:,} images{' and their mirror images' if made.flip else ''}, width {made.width}, {made.dtype}, "
         f"in {len(made.files)} files, {size:.1f} MB"
+    )
+    return 0
+
+
+def _embed_text(command: EmbedText) -> int:
+    from data_prep.embed_text import embed_text
+    from megapix.text_features import Recipe
+
+    c = command
+    recipe = Recipe(max_tokens=c.max_tokens, normalize=c.normalize, scale=c.scale, prefix=c.prefix, dtype=c.dtype)
+    made, was_finished, first_cut = embed_text(c.shards, c.encoder, recipe, c.batch, c.replace)
+    if first_cut:
+        print(f"data_prep: {first_cut}")
+    captions, tokens, cut = (sum(getattr(file, key) for file in made.files) for key in ("captions", "tokens", "cut"))
+    size = sum(map(made.bytes_of, made.all_files))
+    print(
+        f"data_prep: {c.shards} {'was finished already' if was_finished else 'is finished'}: text features of "
+        f"{captions:,} captions, {tokens:,} tokens of width {made.recipe.width}, {size:,} bytes; {cut:,} captions were "
+        f"cut at {made.recipe.max_tokens} tokens"
     )
     return 0

@@ -9,6 +9,7 @@ from itertools import accumulate
 from pathlib import Path
 
 from data_prep.caption_counts import CaptionCounts
+from data_prep.embedded import text_line
 from megapix.captions import unpack
 from megapix.errors import InputError
 from megapix.shards import CAPTIONS_NAME, RECORD, TABLE_NAME, Index, SampleRecord, check_table, read_index
@@ -39,6 +40,7 @@ def report(folder: Path) -> Iterator[str]:
     yield f"  image bytes  {sizes}"
     for number, line in enumerate(_captions(folder, index).lines(partial(_shard_of, index))):
         yield f"  {'' if number else 'captions':12} {line}"
+    yield from text_line(folder, index)
     yield f"  rejected     {index.rejected:,}" + (" (rejected.jsonl)" if index.rejected else "")
     yield f"  identity     {index.digest}"
     buckets = [tuple(bucket) for bucket in policy["buckets"]]

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from data_prep.captions import parse_keys
+from data_prep.embedded import text_faults
 from data_prep.index import local_copy
 from data_prep.pool import check_workers, in_processes
 from data_prep.samples import TarSample, labels_of, samples_of
@@ -68,6 +69,7 @@ def verify(folder: Path, workers: int, access: Access, progress: bool = True) ->
         for rows, faults in in_processes(partial(_verify_file, folder, index, access), jobs, workers):
             bar.update(sum(entry.samples for entry, _, _ in rows))
             yield from faults
+    yield from text_faults(folder, index, progress)
 
 
 def _verify_file(folder: Path, index: Index, access: Access, rows: list[Rows]) -> list[str]:

@@ -3,17 +3,13 @@
 It stands beside the trained network: no optimizer, EMA or checkpoint knows of it. It sees the clean images in [0, 1],
 normalised as ImageNet's are and resized, bicubic, so that each of its patches covers 16 × 16 pixels of the image: for
 the 14 × 14 patches of DINOv2 by 14/16, which gives the grid of a network with patches of 16.
-
-transformers is imported here alone, and only when an encoder is loaded.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import re
 from contextlib import suppress
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -21,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megapix.errors import InputError
+from megapix.pretrained import check_name, check_whole, library, named
 
 PIXELS = 16
 """Pixels of a training image, on a side, that one of the encoder's patches covers."""
@@ -103,10 +100,9 @@ def load(name: str, dtype: Literal["bf16", "fp32"], micro_batch: int, option: st
     Raises:
         InputError: no such folder or name, another kind of model, or weights that are not all there.
     """
-    if not Path(name).is_dir() and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
-        raise InputError(f"{option} = {name!r}: no such folder, nor a name on the hub such as {EXAMPLE!r}")
-    transformers = _transformers()
-    try:
+    check_name(name, option, EXAMPLE)
+    transformers = library()
+    with named(name, option):
         config = transformers.AutoConfig.from_pretrained(name)
         if config.model_type not in KINDS:
             raise InputError(f"{option} = {name!r} is of kind {config.model_type!r}: expected {', '.join(KINDS)}")
@@ -114,26 +110,8 @@ def load(name: str, dtype: Literal["bf16", "fp32"], micro_batch: int, option: st
             name, config=config, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
         )
         encoder = Encoder(model, dtype, micro_batch)
-    except InputError:
-        raise
-    except Exception as error:  # a foreign configuration ends in whatever its values lead to
-        missing = "" if Path(name).is_dir() else "no such folder, and as a name on the hub: "
-        raise InputError(f"{option} = {name!r}: {missing}{_said(error)}") from error
-    # Without its weights transformers would start with random ones, and say so in a warning.
-    if lacking := sorted(str(key) for key in (*loading["missing_keys"], *loading["mismatched_keys"])):
-        raise InputError(f"{option} = {name!r} lacks {len(lacking)} of the encoder's tensors: {lacking[0]}, …")
+    check_whole(loading, name, option)
     return encoder
-
-
-def _transformers() -> Any:
-    """The library, without its progress bars and notices, and the hub's of every try."""
-    import huggingface_hub
-    import transformers
-
-    huggingface_hub.logging.set_verbosity_error()
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    return transformers
 
 
 def _side(patch_size: Any) -> int:
@@ -144,10 +122,3 @@ def _side(patch_size: Any) -> int:
             raise InputError(f"the encoder has patches of {rows}x{columns} pixels: expected square ones")
         return int(rows)
     return int(patch_size)
-
-
-def _said(error: Exception) -> str:
-    """What an error of transformers says, in a line; of OSErrors and ValueErrors, which it raises itself, the first."""
-    if isinstance(error, (OSError, ValueError)):
-        return " ".join(str(error).strip().splitlines()[:2])
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"

@@ -10,6 +10,7 @@ A shard folder holds
 
 and what only `data_prep` reads: plan.json, .receipts/ and rejected.jsonl. In an index over tar files that exist
 already (`data_prep index`), the tar files lie elsewhere: `base` names the folder or URL, and they keep their names.
+Features of the captions may be stored there, too: text-*.safetensors (`megapix.text_features`).
 
 A sample that `data_prep write` wrote is three tar members, KEY being nine digits (its number in the plan):
 
@@ -117,6 +118,9 @@ class Index:
     """Where the images came from: kind, licence, attribution, options of the preparation."""
     rejected: int
     """Samples of the source that could not be used; `rejected.jsonl` lists them."""
+    text: dict[str, Any] | None = None
+    """Features of the captions that are stored beside the index (`megapix.text_features`); None, and no key, if none
+    are."""
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -135,12 +139,15 @@ class Index:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the index's canonical JSON without `base`: the identity of a data set, wherever it lies."""
-        return hashlib.sha256(_dump(self, without=("base",)).encode()).hexdigest()
+        """SHA-256 of the index's canonical JSON without `base` and `text`: the identity of a data set, wherever it lies
+        and whatever was computed from it."""
+        return hashlib.sha256(_dump(self, without=("base", "text")).encode()).hexdigest()
 
 
 def _dump(index: Index, without: tuple[str, ...] = ()) -> str:
     data = {"format": FORMAT, "version": VERSION, **asdict(index)}
+    if index.text is None:
+        without = (*without, "text")
     return json.dumps({k: v for k, v in data.items() if k not in without}, indent=1, sort_keys=True) + "\n"
 
 
@@ -214,6 +221,7 @@ def read_index(folder: str | Path) -> Index:
             image_policy=dict(data["image_policy"]),
             source=dict(data["source"]),
             rejected=_count(data["rejected"]),
+            text=dict(data["text"]) if "text" in data else None,
         )
         if index.image_policy["applied"] not in ("preparation", "loading"):
             raise ValueError(f"image_policy.applied is {index.image_policy['applied']!r}")

@@ -16,7 +16,6 @@ from megapix import cli, weights
 from megapix.conditioner import EMPTY_NAME
 from megapix.data.loader import Beside, MicroBatches
 from megapix.data.locate import locate
-from megapix.dist import World
 from megapix.text_features import read_text_features
 from tests import text_encoders
 from tests.launch import succeed
