@@ -792,7 +792,7 @@ def _validate_repa(r: RepaConfig, m: ModelConfig) -> None:
                 )
         return
     if not 1 <= layer <= depth:
-        raise InputError(f"repa.layer = {r.layer} is block {layer}: expected 1 to model.depth = {depth}")
+        raise InputError(f"repa.layer = {layer}: expected 1 to model.depth = {depth}")
     if r.weight <= 0:
         raise InputError(f"repa.weight = {r.weight}: expected above 0; repa.stop_at = 0 switches REPA off in a run")
     if r.features and r.micro_batch:

@@ -49,7 +49,9 @@ class Encoder:
         self.patch = _side(config.patch_size)
         self._skip = 1 + getattr(config, "num_register_tokens", 0)  # DINOv2's configuration knows no registers
         self._dtype = torch.bfloat16 if dtype == "bf16" else torch.float32
-        self._model = model.to(self._dtype).eval().requires_grad_(False)
+        self._model = model.eval().requires_grad_(False)
+        for weight in self._model.parameters():  # not the buffers: DINOv3's angles of rotary positions want fp32
+            weight.data = weight.data.to(self._dtype)
         self._micro_batch = micro_batch
 
     def to(self, device: torch.device) -> Encoder:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from megapix import cli, engine, sample, speech, weights
 from megapix.condition import Condition
-from megapix.drawing import said_of
+from megapix.drawing.files import said_of
 from megapix.weights import About, Weights
 from tests import text_encoders
 from tests.runs import SMALL, refused

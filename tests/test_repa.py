@@ -384,7 +384,7 @@ BAD: dict[str, tuple[list[str], Any, tuple[str, ...]]] = {
     "no patches": ([], without_patches, ("repa.encoder = ", "ZeroDivisionError")),
     "another kind": ([], another_kind, ("is of kind 'vit'", "dinov2_with_registers")),
     "layer": (["--repa.layer", "3"], None, ("repa.layer = 3: expected 1 to model.depth = 2",)),
-    "layer zero": (["--repa.layer", "0"], None, ("repa.layer = 0",)),
+    "layer zero": (["--repa.layer", "0"], None, ("repa.layer = 8: expected 1 to model.depth = 2",)),
     "weight": (["--repa.weight", "-1"], None, ("repa.weight = -1.0: expected above 0",)),
     "micro batch": (["--repa.micro-batch", "-1"], None, ("repa.micro_batch = -1",)),
     "span": (["--repa.stop-at", "soon"], None, ("repa.stop_at = 'soon'",)),

@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 
 from megapix.data.captions import Captions
-from megapix.drawing import Layout, Row
+from megapix.drawing.draw import Row
+from megapix.drawing.options import Layout
 from megapix.errors import InputError
 from megapix.shards import INDEX_NAME, read_index
 from megapix.speech import read_prompts

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 
 from megapix import condition, config, speech
 from megapix.condition import Condition
-from megapix.drawing import Asked, DpgFiles, Files, GenEvalFiles, GridFiles, Row, draw_all
+from megapix.drawing.draw import Asked, Files, Row, draw_all
+from megapix.drawing.files import DpgFiles, GenEvalFiles, GridFiles
+from megapix.drawing.options import SampleOptions
+from megapix.drawing.prompts import rows_of
 from megapix.errors import InputError
-from megapix.prompts import rows_of
 from megapix.weights import About, load_weights
-
-if TYPE_CHECKING:
-    from megapix.cli import SampleOptions
 
 SHOWN = 16
 """Classes that a grid shows if none are named."""
