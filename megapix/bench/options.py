@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from megapix.config import Config, DataConfig, FlowConfig, MachineConfig, ModelConfig, OptimConfig
+from megapix.config import Config, DataConfig, FlowConfig, MachineConfig, ModelConfig, OptimConfig, TextConfig
 from megapix.errors import InputError
 
-RUN = ("seed", "precision", "model", "flow", "data", "optim", "machine")
+RUN = ("seed", "precision", "model", "flow", "data", "optim", "text", "machine")
 """What is taken from a run's configuration, with its options; the rest has no part in a step."""
 
 
@@ -39,6 +39,7 @@ class StepOptions:
     flow: FlowConfig = field(default_factory=FlowConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    text: TextConfig = field(default_factory=TextConfig)
     machine: MachineConfig = field(default_factory=MachineConfig)
 
     @classmethod
