@@ -554,7 +554,7 @@ def _exported(path: Path, c: config.ModelConfig = SMALL.model) -> Path:
     """An export of an untrained network's EMA; `c` is what its metadata says of it."""
     torch.manual_seed(0)
     tensors = {name: p.detach() for name, p in PixelDiT(SMALL.model).named_parameters()}
-    about = weights.About(c, SMALL.sampling, 16, ("a", "b", "c"), True, "here", 0)
+    about = weights.About(c, SMALL.sampling, 16, SMALL.text, ("a", "b", "c"), True, "here", 0)
     flat.write(
         path,
         {name: (tuple(tensor.shape), [tensor]) for name, tensor in tensors.items()},
@@ -566,8 +566,9 @@ def _exported(path: Path, c: config.ModelConfig = SMALL.model) -> Path:
 def test_sampling_from_python(tmp_path: Path) -> None:
     net = megapix.load_model(_exported(tmp_path / "net.safetensors"), ema=True)
     noise = torch.randn(2, 3, 16, 16)
+    told = megapix.condition.classes(torch.tensor([0, 2]), num_classes=3)
     images = megapix.sample.generate(
-        net, noise, torch.tensor([0, 2]), sampler="ab2", steps=3, guidance=2.0, interval=(0.1, 0.9), shift=1.0
+        net, noise, told, sampler="ab2", steps=3, guidance=2.0, interval=(0.1, 0.9), shift=1.0
     )
     assert torch.equal(images, noise), "an untrained network's velocity is zero"
     with pytest.raises(InputError, match="holds EMA weights, but the raw ones were asked for"):

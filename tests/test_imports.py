@@ -20,7 +20,7 @@ FEATURES = {"megapix.encoder", "megapix.features"}
 TEXT = {"megapix.captions", "megapix.text_encoder", "megapix.text_features"}
 """What preparation and text-to-image training share."""
 ALLOWED = {
-    "megapix": {"megapix.weights", "megapix.sample"},
+    "megapix": {"megapix.condition", "megapix.weights", "megapix.sample"},
     "megapix.errors": set(),
     "megapix.shards": {"megapix.errors"},
     "megapix.config": {"megapix.errors"},
