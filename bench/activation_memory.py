@@ -1,14 +1,16 @@
-"""Bytes that each pathway of PixelDiT-XL holds between forward and backward, for each checkpointing policy.
+"""Bytes that each pathway of a network holds between forward and backward, for each checkpointing policy.
 
-    python -m bench.activation_memory
+    python -m bench.activation_memory [--preset xl-256]
 
-Counted are the storages that are alive after the forward pass of one image at 256 x 256 in bf16, each once, without
-weights and inputs: of the pixel pathway (four PiT blocks and the output layer), and of the patch pathway (26 blocks).
-What a policy has moved to host memory is counted by itself.
+Counted are the storages that are alive after a forward pass in bf16, each once, without weights and inputs: of the
+pixel pathway (PiT blocks and output layer), and of the patch pathway. Printed is what one of two images holds, with as
+much text as the preset lets it have: joint attention copies parts that a single image would not make it copy. What a
+policy has moved to host memory is counted by itself.
 """
 
 from __future__ import annotations
 
+import argparse
 import gc
 import typing
 from collections.abc import Callable
@@ -19,12 +21,14 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
+from bench.made_up import told
 from megapix import engine
-from megapix.config import MachineConfig, ModelConfig, PixelPolicy, pixeldit_xl, replace
+from megapix.config import PRESETS, MachineConfig, ModelConfig, PixelPolicy, preset, replace
 from megapix.model import PixelDiT
-from megapix.model.embed import rope_table
-from megapix.model.layers import Rope
 from megapix.offload import InHostMemory
+
+IMAGES = 2
+"""Images that a measurement makes; its bytes are divided by them."""
 
 
 class Held(NamedTuple):
@@ -74,33 +78,40 @@ def held_by(work: Callable[[], Any]) -> Held:
 
 def pixel_pathway(config: ModelConfig, machine: MachineConfig, size: int = 256) -> Held:
     """Held for an image in bf16 by the pixel pathway; the patch pathway is left out, its depth plays no part."""
-    net, x, rope = _set_up(replace(config, "depth", 1), machine, size)
-    s = torch.randn(1, rope[0].shape[0], config.width).bfloat16().requires_grad_()
-    net.pixel_pathway(x, s, rope)  # position tables are made once, before the count
-    return held_by(lambda: net.pixel_pathway(x, s, rope))
+    net, x = _set_up(replace(config, "depth", 1), machine, size)
+    s = torch.randn(IMAGES, (size // config.patch_size) ** 2, config.width).bfloat16().requires_grad_()
+    net.pixel_pathway(x, s)  # position tables are made once, before the count
+    return _of_an_image(held_by(lambda: net.pixel_pathway(x, s)))
 
 
-def patch_pathway(config: ModelConfig, machine: MachineConfig, size: int = 256) -> Held:
+def patch_pathway(config: ModelConfig, machine: MachineConfig, size: int = 256, tokens: int = 0) -> Held:
     """Held for an image in bf16 by the patch pathway; the pixel pathway is left out."""
-    net, x, rope = _set_up(replace(config, "pixel_depth", 1), machine, size)
-    t, y = torch.rand(1), torch.zeros(1, dtype=torch.long)
-    net.patch_pathway(x, t, y, rope)
-    return held_by(lambda: net.patch_pathway(x, t, y, rope)[0])
+    net, x = _set_up(replace(config, "pixel_depth", 1), machine, size)
+    t, condition = torch.rand(IMAGES), told(config, IMAGES, tokens)
+    net.patch_pathway(x, t, condition)
+    return _of_an_image(held_by(lambda: net.patch_pathway(x, t, condition)))
 
 
-def _set_up(model: ModelConfig, machine: MachineConfig, size: int) -> tuple[PixelDiT, torch.Tensor, Rope]:
+def _set_up(model: ModelConfig, machine: MachineConfig, size: int) -> tuple[PixelDiT, torch.Tensor]:
     net = engine.build_network(model, 0, machine).bfloat16()
-    side = size // model.patch_size
-    rope = rope_table(side, side, model.width // model.heads, torch.device("cpu"))
-    return net, torch.randn(1, 3, size, size).bfloat16(), rope
+    return net, torch.randn(IMAGES, 3, size, size).bfloat16()
+
+
+def _of_an_image(held: Held) -> Held:
+    return Held(*(size // IMAGES for size in held))
 
 
 def main() -> None:
     """Print a line for each pathway and policy."""
+    parser = argparse.ArgumentParser(prog="python -m bench.activation_memory", description=__doc__)
+    parser.add_argument("--preset", default="xl-256", choices=PRESETS)
+    c = preset(parser.parse_args().preset)
     for policy in typing.get_args(PixelPolicy):
-        print(f"pixel {policy}: {pixel_pathway(pixeldit_xl(), MachineConfig(pixel_checkpointing=policy))}")
+        held = pixel_pathway(c.model, MachineConfig(pixel_checkpointing=policy), c.data.image_size)
+        print(f"pixel {policy}: {held}", flush=True)
     for every in ("none", 4, 2, "full"):
-        print(f"patch {every}: {patch_pathway(pixeldit_xl(), MachineConfig(patch_checkpointing=every))}")
+        held = patch_pathway(c.model, MachineConfig(patch_checkpointing=every), c.data.image_size, c.text.max_tokens)
+        print(f"patch {every}: {held}", flush=True)
 
 
 if __name__ == "__main__":

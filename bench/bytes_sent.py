@@ -23,7 +23,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from megapix import config, dist, engine
+from bench.made_up import told
+from megapix import config, dist, engine, parameters
 from megapix.config import Config
 from megapix.ds_config import deepspeed_config
 
@@ -66,13 +67,14 @@ class Collectives(TorchDispatchMode):
 
 
 def step(e: Any, c: Config, accumulation: int, micro: int) -> None:
-    """One optimizer step on random images."""
+    """One optimizer step on random images, with text that is as long as the configuration lets it be."""
     generator = torch.Generator().manual_seed(0)
     device = next(e.module.parameters()).device
     for _ in range(accumulation):
         x = torch.randn(micro, 3, c.data.image_size, c.data.image_size, generator=generator).to(device)
-        t, y = torch.rand(micro, generator=generator).to(device), torch.zeros(micro, dtype=torch.long, device=device)
-        e.backward((e(x, t, y).float() - x).square().mean())
+        t = torch.rand(micro, generator=generator).to(device)
+        condition = (part.to(device) for part in told(c.model, micro, c.text.max_tokens))
+        e.backward((e(x, t, *condition).float() - x).square().mean())
         e.step()
 
 
@@ -84,9 +86,9 @@ def in_one_step(e: Any, c: Config, accumulation: int, micro: int) -> Sent:
     return collectives.sent
 
 
-def least(parameters: int, precision: str, ranks: int) -> float:
+def least(weights: int, gradients: int, precision: str, ranks: int) -> float:
     """ZeRO-2's minimum in bytes: fp32 gradients reduce-scattered, weights of `precision` gathered."""
-    return parameters * (4 + {"bf16": 2, "fp32": 4}[precision]) * (ranks - 1) / ranks
+    return (4 * gradients + {"bf16": 2, "fp32": 4}[precision] * weights) * (ranks - 1) / ranks
 
 
 def main() -> None:
@@ -105,19 +107,20 @@ def main() -> None:
     total = options.micro_batch * options.accumulation * world.size
     c = replace(c, precision=options.precision, machine=machine, optim=replace(c.optim, global_batch=total))
     net = engine.build_network(c.model, c.seed, c.machine)
-    parameters = sum(p.numel() for p in net.parameters())
+    weights = sum(p.numel() for p in net.parameters())
+    gradients = weights - parameters.without_gradient(c.model)
     layout = config.batch_layout(c, world.size)
     knobs = deepspeed_config(c, layout)
     knobs["zero_optimization"]["use_multi_rank_bucket_allreduce"] = options.all_reduce
     e = engine.build(c, layout, net, knobs)
     sent = in_one_step(e, c, options.accumulation, options.micro_batch)
     world.say(
-        f"{options.preset}, {parameters:,} parameters, {options.precision}, {world.size} ranks, "
+        f"{options.preset}, {weights:,} parameters, {options.precision}, {world.size} ranks, "
         f"accumulation {options.accumulation}, {options.ds_config}{', all-reduced' * options.all_reduce}"
     )
     for (name, dtype), calls in sorted(sent.calls.items(), key=str):
         world.say(f"  {name.strip('_')}: {calls} calls, {sent.numbers[name, dtype]:,} numbers of {dtype}")
-    found, minimum = sent.bytes(world.size), least(parameters, options.precision, world.size)
+    found, minimum = sent.bytes(world.size), least(weights, gradients, options.precision, world.size)
     ratio = f"{found / minimum:.3f} of the minimum" if minimum else "one rank sends nothing"
     world.say(f"  sent by a rank: {found:,.0f} bytes; minimum {minimum:,.0f}; {ratio}")
     engine.leave(world, 0)

@@ -15,6 +15,7 @@ import time
 
 import torch
 
+from bench.made_up import told
 from megapix import activations, dist, engine, recompute
 from megapix.config import PRESETS, MachineConfig, PixelPolicy
 from megapix.model import build
@@ -50,7 +51,8 @@ def main() -> None:
     if device.type == "cpu":
         engine.start(dist.from_environment())  # memory is kept between steps, as in a run
     x = torch.randn(options.batch, 3, size, size, device=device)
-    t, y = torch.rand(options.batch, device=device), torch.zeros(options.batch, dtype=torch.long, device=device)
+    t, tokens = torch.rand(options.batch, device=device), config.text.max_tokens
+    condition = [part.to(device) for part in told(config.model, options.batch, tokens)]
 
     def step(pixel: PixelPolicy, patch: str | int) -> float:
         recompute.apply(
@@ -59,7 +61,7 @@ def main() -> None:
         gc.collect()
         _wait(device)
         start = time.perf_counter()
-        net(x, t, y).float().square().mean().backward()
+        net(x, t, *condition).float().square().mean().backward()
         _wait(device)
         return time.perf_counter() - start
 
@@ -74,7 +76,7 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|")
     for pixel, patch in CASES:
         machine, ratio = MachineConfig(pixel_checkpointing=pixel, patch_checkpointing=patch), ratios[pixel, patch]
-        held = activations.per_image(config.model, size, dtype.itemsize, machine)
+        held = activations.per_image(config.model, size, dtype.itemsize, machine, tokens)
         mib = [f"{held[pathway] / 2**20:.1f}" for pathway in ("pixel", "patch")]
         spread = f"{statistics.median(ratio):.3f} | {min(ratio):.3f} | {max(ratio):.3f}"
         print(f"| {pixel} | {patch} | {' | '.join(mib)} | {spread} |")

@@ -1,52 +1,75 @@
 """Bytes of activations that one image holds between forward and backward, counted by hand for each policy.
 
 They are what `recompute.py` and autograd keep of the network's own operations, block by block (without compilation,
-which decides for itself): `python -m bench.activation_memory` measures the same, and a test compares the two.
+which decides for itself), in a micro batch of several images with text masks:
+`python -m bench.activation_memory` measures the same, and a test compares the two.
 
-Letters: L patches, P pixels of a patch, D patch width, d pixel width, H heads, C = 3 colours.
+Letters: L patches, T text tokens, P pixels of a patch, D patch width, A attention width of the PiT blocks, d pixel
+width, H heads, C = 3 colours.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megapix.config import MachineConfig, ModelConfig
+from megapix.config import MachineConfig, ModelConfig, recomputed_blocks
+from megapix.flops import CHANNELS, TIMESTEP_CHANNELS, ffn_width
 
-CHANNELS = 3
 FLOAT = 4
 """Bytes of an fp32 number: norm statistics, and the loss."""
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """Bytes of some tokens, and of what goes with them."""
+
+    all: int
+    """[rows, width]."""
+    statistics: int
+    """A number for each token: norm."""
+    head_statistics: int
+    """A number for each head and token: norm of q or k, log-sum-exp of attention."""
+
+    @staticmethod
+    def of(rows: int, width: int, heads: int, bytes_each: int) -> _Tokens:
+        return _Tokens(rows * width * bytes_each, rows * FLOAT, rows * heads * FLOAT)
 
 
 @dataclass(frozen=True)
 class _Sizes:
     """Bytes of the tensors that the blocks are made of."""
 
-    tokens: int
-    """Patch tokens [L, D]."""
-    pixels: int
-    """Pixel tokens [L, P, d]."""
+    patches: _Tokens
+    """[L, D], with the patch pathway's heads."""
+    text: _Tokens
+    """[T, D], with the same; nothing with classes."""
+    features: int
+    """Text features as the network gets them."""
+    mask: int
+    """Of attention: a number for each text token and patch."""
+    vector: int
+    """[D]."""
+    compact: _Tokens
+    """[L, A], with the heads of the PiT blocks."""
+    pixels: _Tokens
+    """[L·P, d]."""
     image: int
     """[C, H, W] in the network's dtype."""
-    head_statistics: int
-    """A number for each head and patch: norm of q or k, log-sum-exp of attention."""
-    patch_statistics: int
-    """A number for each patch: norm."""
-    pixel_statistics: int
-    """A number for each pixel: norm."""
 
 
-def per_image(model: ModelConfig, size: int, width: int, machine: MachineConfig) -> dict[str, int]:
+def per_image(model: ModelConfig, size: int, width: int, machine: MachineConfig, tokens: int = 0) -> dict[str, int]:
     """Bytes that one image of size × size pixels holds on the device: by pathway, and of the loss.
 
     Args:
         width: bytes of a number in the network's dtype, 2 for bf16 and 4 for fp32.
         machine: its policies of both pathways, and the kernels of the pixel pathway. What 'offload' moves to the host
             is `on_host`.
+        tokens: text tokens of the image, padding among them; they play no part with classes.
     """
-    s = _sizes(model, size, width)
+    s = _sizes(model, size, width, tokens)
     loss = CHANNELS * size * size * FLOAT
     return {
-        "patch": _patch_pathway(model, s, machine.patch_checkpointing),
+        "patch": _patch_pathway(model, s, width, machine.patch_checkpointing),
         "pixel": _pixel_pathway(model, s, machine.pixel_checkpointing, machine.pixel_kernels),
         "loss": loss,
     }
@@ -60,12 +83,12 @@ def on_host(model: ModelConfig, size: int, width: int, machine: MachineConfig) -
     return _pixel_pathway(model, s, "none", kernels) - _pixel_pathway(model, s, "offload", kernels)
 
 
-def remade(model: ModelConfig, size: int, width: int, machine: MachineConfig) -> int:
+def remade(model: ModelConfig, size: int, width: int, machine: MachineConfig, tokens: int = 0) -> int:
     """Bytes of one image that come back for a moment in backward: what one block would have kept under 'none'."""
-    s, kernels = _sizes(model, size, width), machine.pixel_kernels
+    s, kernels = _sizes(model, size, width, tokens), machine.pixel_kernels
     pit = _pit_block(model, s, "none", kernels) - _pit_block(model, s, machine.pixel_checkpointing, kernels)
-    block = _patch_block(model, s) - s.tokens if machine.patch_checkpointing != "none" else 0
-    return max(pit, block)
+    again = recomputed_blocks(machine.patch_checkpointing, model.depth)
+    return max([pit, *(_patch_block(model, s, n) - _patch_block(model, s, n, again=True) for n in again)])
 
 
 def working(model: ModelConfig, size: int, width: int) -> int:
@@ -73,55 +96,90 @@ def working(model: ModelConfig, size: int, width: int) -> int:
 
     Twelve tensors of pixel tokens; 9 to 11.6 were measured with plain kernels, for all policies, in bf16 and fp32.
     """
-    return 12 * _sizes(model, size, width).pixels
+    return 12 * _sizes(model, size, width).pixels.all
 
 
-def _sizes(model: ModelConfig, size: int, width: int) -> _Sizes:
-    L, P = (size // model.patch_size) ** 2, model.patch_size**2
+def _sizes(model: ModelConfig, size: int, width: int, tokens: int = 0) -> _Sizes:
+    L, P, T = (size // model.patch_size) ** 2, model.patch_size**2, tokens if model.text_width else 0
     return _Sizes(
-        tokens=L * model.width * width,
-        pixels=L * P * model.pixel_width * width,
+        patches=_Tokens.of(L, model.width, model.heads, width),
+        text=_Tokens.of(T, model.width, model.heads, width),
+        features=T * model.text_width * width,
+        mask=(T + L) * width,
+        vector=model.width * width,
+        compact=_Tokens.of(L, model.attention_width, model.attention_heads, width),
+        pixels=_Tokens.of(L * P, model.pixel_width, 0, width),
         image=L * P * CHANNELS * width,
-        head_statistics=L * model.heads * FLOAT,
-        patch_statistics=L * FLOAT,
-        pixel_statistics=L * P * FLOAT,
     )
 
 
-def _patch_pathway(model: ModelConfig, s: _Sizes, policy: str | int) -> int:
-    every = {"none": 0, "full": 1}[policy] if isinstance(policy, str) else policy
-    recomputed = model.depth // every if every else 0
-    blocks = recomputed * s.tokens + (model.depth - recomputed) * _patch_block(model, s)
+# ---------------------------------------------------------------------------------------------------------------------
+# Patch pathway
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _patch_pathway(model: ModelConfig, s: _Sizes, width: int, policy: str | int) -> int:
+    again = recomputed_blocks(policy, model.depth)
+    blocks = sum(_patch_block(model, s, number, number in again) for number in range(1, model.depth + 1))
+    # What the time's embedder keeps, the condition's sum, and its silu.
+    condition = TIMESTEP_CHANNELS * width + 4 * s.vector
+    # The text's features, their projection, and its norm with positions.
+    condition += s.features + 2 * s.text.all + s.text.statistics
+    if again and model.text_width:
+        condition += s.mask // width  # as bool
     # The patches; the embedder's output; in silu(t + s) its input and output in place of the last block's.
-    return s.image + 2 * s.tokens + blocks
+    return s.image + 2 * s.patches.all + condition + blocks
 
 
-def _patch_block(model: ModelConfig, s: _Sizes) -> int:
-    # modulated, qkv, q, k, attention, its projection, x; modulated, fc1, gelu, fc2, x
-    hidden = 8.0 if model.mlp == "gelu" else 4 * int(2 / 3 * 4 * model.width) / model.width
-    return round((9 + 3 + hidden) * s.tokens) + 2 * s.patch_statistics + 3 * s.head_statistics
+def _patch_block(model: ModelConfig, s: _Sizes, number: int, again: bool = False) -> int:
+    """Its output and what it keeps, the former alone if the rest is computed `again`; its input is the output of the
+    one before."""
+    last = number == model.depth
+    if again:
+        return s.patches.all + (0 if last else s.text.all)
+    if not model.text_width:
+        return _stream(model, s.patches, s.vector, joint=False)
+    text = _stream(model, s.text, s.vector, joint=True, read=not last)
+    return _stream(model, s.patches, s.vector, joint=True) + text + s.mask
+
+
+def _stream(model: ModelConfig, tokens: _Tokens, vector: int, joint: bool, read: bool = True) -> int:
+    """Of the tokens of a stream; with `joint` attention, which lays those of two streams side by side, v is copied, and
+    what attention gives is copied for the projection. `read` is whether anything reads the stream's result."""
+    # modulation; modulated, qkv, q, k, attention
+    kept = 6 * vector + (7 + joint) * tokens.all + tokens.statistics + 3 * tokens.head_statistics
+    if not read:
+        return kept
+    # projected, x; modulated, hidden layer, its result, x
+    hidden = (2 if model.mlp == "gelu" else 4) * ffn_width(model) * tokens.all // model.width
+    return kept + (5 + joint) * tokens.all + hidden + tokens.statistics
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pixel pathway
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def _pixel_pathway(model: ModelConfig, s: _Sizes, policy: str, kernels: str) -> int:
     ends = 2 * s.image  # the colours that go in, and the velocity
     if policy == "offload":
         return ends
-    output = {"none": s.pixels + s.pixel_statistics, "selective": s.image}.get(policy, 0)
-    return ends + s.pixels + model.pixel_depth * _pit_block(model, s, policy, kernels) + output
+    output = {"none": s.pixels.all + s.pixels.statistics, "selective": s.image}.get(policy, 0)
+    return ends + s.pixels.all + model.pixel_depth * _pit_block(model, s, policy, kernels) + output
 
 
 def _pit_block(model: ModelConfig, s: _Sizes, policy: str, kernels: str) -> int:
     """Its output and what it keeps; its input is the output of the one before."""
     if policy in ("full", "offload"):
-        return s.pixels
+        return s.pixels.all
     post, fused = model.modulation == "post", kernels == "triton"
-    # compacted, qkv, attention, its projection: [L, D]; expanded, and x: [L, P, d]; fc1 and fc2, unless they are fused
-    kept = 6 * s.tokens + (1 + 1 + 5 * (not fused)) * s.pixels + s.head_statistics
+    # compacted, qkv, attention, its projection: [L, A]; expanded, and x: [L, P, d]; fc1 and fc2, unless they are fused
+    kept = 6 * s.compact.all + (1 + 1 + 5 * (not fused)) * s.pixels.all + s.compact.head_statistics
     if policy == "selective_modulation":
         return kept
-    kept += (4 if post else 6) * s.pixels
+    kept += (4 if post else 6) * s.pixels.all
     if policy == "selective":
         return kept
-    # q, k: [L, D]; what compaction reads; and if it is not fused, what the MLP reads, gelu, x after attention
-    kept += 2 * s.tokens + (1 + 6 * (not fused)) * s.pixels + 2 * s.head_statistics
-    return kept + (post if fused else 2) * s.pixel_statistics
+    # q, k: [L, A]; what compaction reads; and if it is not fused, what the MLP reads, gelu, x after attention
+    kept += 2 * s.compact.all + (1 + 6 * (not fused)) * s.pixels.all + 2 * s.compact.head_statistics
+    return kept + (post if fused else 2) * s.pixels.statistics

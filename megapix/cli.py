@@ -70,11 +70,12 @@ PLAN_USAGE = """usage: megapix plan PRESET --gpus N [--gpu-memory 80GB] [--gpu H
 
 Takes the options of `megapix train` and those of the machines, and predicts memory, the largest micro batch of each
 checkpointing policy, speed, scaling, and how often to save. Touches no GPU and reads no data. Exit code 2 if nothing
-fits, saying how many bytes are missing. PRESET is one of
+fits, saying how many bytes are missing. A network that takes text is planned with features stored with the shards;
+--text-encoder-parameters N adds a frozen encoder of N parameters to each GPU. PRESET is one of
 
 {presets}
 
-'megapix plan PRESET --help' lists every option; those under --assume are all that is assumed.
+'megapix plan PRESET --help' lists every option; those under --assume are all that is assumed of the machines.
 """
 
 
@@ -174,7 +175,8 @@ def plan(arguments: list[str], world: World) -> int:
 
 def _print_usage(usage: str, arguments: list[str]) -> int:
     """Print the usage with all presets: to stdout if it was asked for, to stderr (and code 2) without arguments."""
-    presets = "\n".join(f"  {name:8} {about}" for name, (_, about) in PRESETS.items())
+    width = max(map(len, PRESETS))
+    presets = "\n".join(f"  {name:{width}} {about}" for name, (_, about) in PRESETS.items())
     print(usage.format(presets=presets), end="", file=sys.stdout if arguments else sys.stderr)
     return 0 if arguments else 2
 

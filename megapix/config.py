@@ -536,7 +536,7 @@ def preset(name: str) -> Config:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Spans, batch layout, checks
+# Spans, batch layout, recomputed blocks, checks
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -574,6 +574,14 @@ def batch_layout(config: Config, ranks: int) -> BatchLayout:
             f"choose machine.micro_batch so that {total} is divisible by {ranks} x machine.micro_batch"
         )
     return BatchLayout(micro, accumulation, ranks)
+
+
+def recomputed_blocks(patch_checkpointing: str | int, depth: int) -> range:
+    """Numbers of the patch blocks, counted from 1, that `machine.patch_checkpointing` computes again in backward."""
+    if patch_checkpointing == "none":
+        return range(0)
+    every = 1 if patch_checkpointing == "full" else int(patch_checkpointing)
+    return range(every, depth + 1, every)
 
 
 def images(span: Images, epoch: int, key: str) -> int | None:

@@ -3,14 +3,15 @@
 A multiply-add is two FLOPs; only matrix products count, as everywhere in the field. Backward costs twice the forward
 pass, and what activation checkpointing computes again is work of the machine, not of the model, so it isn't counted.
 
-Letters: L patches, P pixels of a patch, D patch width, d pixel width, C = 3 colours.
+Letters: L patches, T text tokens, P pixels of a patch, D patch width, A attention width of the PiT blocks, d pixel
+width, C = 3 colours.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from megapix.config import Config, ModelConfig
+from megapix.config import Config, ModelConfig, recomputed_blocks
 
 if TYPE_CHECKING:
     import torch  # late: `megapix plan` counts without it
@@ -32,61 +33,92 @@ PEAK_TFLOPS = {
 """Part of a GPU's name -> its dense bf16 peak in TFLOP/s (NVIDIA's data sheets, half of the figures with sparsity)."""
 
 
-def forward(model: ModelConfig, size: int) -> int:
-    """FLOPs of one forward pass of one image of size × size pixels."""
-    P, D, d = model.patch_size**2, model.width, model.pixel_width
-    L = (size // model.patch_size) ** 2
+def of_run(c: Config) -> int:
+    """FLOPs of forward and backward for one image of a run.
+
+    An upper bound where captions are shorter than `text.max_tokens`, and of aspect buckets the square of their area.
+    """
+    return training(c.model, c.data.image_size, c.text.max_tokens)
+
+
+def training(model: ModelConfig, size: int, tokens: int = 0) -> int:
+    """FLOPs of forward and backward for one image; arguments as of `forward`."""
+    return 3 * forward(model, size, tokens)
+
+
+def forward(model: ModelConfig, size: int, tokens: int = 0) -> int:
+    """FLOPs of one forward pass of one image of size × size pixels.
+
+    Args:
+        tokens: text tokens of the image, padding among them; they play no part with classes.
+    """
+    P, D, d, L = model.patch_size**2, model.width, model.pixel_width, _patches(model, size)
     # The class table is looked up, which costs no product.
     embedders = _linear(L, CHANNELS * P, D) + _linear(1, TIMESTEP_CHANNELS, D) + _linear(1, D, D)
-    embedders += _linear(L * P, CHANNELS, d)
-    patch = model.depth * _patch_block(model, L)
+    embedders += _linear(L * P, CHANNELS, d) + _linear(tokens, model.text_width, D)
+    patch = sum(_patch_block(model, L, tokens, number) for number in range(1, model.depth + 1))
     return embedders + patch + model.pixel_depth * _pit_block(model, L) + _linear(L * P, d, CHANNELS)
 
 
-def training(model: ModelConfig, size: int) -> int:
-    """FLOPs of forward and backward for one image."""
-    return 3 * forward(model, size)
-
-
-def recomputed(model: ModelConfig, size: int, pixel_policy: str, patch_policy: str | int) -> int:
+def recomputed(model: ModelConfig, size: int, pixel_policy: str, patch_policy: str | int, tokens: int = 0) -> int:
     """FLOPs that activation checkpointing computes again for one image: work of the machine that no MFU counts.
 
     Args:
         pixel_policy: 'full' repeats the PiT blocks, 'selective_modulation' its modulation; the others no product.
         patch_policy: 'full' repeats the patch blocks, a number k every k-th of them.
+        tokens: as of `forward`.
     """
-    L = (size // model.patch_size) ** 2
+    L = _patches(model, size)
     pixel = {
-        "selective_modulation": model.pixel_depth * _modulation(model, L),
+        "selective_modulation": model.pixel_depth * _linear(L, model.width, modulation_width(model)),
         "full": model.pixel_depth * _pit_block(model, L),
     }.get(pixel_policy, 0)
-    every = {"none": 0, "full": 1}[patch_policy] if isinstance(patch_policy, str) else patch_policy
-    return pixel + (model.depth // every * _patch_block(model, L) if every else 0)
+    again = recomputed_blocks(patch_policy, model.depth)
+    return pixel + sum(_patch_block(model, L, tokens, number) for number in again)
 
 
-def _patch_block(model: ModelConfig, L: int) -> int:
-    D = model.width
-    ffn = 2 * _linear(L, D, 4 * D) if model.mlp == "gelu" else 3 * _linear(L, D, int(2 / 3 * 4 * D))
-    return _linear(1, D, 6 * D) + _attention(L, D) + ffn
+def ffn_width(model: ModelConfig) -> int:
+    """Hidden width of the patch blocks' FFN."""
+    return 4 * model.width if model.mlp == "gelu" else int(2 / 3 * 4 * model.width)
+
+
+def modulation_width(model: ModelConfig) -> int:
+    """Numbers that a PiT block's modulation makes of a patch token."""
+    return model.patch_size**2 * (6 if model.modulation == "pre" else 4) * model.pixel_width
+
+
+def _patch_block(model: ModelConfig, L: int, T: int, number: int) -> int:
+    if not model.text_width:
+        return _stream(model, L) + _attention(L, model.width)
+    text = _stream(model, T, read=number < model.depth)
+    return _stream(model, L) + text + _attention(T + L, model.width)
+
+
+def _stream(model: ModelConfig, rows: int, read: bool = True) -> int:
+    """Of the tokens of a stream in a patch block, all but attention; `read` is whether anything reads its result."""
+    D, matrices = model.width, 2 if model.mlp == "gelu" else 3
+    result = _linear(rows, D, D) + matrices * _linear(rows, D, ffn_width(model))  # projection, FFN
+    return _linear(1, D, 6 * D) + _linear(rows, D, 3 * D) + (result if read else 0)  # modulation, qkv
 
 
 def _pit_block(model: ModelConfig, L: int) -> int:
-    P, D, d = model.patch_size**2, model.width, model.pixel_width
-    compaction = 2 * _linear(L, P * d, D)  # from the pixels of a patch to one token, and back
-    return _modulation(model, L) + compaction + _attention(L, D) + 2 * _linear(L * P, d, 4 * d)
+    P, A, d = model.patch_size**2, model.attention_width, model.pixel_width
+    compaction = 2 * _linear(L, P * d, A)  # from the pixels of a patch to one token, and back
+    attention = _linear(L, A, 3 * A) + _attention(L, A) + _linear(L, A, A)  # qkv, proj
+    modulation = _linear(L, model.width, modulation_width(model))
+    return modulation + compaction + attention + 2 * _linear(L * P, d, 4 * d)
 
 
-def _modulation(model: ModelConfig, L: int) -> int:
-    chunks = 6 if model.modulation == "pre" else 4
-    return _linear(L, model.width, model.patch_size**2 * chunks * model.pixel_width)
-
-
-def _attention(L: int, D: int) -> int:
-    return _linear(L, D, 3 * D) + 2 * _linear(L, D, L) + _linear(L, D, D)  # qkv, q·kᵀ and its product with v, proj
+def _attention(rows: int, width: int) -> int:
+    return 2 * _linear(rows, width, rows)  # q·kᵀ, and its product with v
 
 
 def _linear(rows: int, inputs: int, outputs: int) -> int:
     return 2 * rows * inputs * outputs
+
+
+def _patches(model: ModelConfig, size: int) -> int:
+    return (size // model.patch_size) ** 2
 
 
 def peak_of(config: Config, device: torch.device) -> float | None:
@@ -118,7 +150,7 @@ def speed(images_per_s: float, flops: int, ranks: int, peak: float | None) -> di
 
     Args:
         images_per_s: of all ranks together.
-        flops: `training` of one image.
+        flops: `of_run`, of one image.
     """
     achieved = images_per_s * flops / ranks / 1e12
     return {"speed/tflops_per_rank": achieved} | ({"speed/mfu": achieved / peak} if peak else {})

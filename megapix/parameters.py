@@ -1,41 +1,57 @@
 """Parameters of PixelDiT, counted by hand: what a plan needs to know of the network without building it.
 
-Letters: P pixels of a patch, D patch width, d pixel width, h channels of one head, C = 3 colours.
+Letters: P pixels of a patch, D patch width, A attention width of the PiT blocks, d pixel width, C = 3 colours.
 """
 
 from __future__ import annotations
 
 from megapix.config import ModelConfig
-from megapix.flops import CHANNELS, TIMESTEP_CHANNELS
+from megapix.flops import CHANNELS, TIMESTEP_CHANNELS, ffn_width, modulation_width
 
 
 def count(model: ModelConfig) -> int:
     """Parameters of the network (without REPA's projector); `tests/test_sizing.py` compares it with the network."""
-    P, D, d = model.patch_size**2, model.width, model.pixel_width
-    attention = 3 * D * D + 2 * (D // model.heads) + _linear(D, D)  # qkv without bias, the norms of q and k, proj
-    hidden = int(2 / 3 * 4 * D)
-    ffn = _linear(D, 4 * D) + _linear(4 * D, D) if model.mlp == "gelu" else 3 * D * hidden
-    patch_block = 2 * D + attention + ffn + _linear(D, 6 * D)
-    compaction = _linear(P * d, D) + _linear(D, P * d)
+    P, D, d, A = model.patch_size**2, model.width, model.pixel_width, model.attention_width
+    # Norms, attention, FFN and modulation; a text block has them twice, once for each stream.
+    patch_block = 2 * D + _attention(D, model.heads) + _ffn(model) + _linear(D, 6 * D)
+    patch_block *= 2 if model.text_width else 1
+    compaction = _linear(P * d, A) + _linear(A, P * d)
     mlp = _linear(d, 4 * d) + _linear(4 * d, d)
-    pit_block = 2 * d + attention + compaction + mlp + _modulation(model)
-    embedders = _linear(CHANNELS * P, D) + _linear(TIMESTEP_CHANNELS, D) + _linear(D, D)
-    embedders += (model.num_classes + 1) * D + _linear(CHANNELS, d)
+    pit_block = 2 * d + _attention(A, model.attention_heads) + compaction + mlp + _linear(D, modulation_width(model))
+    embedders = _linear(CHANNELS * P, D) + _linear(TIMESTEP_CHANNELS, D) + _linear(D, D) + _linear(CHANNELS, d)
     output = d + _linear(d, CHANNELS)
-    return embedders + model.depth * patch_block + model.pixel_depth * pit_block + output
+    return embedders + _condition(model) + model.depth * patch_block + model.pixel_depth * pit_block + output
+
+
+def without_gradient(model: ModelConfig) -> int:
+    """Those of the last block that would go on with the text, which nothing reads any more: projection, norm, FFN."""
+    return _linear(model.width, model.width) + model.width + _ffn(model) if model.text_width else 0
 
 
 def largest(model: ModelConfig) -> int:
-    """Numbers of the largest parameter: the pixel-wise modulation, a matrix of an FFN, or the class table."""
-    D = model.width
-    ffn = 4 * D * D if model.mlp == "gelu" else int(2 / 3 * 4 * D) * D
-    modulation = _modulation(model) * D // (D + 1)  # without its bias
-    return max(modulation, ffn, 6 * D * D, (model.num_classes + 1) * D)
+    """Numbers of the largest parameter: a matrix of a block, the class table, or the text's embedder or positions."""
+    P, D, d, A = model.patch_size**2, model.width, model.pixel_width, model.attention_width
+    patch_block = D * max(6 * D, ffn_width(model))
+    pit_block = max(D * modulation_width(model), A * P * d, 3 * A * A)
+    condition = D * (max(model.text_width, model.text_tokens) if model.text_width else model.num_classes + 1)
+    return max(patch_block, pit_block, condition)
 
 
-def _modulation(model: ModelConfig) -> int:
-    chunks = 6 if model.modulation == "pre" else 4
-    return _linear(model.width, model.patch_size**2 * chunks * model.pixel_width)
+def _condition(model: ModelConfig) -> int:
+    """The class table; or the text's embedder with its norm, and its positions."""
+    if not model.text_width:
+        return (model.num_classes + 1) * model.width
+    return _linear(model.text_width, model.width) + (1 + model.text_tokens) * model.width
+
+
+def _attention(width: int, heads: int) -> int:
+    # qkv without bias, the norms of q and k, proj
+    return 3 * width * width + 2 * (width // heads) + _linear(width, width)
+
+
+def _ffn(model: ModelConfig) -> int:
+    D, hidden = model.width, ffn_width(model)
+    return _linear(D, hidden) + _linear(hidden, D) if model.mlp == "gelu" else 3 * D * hidden
 
 
 def _linear(inputs: int, outputs: int) -> int:

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from megapix.config import MachineConfig
+from megapix.config import MachineConfig, recomputed_blocks
 from megapix.model import PixelDiT
 from megapix.offload import offloaded
 
@@ -47,12 +47,11 @@ def apply(network: PixelDiT, machine: MachineConfig) -> None:
         torch._dynamo.config.recompile_limit = 64
         # The blocks do write in place, but in autograd functions, into tensors of their own.
         logging.getLogger("torch._higher_order_ops.wrap").addFilter(lambda r: "in-place ops" not in r.getMessage())
-    pixel, patch = machine.pixel_checkpointing, machine.patch_checkpointing
     for block in (*network.pixel_blocks, network.final_layer):
-        _prepare(block, pixel, machine.compile)
+        _prepare(block, machine.pixel_checkpointing, machine.compile)
+    again = recomputed_blocks(machine.patch_checkpointing, len(network.patch_blocks))
     for number, block in enumerate(network.patch_blocks, 1):
-        every = 1 if patch == "full" else patch
-        _prepare(block, "full" if isinstance(every, int) and number % every == 0 else "none", machine.compile)
+        _prepare(block, "full" if number in again else "none", machine.compile)
 
 
 def _prepare(block: nn.Module, policy: str, compiled: bool) -> None:

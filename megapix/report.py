@@ -26,7 +26,7 @@ class Report:
         self, config: Config, layout: BatchLayout, world: World, device: torch.device, saver: Saver, drawn: int
     ) -> None:
         self._layout, self._world, self._device, self._saver = layout, world, device, saver
-        self._cost, self._peak = flops.training(config.model, config.data.image_size), flops.peak_of(config, device)
+        self._cost, self._peak = flops.of_run(config), flops.peak_of(config, device)
         self._losses, self._clock, self._spent = metrics.LossMeter(device), metrics.Clock(), Spent()
         self._apart = metrics.DeviceMean(device) if config.repa.wanted else None
         self._replaced, self._drawn, self._stall = 0, drawn, saver.stall

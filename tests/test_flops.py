@@ -2,34 +2,43 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from bench.made_up import told
 from megapix import config, flops
 from megapix.config import ModelConfig
-from megapix.model import PixelDiT
+from megapix.model import build
 from megapix.model.embed import TIMESTEP_CHANNELS
 from megapix.model.pixeldit import CHANNELS
+from tests.test_text_model import TEXT
 
 SMALL = ModelConfig(patch_size=4, width=32, depth=2, heads=2, pixel_width=8, pixel_depth=2, num_classes=3)
+OWN_WIDTH = replace(SMALL, pixel_attention_width=24, pixel_heads=3)
 CASES = {
-    "small": (SMALL, 16),
-    "swiglu": (config.replace(SMALL, "mlp", "swiglu"), 24),
-    "post": (config.replace(SMALL, "modulation", "post"), 16),
+    "small": (SMALL, 16, 0),
+    "swiglu": (replace(SMALL, mlp="swiglu"), 24, 0),
+    "post": (replace(SMALL, modulation="post"), 16, 0),
+    "own attention width": (OWN_WIDTH, 16, 0),
     "swiglu and post, deeper": (
         ModelConfig(8, 64, 3, 4, 12, 3, mlp="swiglu", modulation="post", num_classes=2),
         32,
+        0,
     ),
-} | {name: (config.preset(name).model, config.preset(name).data.image_size) for name in config.PRESETS}
+    "text": (TEXT, 16, 5),
+    "text with gelu": (replace(TEXT, mlp="gelu", depth=1), 24, 7),
+} | {name: (c.model, c.data.image_size, c.text.max_tokens) for name in config.PRESETS if (c := config.preset(name))}
 
 
-def counted(model: ModelConfig, size: int, batch: int = 2) -> tuple[int, int]:
+def counted(model: ModelConfig, size: int, tokens: int, batch: int = 2) -> tuple[int, int]:
     """FLOPs of an image that torch counts, without computing: forward, and forward with backward."""
     with torch.device("meta"):
-        net = PixelDiT(model)
-        inputs = torch.randn(batch, CHANNELS, size, size), torch.rand(batch), torch.zeros(batch, dtype=torch.long)
+        net = build(model)
+        inputs = torch.randn(batch, CHANNELS, size, size), torch.rand(batch), *told(model, batch, tokens)
     # The plain attention: its backward is four products, where the fused one computes the first product again.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as forward:
         loss = net(*inputs).square().mean()
@@ -39,17 +48,24 @@ def counted(model: ModelConfig, size: int, batch: int = 2) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize(
-    "case", [pytest.param(case, marks=pytest.mark.long) if case.endswith("512") else case for case in CASES]
+    "case", [pytest.param(case, marks=pytest.mark.long) if "512" in case or "1024" in case else case for case in CASES]
 )
 def test_the_hand_count_is_what_torch_counts(case: str) -> None:
-    model, size = CASES[case]
-    forward, both = counted(model, size)
-    assert flops.forward(model, size) == forward
-    # Images and sinusoids need no gradient: that of the three layers which read them is the only product left out.
+    model, size, tokens = CASES[case]
+    forward, both = counted(model, size, tokens)
+    assert flops.forward(model, size, tokens) == forward
+    # Images, text and sinusoids need no gradient: that of the layers which read them is the only product left out.
     patches, pixels = (size // model.patch_size) ** 2, size**2
     unneeded = 2 * patches * CHANNELS * model.patch_size**2 * model.width
     unneeded += 2 * pixels * CHANNELS * model.pixel_width + 2 * TIMESTEP_CHANNELS * model.width
-    assert flops.training(model, size) - unneeded == both
+    unneeded += 2 * tokens * model.text_width * model.width
+    assert flops.training(model, size, tokens) - unneeded == both
+
+
+def test_a_run_is_counted_with_the_longest_captions_and_classes_have_none() -> None:
+    text, classes = config.preset("t2i-512"), config.preset("xl-256")
+    assert flops.of_run(text) == flops.training(text.model, 512, 300) > flops.training(text.model, 512, 299)
+    assert flops.of_run(classes) == flops.training(classes.model, 256)
 
 
 def test_the_paper_models_cost_what_is_known_of_them() -> None:

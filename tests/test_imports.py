@@ -51,7 +51,7 @@ ALLOWED = {
     "megapix.metrics": {"megapix.config", "megapix.dist", "megapix.events"},
     "megapix.events": set(),
     "megapix.flops": {"megapix.config"},
-    "megapix.activations": {"megapix.config"},
+    "megapix.activations": {"megapix.config", "megapix.flops"},
     "megapix.offload": set(),
     "megapix.recompute": {"megapix.config", "megapix.model", "megapix.offload"},
     "megapix.profiling": {"megapix.dist"},

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import typing
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
@@ -13,15 +14,24 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.activation_memory import Held, held_by, patch_pathway, pixel_pathway
+from bench.made_up import told
 from megapix import activations, recompute
 from megapix.config import MachineConfig, ModelConfig, PixelPolicy, pixeldit_xl
 from megapix.model import PixelDiT
 from megapix.offload import offloaded
-from tests.test_model import SMALL, inputs, randomised
+from tests import test_text_model
+from tests.test_model import SMALL, inputs
+from tests.test_text_model import TEXT, randomised
 
 POST = dataclasses.replace(SMALL, modulation="post")
+CONFIGS = {"pre": SMALL, "post": POST, "text": TEXT}
 POLICIES: tuple[PixelPolicy, ...] = typing.get_args(PixelPolicy)
 ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+
+
+def inputs_of(config: ModelConfig) -> tuple[Tensor, ...]:
+    """Two images with classes, or with text of which one is padded."""
+    return test_text_model.inputs() if config.text_width else inputs()
 
 
 def with_policies(config: ModelConfig, pixel: PixelPolicy, patch: str | int) -> PixelDiT:
@@ -45,11 +55,11 @@ class Operations(TorchDispatchMode):
 @functools.cache
 def gradients(config: ModelConfig, pixel: PixelPolicy, patch: str | int) -> dict[str, Tensor]:
     net = with_policies(config, pixel, patch)
-    net(*inputs()).square().mean().backward()
+    net(*inputs_of(config)).square().mean().backward()
     return {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("config", [SMALL, POST], ids=["pre", "post"])
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 @pytest.mark.parametrize("patch", ["none", "full", 2])
 @pytest.mark.parametrize("pixel", POLICIES)
 def test_gradients_are_the_same_bit_for_bit(config: ModelConfig, pixel: PixelPolicy, patch: str | int) -> None:
@@ -59,56 +69,69 @@ def test_gradients_are_the_same_bit_for_bit(config: ModelConfig, pixel: PixelPol
 
 
 # Two blocks in each pathway. Products of a PiT block: modulation, compaction, qkv, projection, expansion and two of the
-# MLP; of a patch block: modulation, qkv, projection and two of the MLP. The output layer's is not needed again.
+# MLP; of a patch block: modulation, qkv, projection and two of the MLP. The output layer's is not needed again. A text
+# block has modulation, qkv, projection and three of the MLP for each stream; the last only the first two of the text's.
 @pytest.mark.parametrize(
-    ("pixel", "patch", "attention", "products"),
+    ("config", "pixel", "patch", "attention", "products"),
     [
-        ("none", "none", 0, 0),
-        ("selective", "none", 0, 0),
-        ("selective_modulation", "none", 0, 2),
-        ("full", "none", 2, 2 * 7),
-        ("offload", "none", 0, 0),
-        ("none", "full", 2, 2 * 5),
-        ("none", 2, 1, 5),
-        ("none", 3, 0, 0),
+        (SMALL, "none", "none", 0, 0),
+        (SMALL, "selective", "none", 0, 0),
+        (SMALL, "selective_modulation", "none", 0, 2),
+        (SMALL, "full", "none", 2, 2 * 7),
+        (SMALL, "offload", "none", 0, 0),
+        (SMALL, "none", "full", 2, 2 * 5),
+        (SMALL, "none", 2, 1, 5),
+        (SMALL, "none", 3, 0, 0),
+        (TEXT, "full", "none", 2, 2 * 7),
+        (TEXT, "none", "full", 2, 2 * 6 + (6 + 2)),
+        (TEXT, "none", 2, 1, 6 + 2),
     ],
 )
-def test_what_is_computed_again(pixel: PixelPolicy, patch: str | int, attention: int, products: int) -> None:
+def test_what_is_computed_again(
+    config: ModelConfig, pixel: PixelPolicy, patch: str | int, attention: int, products: int
+) -> None:
     def forward_and_backward(net: PixelDiT) -> Counter[object]:
         with Operations() as operations:
-            net(*inputs()).square().mean().backward()
+            net(*inputs_of(config)).square().mean().backward()
         return operations.count
 
-    plain, found = (forward_and_backward(with_policies(SMALL, *p)) for p in (("none", "none"), (pixel, patch)))
+    plain, found = (forward_and_backward(with_policies(config, *p)) for p in (("none", "none"), (pixel, patch)))
     matmuls = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
     assert found[ATTENTION] - plain[ATTENTION] == attention
     assert sum(found[op] - plain[op] for op in matmuls) == products
 
 
-def test_nothing_is_kept_and_nothing_wrapped_without_gradients() -> None:
+@pytest.mark.parametrize("config", [SMALL, TEXT], ids=["classes", "text"])
+def test_nothing_is_kept_and_nothing_wrapped_without_gradients(config: ModelConfig) -> None:
+    asked = inputs_of(config)
     for policy in POLICIES:
-        net = with_policies(SMALL, policy, "full").eval()
+        net = with_policies(config, policy, "full").eval()
         with torch.no_grad():
-            assert held_by(lambda net=net: net(*inputs()))[0] == 2 * 3 * 8 * 12 * 4, "the result alone"
+            assert held_by(lambda net=net: net(*asked))[0] == 2 * 3 * 8 * 12 * 4, "the result alone"
 
 
 @pytest.mark.long
-def test_compiled_blocks_see_many_sizes_with_and_without_gradients() -> None:
-    """As a run with sample grids, held-out losses and aspect buckets does; the policies of both pathways share code."""
-    net, plain = randomised(SMALL), randomised(SMALL)
+@pytest.mark.parametrize("config", [SMALL, TEXT], ids=["classes", "text"])
+def test_compiled_blocks_see_many_sizes_with_and_without_gradients(config: ModelConfig) -> None:
+    """As a run with sample grids, held-out losses, aspect buckets and captions of any length does; the policies of both
+    pathways share code."""
+    net, plain = randomised(config), randomised(config)
     recompute.apply(net, MachineConfig(pixel_checkpointing="full", patch_checkpointing="full", compile=True))
-    for sizes in ((2, 8, 12), (1, 16, 16), (2, 12, 8)):
-        asked = inputs(*sizes)
+    for images, height, width, tokens in ((2, 8, 12, 5), (1, 16, 16, 2), (2, 12, 8, 7)):
+        x, t, *_ = inputs(images, height, width)
+        asked = (x, t, *told(config, images, tokens))
         torch.testing.assert_close(net(*asked), plain(*asked), rtol=1e-4, atol=1e-4)
         with torch.no_grad():
             torch.testing.assert_close(net(*asked), plain(*asked), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("pixel", ["selective_modulation", "offload"])
-def test_compiled_blocks_give_the_same_gradients_and_keep_as_much(pixel: PixelPolicy) -> None:
+@pytest.mark.parametrize(
+    ("config", "pixel"), [(SMALL, "selective_modulation"), (SMALL, "offload"), (TEXT, "selective_modulation")]
+)
+def test_compiled_blocks_give_the_same_gradients_and_keep_as_much(config: ModelConfig, pixel: PixelPolicy) -> None:
     """What autograd saves of compiled blocks is counted by its hooks: they see the results of a graph."""
-    expected, net = gradients(SMALL, "none", "none"), randomised(SMALL)
+    expected, net = gradients(config, "none", "none"), randomised(config)
     machine = MachineConfig(pixel_checkpointing=pixel, patch_checkpointing=2, compile=True)
     recompute.apply(net, machine)
     weights = {p.untyped_storage().data_ptr() for p in net.parameters()}
@@ -120,16 +143,17 @@ def test_compiled_blocks_give_the_same_gradients_and_keep_as_much(pixel: PixelPo
         return saved
 
     with torch.autograd.graph.saved_tensors_hooks(count, lambda saved: saved):
-        out = net(*inputs(2, 32, 32))
+        out = net(*inputs(2, 32, 32)[:2], *told(config, 2, 7))
     if pixel != "offload":  # it has hooks of its own
-        counted = activations.per_image(SMALL, 32, 4, machine)
+        counted = activations.per_image(config, 32, 4, machine, 7)
         assert sum(sizes.values()) == pytest.approx(2 * (counted["patch"] + counted["pixel"]), rel=0.15)
     del out
     net.zero_grad()
-    net(*inputs()).square().mean().backward()
-    for name, p in net.named_parameters():
-        assert p.grad is not None
-        torch.testing.assert_close(p.grad, expected[name], rtol=1e-5, atol=1e-5 * float(expected[name].abs().max()))
+    net(*inputs_of(config)).square().mean().backward()
+    found = {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
+    assert found.keys() == expected.keys()
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-5, atol=1e-5 * float(expected[name].abs().max()))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -171,20 +195,28 @@ def test_each_policy_on_a_case_counted_by_hand(policy: PixelPolicy, device: int,
     assert held_by(lambda: block(x)) == Held(device * 4, host * 4)
 
 
-@pytest.mark.parametrize("change", [{}, {"mlp": "swiglu"}, {"modulation": "post"}], ids=["default", "swiglu", "post"])
-def test_bytes_counted_by_hand_are_those_measured(change: dict[str, str]) -> None:
-    """Wide enough that the class and time embeddings, one vector an image, do not count."""
-    model = ModelConfig(patch_size=16, width=64, depth=4, heads=2, pixel_depth=2, num_classes=3)
+OWN_WIDTH = {"pixel_attention_width": 96, "pixel_heads": 3}
+WITH_TEXT = {"num_classes": 0, "text_width": 40}
+CHANGES: dict[str, dict[str, Any]] = {
+    "default": {},
+    "swiglu": {"mlp": "swiglu"},
+    "post with own attention width": {"modulation": "post"} | OWN_WIDTH,
+    "text": WITH_TEXT,
+    "text with swiglu": WITH_TEXT | {"mlp": "swiglu", "depth": 3} | OWN_WIDTH,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_bytes_counted_by_hand_are_those_measured(change: dict[str, Any]) -> None:
+    model = ModelConfig(patch_size=8, width=64, depth=4, heads=2, pixel_depth=2, num_classes=3)
     model = dataclasses.replace(model, **change)
     for pixel in POLICIES:
         machine = MachineConfig(pixel_checkpointing=pixel)
-        held = pixel_pathway(model, machine, 128)
-        assert activations.per_image(model, 128, 2, machine)["pixel"] == pytest.approx(held.device, rel=1e-3), pixel
-        assert activations.on_host(model, 128, 2, machine) == pytest.approx(held.host, rel=1e-3), pixel
+        counted = activations.per_image(model, 32, 2, machine)["pixel"], activations.on_host(model, 32, 2, machine)
+        assert counted == pixel_pathway(model, machine, 32), pixel
     for patch in ("none", 2, 3, "full"):
         machine = MachineConfig(patch_checkpointing=patch)
-        counted = activations.per_image(model, 128, 2, machine)["patch"]
-        assert counted == pytest.approx(patch_pathway(model, machine, 128).device, rel=0.02), patch
+        assert activations.per_image(model, 32, 2, machine, 7)["patch"] == patch_pathway(model, machine, 32, 7).device
 
 
 def test_bytes_of_xl_at_256_pixels() -> None:

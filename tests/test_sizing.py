@@ -11,12 +11,15 @@ import pytest
 import torch
 
 from bench.bytes_sent import least
+from bench.made_up import told
 from megapix import cli, config, flops, parameters
+from megapix.config import Config
 from megapix.ds_config import read_knobs
-from megapix.model import PixelDiT
+from megapix.model import build
 from megapix.sizing import choose, memory, options, saving, speed, wire
 from megapix.sizing.options import Assumptions, Machine, PlanOptions
 from tests.launch import succeed
+from tests.test_text_model import TEXT
 from tests.worker_sizing import configuration
 
 ZERO2 = read_knobs("zero2")
@@ -28,31 +31,37 @@ H100 = options.machine(options.check(PlanOptions()), "bf16", 0.0)
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("ranks", [2, pytest.param(1, marks=pytest.mark.long), pytest.param(4, marks=pytest.mark.long)])
-def test_real_ranks_hold_and_send_what_is_predicted(ranks: int) -> None:
-    for rank in succeed(ranks, "tests.worker_sizing", []):
+@pytest.mark.parametrize(
+    ("preset", "ranks"),
+    [("tiny", 2)]
+    + [pytest.param(*case, marks=pytest.mark.long) for case in (("tiny", 1), ("tiny", 4), ("t2i-tiny", 2))],
+)
+def test_real_ranks_hold_and_send_what_is_predicted(preset: str, ranks: int) -> None:
+    for rank in succeed(ranks, "tests.worker_sizing", [preset]):
         for precision, found in json.loads(rank.out.splitlines()[-1]).items():
-            _check_memory(found["held"], precision, ranks)
-            _check_wire(found, precision, ranks)
+            c = configuration(preset, precision, ranks)
+            _check_memory(found["held"], c, ranks)
+            _check_wire(found, c, ranks)
 
 
-def _check_memory(held: dict[str, int], precision: str, ranks: int) -> None:
-    b = memory.of_rank(configuration(precision, ranks), ZERO2, ranks, 1, 1)
+def _check_memory(held: dict[str, int], c: Config, ranks: int) -> None:
+    b = memory.of_rank(c, ZERO2, ranks, 1, 1)
     expected = {part: getattr(b, part) for part in ("weights", "masters", "moments", "ema", "gradients", "bucket")}
     expected["between steps"] = b.states
     expected["as AdamW steps"] = b.states + b.gradients
-    at_once = b.gradients + b.reducing if precision == "bf16" else b.reducing
+    at_once = b.gradients + b.reducing if c.precision == "bf16" else b.reducing
     expected["as a bucket is reduced"] = b.states + b.bucket + at_once
-    assert held == pytest.approx(expected, rel=0.02), (precision, ranks)
+    assert held == pytest.approx(expected, rel=0.02), (c.precision, ranks)
 
 
-def _check_wire(found: dict[str, Any], precision: str, ranks: int) -> None:
+def _check_wire(found: dict[str, Any], c: Config, ranks: int) -> None:
     """ZeRO-2's minimum: each gradient is reduced to its owner, and weights are gathered once."""
-    psi = parameters.count(config.tiny().model)
-    predicted = wire.sent(psi, precision, ranks, 1, wire.passes(ZERO2))
+    psi = parameters.count(c.model)
+    gradients = psi - parameters.without_gradient(c.model)
+    predicted = wire.sent(c.model, c.precision, ranks, 1, wire.passes(ZERO2))
     assert found["sent"] == pytest.approx(predicted.gradients + predicted.weights, rel=1e-3)
-    assert found["sent"] == pytest.approx(least(psi, precision, ranks), rel=1e-3)
-    assert found["calls"]["reduce_ torch.float32"] == pytest.approx(psi, rel=1e-3)
+    assert found["sent"] == pytest.approx(least(psi, gradients, c.precision, ranks), rel=1e-3)
+    assert found["calls"]["reduce_ torch.float32"] == pytest.approx(gradients, rel=1e-3)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -63,11 +72,29 @@ def _check_wire(found: dict[str, Any], precision: str, ranks: int) -> None:
 @pytest.mark.parametrize("modulation", ["pre", "post"])
 @pytest.mark.parametrize("mlp", ["gelu", "swiglu"])
 def test_parameters_are_the_networks(mlp: Any, modulation: Any) -> None:
-    for name in config.PRESETS:
-        model = replace(config.preset(name).model, mlp=mlp, modulation=modulation)
+    models = {config.preset(name).model for name in config.PRESETS}
+    other_widths = {replace(m, pixel_attention_width=0 if m.pixel_attention_width else 3 * m.width) for m in models}
+    for model in models | other_widths:
+        model = replace(model, mlp=mlp, modulation=modulation)
         with torch.device("meta"):
-            sizes = [p.numel() for p in PixelDiT(model).parameters()]
-        assert (parameters.count(model), parameters.largest(model)) == (sum(sizes), max(sizes)), name
+            sizes = [p.numel() for p in build(model).parameters()]
+        assert (parameters.count(model), parameters.largest(model)) == (sum(sizes), max(sizes)), model
+
+
+def test_parameters_of_the_published_text_network() -> None:
+    t2i = config.pixeldit_t2i()
+    assert parameters.count(t2i) == 1_302_470_787
+    assert parameters.without_gradient(t2i) == (1536 * 1536 + 1536) + 1536 + 3 * 1536 * 4096
+
+
+@pytest.mark.parametrize("mlp", ["gelu", "swiglu"])
+def test_parameters_without_a_gradient_are_the_networks(mlp: Any) -> None:
+    for model in (TEXT, config.tiny().model):
+        model = replace(model, mlp=mlp)
+        with torch.device("meta"):
+            net, images = build(model), torch.zeros(1, 3, 16, 16)
+            net(images, torch.zeros(1), *told(model, 1, 5)).sum().backward()
+        assert parameters.without_gradient(model) == sum(p.numel() for p in net.parameters() if p.grad is None)
 
 
 def test_recomputed_products_by_hand() -> None:
@@ -100,6 +127,21 @@ def test_states_of_xl_by_hand() -> None:
     offloaded = memory.of_rank(c, read_knobs("zero2_offload"), 8, 32, 1)
     assert offloaded.states == b.weights
     assert offloaded.host == pytest.approx((20 + 2) * psi / 8, rel=1e-4)
+
+
+def test_a_text_encoder_by_hand() -> None:
+    """2.6 B parameters take 5.2 GB in bf16, and 2 x 2.6 G x 300 FLOPs of each caption."""
+    c = config.preset("t2i-1024-ms")
+    without, used = (memory.of_rank(c, ZERO2, 8, 4, 8, parameters) for parameters in (0.0, 2.6e9))
+    assert used.peak - without.peak == used.states - without.states == used.encoder == 5_200_000_000
+    fp32 = memory.of_rank(config.replace(c, "text.dtype", "fp32"), ZERO2, 8, 4, 8, 2.6e9)
+    assert fp32.encoder == 10_400_000_000
+    with_encoder = replace(H100, text_encoder=2.6e9)
+    none, s = (speed.of_step(c, ZERO2, 8, 1, 4, 8, m) for m in (H100, with_encoder))
+    assert s.encoder == pytest.approx(32 * 2 * 2.6e9 * 300 / (989e12 * 0.4))
+    assert s.total - none.total == pytest.approx(s.encoder)
+    for x in choose.candidates(config.replace(c, "machine.micro_batch", 1), 8, 1, with_encoder):
+        assert x.bytes.encoder == 5_200_000_000
 
 
 def test_time_on_the_wire_by_hand() -> None:
@@ -197,6 +239,20 @@ def test_sizes(text: str, size: int) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("preset", ["t2i-512", "t2i-1024-ms"])
+def test_a_network_that_takes_text_is_planned(preset: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", preset, "--gpus", "8"]) == 0
+    stored = capsys.readouterr().out
+    assert "1302.5 M parameters" in stored
+    assert "Gemma-2-2B 5.2 GB, with --text-encoder-parameters 2.6e9" in stored
+    assert "frozen text encoder, whole" not in stored
+    assert cli.main(["plan", preset, "--gpus", "8", "--text-encoder-parameters", "2.6e9"]) == 0
+    encoded = capsys.readouterr().out
+    for text in ("frozen text encoder, whole on each GPU", "frozen text encoder's products", "4.84"):
+        assert text in encoded
+    assert "Gemma-2-2B" not in encoded
+
+
 def test_the_plan_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["plan", "xl-256", "--gpus", "8", "--machine.peak-tflops", "500", "--assume.link", "200"]) == 0
     out = capsys.readouterr().out
@@ -227,6 +283,14 @@ def test_the_plan_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
         (["xl-256", "--assume.pcie", "0"], "--assume.pcie = 0.0: expected 0.001 to 1e+09"),
         (["xl-256", "--mtbf", "1e308"], "--mtbf = 1e+308: expected 0.001 to 1e+09 hours"),
         (["xl-256", "--images", "0"], "--images = 0: expected at least 1"),
+        (
+            ["xl-256", "--text-encoder-parameters", "1e9"],
+            "= 1e+09 has no effect: the network takes classes",
+        ),
+        (
+            ["t2i-512", "--text-encoder-parameters", "nan"],
+            "= nan: expected 0 (features are stored) to 1e+12",
+        ),
         (["xl-256", "--gpu-memory", "9" * 400 + "GB"], "expected a size such as 80GB"),
         (["tiny"], "precision = 'fp32': only bf16 peaks are known; give the GPU's with --machine.peak-tflops"),
         (["xl-256", "--gpu-memory", "11GB"], "GiB too few, even with pixel-checkpointing"),

@@ -11,6 +11,7 @@ import functools
 import sys
 import typing
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,6 +29,8 @@ FUNCTIONAL = ("test_schema", "test_autograd_registration", "test_faketensor")
 ALL = (*FUNCTIONAL, "test_aot_dispatch_dynamic")
 WIDTH = 16
 MODEL = ModelConfig(patch_size=2, width=16, depth=1, heads=2, pixel_width=WIDTH, pixel_depth=2, num_classes=3)
+POST = replace(MODEL, modulation="post")
+OWN_WIDTH = replace(MODEL, pixel_attention_width=24, pixel_heads=3)
 
 
 def norm(x: Tensor, weight: Tensor, modulation: Tensor) -> Tensor:
@@ -99,9 +102,8 @@ def check_tail(shape: tuple[int, int], chunks: int, dtype: torch.dtype, g: Tenso
     assert difference < BOUND[dtype], ("tail", shape, chunks, dtype, difference)
 
 
-def network(modulation: str, checkpointing: str, kernels: str, compiled: bool = False) -> list[Tensor]:
+def network(c: ModelConfig, checkpointing: str, kernels: str, compiled: bool = False) -> list[Tensor]:
     """Velocity and gradients of every parameter of a network none of whose weights is zero, by name."""
-    c = ModelConfig(**{**MODEL.__dict__, "modulation": modulation})
     machine = MachineConfig(pixel_checkpointing=checkpointing, pixel_kernels=kernels, compile=compiled)
     net = engine.build_network(c, 0, machine)
     with torch.no_grad():
@@ -115,9 +117,9 @@ def network(modulation: str, checkpointing: str, kernels: str, compiled: bool = 
     return [out.detach(), *(p.grad for p in named.values() if p.grad is not None)]
 
 
-def check_network(modulation: str, checkpointing: str) -> None:
-    difference = differs(network(modulation, checkpointing, "triton"), network(modulation, "none", "plain"))
-    assert difference < BOUND[torch.float32], (modulation, checkpointing, difference)
+def check_network(c: ModelConfig, checkpointing: str) -> None:
+    difference = differs(network(c, checkpointing, "triton"), network(c, "none", "plain"))
+    assert difference < BOUND[torch.float32], (c, checkpointing, difference)
 
 
 def check_norm_of(shape: tuple[int, int], dtype: torch.dtype) -> None:
@@ -147,8 +149,8 @@ def operations() -> None:
         for chunks in (6, 4):
             check_tail((1, 67), chunks, dtype, numbers(1, 67, WIDTH, seed=9, dtype=dtype))
     check_tail((2, 2), 6, torch.float32, torch.ones(()).expand(2, 2, WIDTH))
-    for modulation, checkpointing in (("pre", "none"), ("pre", "full"), ("post", "full")):
-        check_network(modulation, checkpointing)
+    for c, checkpointing in ((MODEL, "none"), (MODEL, "full"), (POST, "full"), (OWN_WIDTH, "full")):
+        check_network(c, checkpointing)
 
 
 def faults() -> None:
@@ -158,7 +160,7 @@ def faults() -> None:
     finds(
         "_norm_modulate_backward",
         lambda right, g_out, g_rest, *rest: right(g_out, 0.0 * g_rest, *rest),
-        lambda: check_network("pre", "none"),
+        lambda: check_network(MODEL, "none"),
     )
     finds(
         "_tail_backward",
@@ -169,13 +171,12 @@ def faults() -> None:
 
 def memory() -> None:
     """Bytes that fused blocks hold between forward and backward, counted by hand."""
-    for modulation in ("pre", "post"):
-        c = ModelConfig(**{**MODEL.__dict__, "modulation": modulation, "width": 32})
+    for c in (replace(MODEL, width=32), replace(POST, width=32), OWN_WIDTH):
         for policy in typing.get_args(PixelPolicy):
             machine = MachineConfig(pixel_checkpointing=policy, pixel_kernels="triton")
             held, counted = pixel_pathway(c, machine, 8), activations.per_image(c, 8, 2, machine)["pixel"]
-            assert counted == held.device, (modulation, policy, counted, held)
-            assert activations.on_host(c, 8, 2, machine) == held.host, (modulation, policy)
+            assert counted == held.device, (c, policy, counted, held)
+            assert activations.on_host(c, 8, 2, machine) == held.host, (c, policy)
 
 
 def compiled() -> None:
@@ -189,7 +190,7 @@ def compiled() -> None:
     for chunks in (6, 4):
         leaves = [t.detach().requires_grad_() for t in tail_inputs((1, 3), chunks, torch.float32)]
         opcheck(fused._tail, (*leaves, chunks == 4), test_utils=FUNCTIONAL if chunks == 6 else ALL)
-    difference = differs(network("pre", "full", "triton", compiled=True), network("pre", "none", "plain"))
+    difference = differs(network(MODEL, "full", "triton", compiled=True), network(MODEL, "none", "plain"))
     assert difference < BOUND[torch.float32], difference
 
 

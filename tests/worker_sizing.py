@@ -1,12 +1,13 @@
 """One rank: a step of a real engine in bf16 and fp32; prints as JSON what is alive in it, and what it sends.
 
-usage: python -m tests.worker_sizing
+usage: python -m tests.worker_sizing PRESET
 """
 
 from __future__ import annotations
 
 import gc
 import json
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -19,9 +20,9 @@ from megapix.dist import World
 from megapix.optim import EMA
 
 
-def configuration(precision: str, ranks: int) -> Config:
-    """The tiny preset with one image a rank, so that states are nearly all that is alive; fp32 with the fused AdamW."""
-    c = config.tiny()
+def configuration(preset: str, precision: str, ranks: int) -> Config:
+    """A tiny preset with one image a rank, so that states are nearly all that is alive; fp32 with the fused AdamW."""
+    c = config.preset(preset)
     machine = replace(c.machine, fused_adamw=precision == "fp32")
     return replace(c, precision=precision, machine=machine, optim=replace(c.optim, global_batch=ranks))
 
@@ -39,10 +40,10 @@ def alive() -> int:
     return storages(found)
 
 
-def measure(precision: str, world: World) -> dict[str, Any]:
+def measure(preset: str, precision: str, world: World) -> dict[str, Any]:
     """What a rank holds between two steps, as a bucket is reduced, and as the optimizer steps."""
     before = alive()
-    c = configuration(precision, world.size)
+    c = configuration(preset, precision, world.size)
     e = engine.build(c, config.batch_layout(c, world.size), engine.build_network(c.model, 0))
     zero, held = e.optimizer, {}
     assert zero.optimizer.fused == c.machine.fused_adamw
@@ -79,13 +80,13 @@ def measure(precision: str, world: World) -> dict[str, Any]:
     return {"held": held, "sent": sent.bytes(world.size), "calls": calls}
 
 
-def main() -> None:
+def main(preset: str) -> None:
     world = dist.from_environment()
     engine.start(world)
-    found = {precision: measure(precision, world) for precision in ("bf16", "fp32")}
+    found = {precision: measure(preset, precision, world) for precision in ("bf16", "fp32")}
     print(json.dumps(found), flush=True)
     engine.leave(world, 0)
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

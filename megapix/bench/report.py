@@ -49,7 +49,7 @@ def numbers(measured: Measured) -> dict[str, Any]:
     c, layout = measured.config, measured.layout
     whole = [sum(parts.values()) for parts in measured.steps]
     step = Spread.of(whole)
-    cost, images_per_s = flops.training(c.model, c.data.image_size), layout.total / step.median
+    cost, images_per_s = flops.of_run(c), layout.total / step.median
     best = max(measured.products, key=lambda product: measured.products[product])
     peak, data_sheet = measured.products[best], flops.peak_of(c, measured.device)
 

@@ -45,8 +45,7 @@ class Candidate:
 
     def mfu(self, m: Machine) -> float:
         """Model FLOPs over the peak; what is recomputed does not count."""
-        cost = flops.training(self.config.model, self.config.data.image_size)
-        return self.images_per_s * cost / self.ranks / m.peak
+        return self.images_per_s * flops.of_run(self.config) / self.ranks / m.peak
 
     @property
     def options(self) -> list[str]:
@@ -90,7 +89,7 @@ def candidates(c: Config, ranks: int, nodes: int, m: Machine) -> list[Candidate]
 def _largest(c: Config, knobs: dict[str, Any], ranks: int, nodes: int, micros: list[int], m: Machine) -> Candidate:
     images = c.optim.global_batch // ranks
     for micro in micros:
-        used = memory.of_rank(c, knobs, ranks, micro, images // micro)
+        used = memory.of_rank(c, knobs, ranks, micro, images // micro, m.text_encoder)
         if used.peak <= m.memory:
             break
     took = speed.of_step(c, knobs, ranks, nodes, micro, images // micro, m)
@@ -116,15 +115,18 @@ def refuse(found: list[Candidate], c: Config, m: Machine, gpu_memory: str) -> In
 
 
 def _help(c: Config, small: Candidate, m: Machine) -> str:
-    knobs, images = read_knobs(small.config.machine.ds_config, c.machine.unproven), c.optim.global_batch // small.ranks
-    if c.machine.micro_batch > 1 and memory.of_rank(small.config, knobs, small.ranks, 1, images).peak <= m.memory:
+    knobs = read_knobs(small.config.machine.ds_config, c.machine.unproven)
+
+    def fits(ranks: int) -> bool:
+        images = c.optim.global_batch // ranks
+        return memory.of_rank(small.config, knobs, ranks, 1, images, m.text_encoder).peak <= m.memory
+
+    if c.machine.micro_batch > 1 and fits(small.ranks):
         return "expected a smaller --machine.micro-batch"
     ranks = 2 * small.ranks
     while ranks <= min(c.optim.global_batch, MOST_RANKS):
-        if c.optim.global_batch % ranks == 0:
-            images = c.optim.global_batch // ranks
-            if memory.of_rank(small.config, knobs, ranks, 1, images).peak <= m.memory:
-                return f"expected --gpus {ranks} or more, or more memory"
+        if c.optim.global_batch % ranks == 0 and fits(ranks):
+            return f"expected --gpus {ranks} or more, or more memory"
         ranks *= 2
     return (
         f"nor do more GPUs help, up to optim.global_batch = {c.optim.global_batch}: ZeRO-2 keeps all weights on each; "

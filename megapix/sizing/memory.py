@@ -26,6 +26,8 @@ WIDTH = {"bf16": 2, "fp32": 4}
 IMAGE_COPIES = 5
 """fp32 tensors of an image's size that a step holds beside what autograd saves: image, noise, their mix, target,
 velocity."""
+TEXT_COPIES = 2
+"""The same of its text features: as the encoder gives them, and with dropped captions replaced."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,8 @@ class Bytes:
     masters: int
     moments: int
     ema: int
+    encoder: int
+    """A frozen text encoder."""
     gradients: int
     bucket: int
     reducing: int
@@ -53,15 +57,18 @@ class Bytes:
     @property
     def states(self) -> int:
         """What stays from step to step."""
-        return self.weights + self.masters + self.moments + self.ema
+        return self.weights + self.masters + self.moments + self.ema + self.encoder
 
 
-def of_rank(c: Config, knobs: dict[str, Any], ranks: int, micro: int, accumulation: int) -> Bytes:
+def of_rank(
+    c: Config, knobs: dict[str, Any], ranks: int, micro: int, accumulation: int, text_encoder: float = 0.0
+) -> Bytes:
     """Bytes of a rank that sees `micro` images at once, `accumulation` times a step.
 
     Args:
-        c: network, image size, precision and the two checkpointing policies.
+        c: network, image size, tokens of a caption, precision and the two checkpointing policies.
         knobs: DeepSpeed's (`ds_config.read_knobs`).
+        text_encoder: parameters of a frozen one on the same GPU; what it computes is gone before backward begins.
     """
     zero, psi, width = knobs["zero_optimization"], parameters.count(c.model), WIDTH[c.precision]
     share = Layout({"all": (psi,)}, ranks).share
@@ -81,7 +88,8 @@ def of_rank(c: Config, knobs: dict[str, Any], ranks: int, micro: int, accumulati
     root = 0 if c.machine.fused_adamw else fp32
     stepping = on_device * max(root, 8 * min(parameters.largest(c.model), share))
     held, backward = micro * _held(c), micro * _backward(c)
-    states = weights + on_device * 4 * fp32
+    encoder = round(text_encoder * WIDTH[c.text.dtype])
+    states = weights + on_device * 4 * fp32 + encoder
     # The gradients' partition exists as backward starts if a micro batch has been added to it before.
     before = gradients if accumulation > 1 else 0
     left = held * (psi - full) // psi  # by the time the first bucket is full
@@ -95,6 +103,7 @@ def of_rank(c: Config, knobs: dict[str, Any], ranks: int, micro: int, accumulati
         masters=on_device * fp32,
         moments=on_device * 2 * fp32,
         ema=on_device * fp32,
+        encoder=encoder,
         gradients=gradients,
         bucket=width * bucket,
         reducing=reducing,
@@ -124,13 +133,15 @@ def offloaded(c: Config) -> int:
 
 
 def _held(c: Config) -> int:
-    kept = activations.per_image(*_network(c), c.machine)
-    return sum(kept.values()) + IMAGE_COPIES * 3 * c.data.image_size**2 * 4
+    kept = activations.per_image(*_network(c), c.machine, c.text.max_tokens)
+    text = TEXT_COPIES * c.text.max_tokens * c.model.text_width
+    return sum(kept.values()) + (IMAGE_COPIES * 3 * c.data.image_size**2 + text) * 4
 
 
 def _backward(c: Config) -> int:
     """Of an image: what one block, the largest, has to make again, and what its backward pass needs beside it."""
-    return activations.remade(*_network(c), c.machine) + activations.working(*_network(c))
+    remade = activations.remade(*_network(c), c.machine, c.text.max_tokens)
+    return remade + activations.working(*_network(c))
 
 
 def _network(c: Config) -> tuple[ModelConfig, int, int]:

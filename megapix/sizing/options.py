@@ -97,6 +97,9 @@ class PlanOptions:
     """Numbers of GPUs in the table of scaling."""
     images: int = IMAGENET_IMAGES
     """Images of an epoch; the default is ImageNet-1k's."""
+    text_encoder_parameters: float = 0.0
+    """Parameters of a frozen text encoder that every GPU holds and runs beside the network (text.encoder), 2.6e9 for
+    Gemma-2-2B; 0 if text features are stored with the shards."""
     mtbf: float = 6300.0
     """Hours between two failures of one node (6,300: 419 failures in 54 days of 2,048 nodes, arXiv 2407.21783, 3.3.4).
     """
@@ -106,7 +109,7 @@ class PlanOptions:
 
 @dataclass(frozen=True)
 class Machine:
-    """A GPU and its links: bytes, seconds, bytes a second and FLOPs a second."""
+    """A GPU and its links: bytes, seconds, bytes a second and FLOPs a second; and what else it holds."""
 
     memory: int
     """Bytes of a GPU that tensors can have."""
@@ -116,6 +119,8 @@ class Machine:
     link: float
     network: float
     assume: Assumptions
+    text_encoder: float = 0.0
+    """Parameters of a frozen text encoder on it."""
 
 
 def machine(options: PlanOptions, precision: str, peak_tflops: float) -> Machine:
@@ -145,6 +150,7 @@ def machine(options: PlanOptions, precision: str, peak_tflops: float) -> Machine
         link=(a.link or link) * 1e9,
         network=a.network * 1e9,
         assume=a,
+        text_encoder=options.text_encoder_parameters,
     )
 
 
@@ -179,6 +185,11 @@ def check(options: PlanOptions) -> PlanOptions:
         raise InputError(f"--images = {o.images}: expected at least 1")
     if any(n < 1 for n in o.scaling):
         raise InputError(f"--scaling = {' '.join(map(str, o.scaling))}: expected numbers of GPUs, at least 1 each")
+    if not 0 <= o.text_encoder_parameters <= MOST_PARAMETERS:
+        raise InputError(
+            f"--text-encoder-parameters = {o.text_encoder_parameters}: expected 0 (features are stored) to "
+            f"{MOST_PARAMETERS:g}"
+        )
     if not SMALLEST <= o.mtbf <= LARGEST:
         raise InputError(f"--mtbf = {o.mtbf}: expected {SMALLEST} to {LARGEST:g} hours")
     for f in dataclasses.fields(o.assume):
@@ -198,6 +209,8 @@ def check(options: PlanOptions) -> PlanOptions:
 
 SMALLEST, LARGEST = 0.001, 1e9
 """Numbers that an assumption may have."""
+MOST_PARAMETERS = 1e12
+"""Parameters that a text encoder may have."""
 MAY_BE_ZERO = ("memory", "link", "optimizer_passes", "link_latency", "network_latency", "overhead", "restart")
 
 

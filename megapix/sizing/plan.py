@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from megapix import parameters
 from megapix.config import Config, freeze, replace, validate
 from megapix.errors import InputError
-from megapix.sizing import choose, saving, tables
+from megapix.sizing import choose, memory, saving, tables
 from megapix.sizing.choose import Candidate
 from megapix.sizing.options import Machine, PlanOptions, check, machine, nodes_of
 
@@ -21,6 +23,10 @@ def show(asked: Config, options: PlanOptions, name: str) -> str:
     """
     o = check(options)
     c = _runnable(asked, o.images)
+    if o.text_encoder_parameters and not c.model.text_width:
+        raise InputError(
+            f"--text-encoder-parameters = {o.text_encoder_parameters:g} has no effect: the network takes classes"
+        )
     m = machine(o, c.precision, c.machine.peak_tflops)
     nodes = nodes_of(o, o.gpus)
     found = choose.candidates(c, o.gpus, nodes, m)
@@ -49,11 +55,24 @@ def show(asked: Config, options: PlanOptions, name: str) -> str:
         "## Checkpoints",
         "\n".join(f"- {line}" for line in tables.saving(interval, best)),
     ]
+    return "\n\n".join(parts + list(_notes(c, o)))
+
+
+def _notes(c: Config, o: PlanOptions) -> Iterator[str]:
+    """What the plan does not count, and how it counts what varies."""
     if c.machine.compile:
-        parts.append("Compiled blocks are planned as those that are not: what compiling saves is not counted.")
+        yield "Compiled blocks are planned as those that are not: what compiling saves is not counted."
     if c.repa.wanted:
-        parts.append("REPA's encoder and projector are not counted in any of this.")
-    return "\n\n".join(parts)
+        yield "REPA's encoder and projector are not counted in any of this."
+    if c.model.text_width:
+        yield "Aspect buckets are counted as squares of data.image_size, which have about their area."
+    if c.model.text_width and not o.text_encoder_parameters:
+        width = memory.WIDTH[c.text.dtype]
+        yield (
+            "Text features are taken to be stored with the shards. A text encoder beside the engine (text.encoder) "
+            f"would add {width} bytes a parameter to each GPU, and its forward pass to each step: Gemma-2-2B "
+            f"{2.6 * width:.1f} GB, with --text-encoder-parameters 2.6e9."
+        )
 
 
 def _runnable(asked: Config, images: int) -> Config:

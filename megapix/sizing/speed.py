@@ -31,6 +31,8 @@ class Seconds:
     """Matrix products of forward and backward."""
     recomputed: float
     """Matrix products that activation checkpointing repeats."""
+    encoder: float
+    """Matrix products of a frozen text encoder."""
     pixels: float
     """Memory traffic of the pixel pathway's element-wise operations."""
     moved: float
@@ -56,26 +58,28 @@ def of_step(
     """Seconds of a step of micro × accumulation × ranks images.
 
     Args:
-        c: network, image size, precision and the two checkpointing policies.
+        c: network, image size, tokens of a caption, precision and the two checkpointing policies.
         knobs: DeepSpeed's (`ds_config.read_knobs`).
     """
-    a, zero, size = m.assume, knobs["zero_optimization"], c.data.image_size
+    a, zero, policies, tokens = m.assume, knobs["zero_optimization"], c.machine, c.text.max_tokens
     images, psi, width = micro * accumulation, parameters.count(c.model), memory.WIDTH[c.precision]
     share, offload = Layout({"all": (psi,)}, ranks).share, "offload_optimizer" in zero
-    again = flops.recomputed(c.model, size, c.machine.pixel_checkpointing, c.machine.patch_checkpointing)
-    traffic = memory.pixel_pathway(c) * (
-        a.pixel_passes + 2 * (c.machine.pixel_checkpointing not in ("none", "offload"))
+    again = flops.recomputed(
+        c.model, c.data.image_size, policies.pixel_checkpointing, policies.patch_checkpointing, tokens
     )
+    traffic = memory.pixel_pathway(c) * (a.pixel_passes + 2 * (policies.pixel_checkpointing not in ("none", "offload")))
     compute, device = m.peak * a.compute_share, m.memory_bandwidth * a.memory_share
     where = a.host * 1e9 if offload else device
     over_pcie = 2 * memory.offloaded(c) * images + (offload and (4 * accumulation + width) * share)
     buckets, passes = math.ceil(psi / int(zero.get("reduce_bucket_size", 500_000_000))), wire.passes(knobs)
     # A call for each owner, whose share may be cut by a bucket's end; or an all-reduce, there and back, of each bucket.
     calls = accumulation * (ranks + buckets - 1 if passes == 1 else passes * buckets)
-    sent = wire.sent(psi, c.precision, ranks, accumulation, passes)
+    sent = wire.sent(c.model, c.precision, ranks, accumulation, passes)
     return Seconds(
-        products=images * flops.training(c.model, size) / compute,
+        products=images * flops.of_run(c) / compute,
         recomputed=images * again / compute,
+        # A multiply-add of each token and parameter, as if the embedding table were a product, too.
+        encoder=images * 2 * tokens * m.text_encoder / compute,
         pixels=images * traffic / device,
         moved=over_pcie / (a.pcie * 1e9),
         reduced=wire.seconds(sent.gradients, calls, ranks, nodes, m),

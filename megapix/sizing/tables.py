@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import fields
 
-from megapix import parameters
 from megapix.config import Config, get
 from megapix.ds_config import read_knobs
 from megapix.sizing import wire
@@ -21,6 +20,7 @@ WHAT = {
     "masters": "fp32 masters, this GPU's share",
     "moments": "Adam's two moments, its share",
     "ema": "EMA, its share",
+    "encoder": "frozen text encoder, whole on each GPU",
     "gradients": "averaged fp32 gradients, its share, within a step",
     "bucket": "reduce bucket, within a backward pass",
     "reducing": "copies of a bucket while it is reduced",
@@ -33,6 +33,7 @@ WHAT = {
 PARTS = {
     "products": "matrix products",
     "recomputed": "products computed again",
+    "encoder": "frozen text encoder's products",
     "pixels": "pixel pathway's element-wise memory traffic",
     "moved": "to and from host memory",
     "reduced": "gradients between GPUs",
@@ -78,19 +79,21 @@ def assumptions(c: Config, o: PlanOptions, m: Machine) -> str:
         rows.append([f"--assume.{f.name.replace('_', '-')}", shown, unit[f.name]])
     rows.append(["--mtbf", f"{o.mtbf:g}", "hours between two failures of one node"])
     rows.append(["--images", f"{o.images:,}", "images of an epoch"])
+    if c.model.text_width:
+        encoder = f"{o.text_encoder_parameters:g}"
+        rows.append(["--text.max-tokens", str(c.text.max_tokens), "text tokens of each image: an upper bound"])
+        rows.append(["--text-encoder-parameters", encoder, "of a frozen text encoder on each GPU (0: stored features)"])
     return table(["assumption", "value", "what"], rows)
 
 
 def memory(chosen: list[Candidate]) -> str:
-    """Bytes of a rank in GiB, a column for each way to run."""
+    """Bytes of a rank in GiB, a column for each way to run; what none of them needs is left out."""
     head = [
         "GiB on each GPU",
         *(f"{x.config.machine.ds_config}, micro batch {x.config.machine.micro_batch}" for x in chosen),
     ]
-    return table(
-        head,
-        [[WHAT[f.name], *(f"{getattr(x.bytes, f.name) / GIB:.2f}" for x in chosen)] for f in fields(Bytes)],
-    )
+    rows = [(WHAT[f.name], [getattr(x.bytes, f.name) for x in chosen]) for f in fields(Bytes)]
+    return table(head, [[what, *(f"{n / GIB:.2f}" for n in row)] for what, row in rows if any(row)])
 
 
 def policies(c: Config, found: list[Candidate], m: Machine) -> str:
@@ -116,11 +119,9 @@ POLICY = ("ds_config", "pixel_checkpointing", "patch_checkpointing")
 
 
 def step(x: Candidate) -> str:
-    """The parts of a step."""
-    rows = [
-        [PARTS[f.name], f"{getattr(x.seconds, f.name):.4f}", f"{getattr(x.seconds, f.name) / x.seconds.total:.1%}"]
-        for f in fields(Seconds)
-    ]
+    """The parts of a step; those that take no time are left out."""
+    parts = [(PARTS[f.name], getattr(x.seconds, f.name)) for f in fields(Seconds)]
+    rows = [[what, f"{seconds:.4f}", f"{seconds / x.seconds.total:.1%}"] for what, seconds in parts if seconds]
     return table(["part of a step", "s", "share"], [*rows, ["**step**", f"{x.seconds.total:.4f}", ""]])
 
 
@@ -136,7 +137,7 @@ def scaling(rows: list[tuple[int, int, Candidate | str]], o: PlanOptions, c: Con
         policy = f"{machine.pixel_checkpointing}/{machine.patch_checkpointing}"
         policy += f", {machine.ds_config}" * (machine.ds_config != c.machine.ds_config)
         passes = wire.passes(read_knobs(machine.ds_config, machine.unproven))
-        sent = wire.sent(parameters.count(c.model), c.precision, gpus, x.accumulation, passes)
+        sent = wire.sent(c.model, c.precision, gpus, x.accumulation, passes)
         cells = [policy, f"{machine.micro_batch} x {x.accumulation}", f"{x.bytes.peak / GIB:.1f}"]
         cells += [f"{(sent.gradients + sent.weights) / GIB:.2f}", f"{x.seconds.total:.3f}", f"{x.images_per_s:,.0f}"]
         cells += [f"{x.mfu(m):.1%}", f"{each / first:.0%}", f"{o.images / x.images_per_s / 3600:.2f}"]

@@ -11,6 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from megapix import parameters
+from megapix.config import ModelConfig
 from megapix.sizing.memory import WIDTH, reduced_to_owners
 from megapix.sizing.options import Machine
 
@@ -31,10 +33,11 @@ def passes(knobs: dict[str, Any]) -> int:
     return 1 if reduced_to_owners(knobs) else 2
 
 
-def sent(psi: int, precision: str, ranks: int, accumulation: int, passes: int) -> Sent:
-    """Bytes that a rank sends for Ψ parameters."""
-    share = (ranks - 1) / ranks
-    return Sent(GRADIENT_WIDTH * psi * share * accumulation * passes, WIDTH[precision] * psi * share)
+def sent(model: ModelConfig, precision: str, ranks: int, accumulation: int, passes: int) -> Sent:
+    """Bytes that a rank sends for a network."""
+    share, psi = (ranks - 1) / ranks, parameters.count(model)
+    gradients = psi - parameters.without_gradient(model)
+    return Sent(GRADIENT_WIDTH * gradients * share * accumulation * passes, WIDTH[precision] * psi * share)
 
 
 def seconds(size: float, hops: float, ranks: int, nodes: int, m: Machine) -> float:
