@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import data_prep.cli
 from megapix import cli, config, sample
-from megapix.config import ModelConfig, SamplingConfig
+from megapix.config import ModelConfig, SamplingConfig, TextConfig
 from megapix.evaluation.manifest import Scored, read_scores
 from megapix.evaluation.threads import one_thread
 from megapix.extractors import EfficientNetLite0, Inception
@@ -68,7 +68,7 @@ def export(path: Path, model: ModelConfig, seed: int = 0) -> None:
     torch.manual_seed(seed)
     net = PixelDiT(model)
     tensors = {name: (p + torch.randn_like(p) * 0.1).detach().contiguous() for name, p in net.named_parameters()}
-    about = About(model, SamplingConfig(steps=3), 16, ("blue", "green", "red"), True, "", 80)
+    about = About(model, SamplingConfig(steps=3), 16, TextConfig(), ("blue", "green", "red"), True, "", 80)
     save_file(tensors, path, {"megapix": json.dumps(config.to_dict(about))})
 
 
