@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import data_prep.cli
 from megapix import cli, config, sample
+from megapix.condition import classes
 from megapix.config import ModelConfig, SamplingConfig, TextConfig
 from megapix.evaluation.manifest import Scored, read_scores
 from megapix.evaluation.threads import one_thread
@@ -157,7 +158,7 @@ def test_images_are_balanced_and_those_of_their_seeds(files: Files, first: Path)
     net, cpu = load_model(files.net), torch.device("cpu")
     for n in (0, 7, COUNT - 1):  # alone, so that only rounding may differ
         noise = sample.seeded_noise(0, [n], (16, 16), cpu)
-        alone = sample.to_uint8(sample.draw(net, noise, torch.tensor([n % 3]), SamplingConfig(steps=3)))[0]
+        alone = sample.to_uint8(sample.draw(net, noise, classes(torch.tensor([n % 3]), 3), SamplingConfig(steps=3)))[0]
         assert np.abs(alone.astype(int) - pixels[n]).max() <= 1
     assert [path.name for path in first.iterdir() if path.suffix == ".work"] == [], "the blocks are gone"
 
