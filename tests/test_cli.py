@@ -320,12 +320,13 @@ def test_marks_are_complete_and_frozen() -> None:
         *(f"repa.{k}" for k in ("weight", "stop_at")),
     }
     assert {key for key, mark in marks.items() if mark == "identity"} == {
-        "seed", "init", "precision", "data.image_size", "data.flip", "data.shuffle_window",
+        "seed", "init", "init_weights", "precision", "data.image_size", "data.flip", "data.shuffle_window",
         "data.reading_groups",
         *(f"model.{k}" for k in config.ModelConfig.__dataclass_fields__),
         *(f"flow.{k}" for k in config.FlowConfig.__dataclass_fields__),
         *(f"optim.{k}" for k in ("global_batch", "beta1", "beta2", "weight_decay", "ema_decay")),
         *(f"repa.{k}" for k in ("digest", "layer", "dtype")),
+        *(f"text.{k}" for k in ("digest", "max_tokens", "normalize", "scale", "prefix", "dtype")),
     }  # fmt: skip
 
 
