@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megapix import checkpoint, cli, config, ds_config, engine, parity, plain
+from megapix.condition import Condition
 from megapix.config import Config, MachineConfig
 from megapix.cover import pairwise
 from megapix.errors import InputError
@@ -71,7 +73,10 @@ def test_a_case_has_the_accumulation_it_names(ranks: int, accumulation: int) -> 
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def run(case: Case, change: Callable[[Config], Config] = lambda c: c, samples: plain.Samples = parity.samples) -> Trace:
+SAMPLES: plain.Samples = partial(parity.samples, parity.MODEL, CPU)
+
+
+def run(case: Case, change: Callable[[Config], Config] = lambda c: c, samples: plain.Samples = SAMPLES) -> Trace:
     c = change(parity.configuration(case))
     return plain.train(parity.network(c), c, samples, parity.STEPS, c.optim.global_batch // 2)
 
@@ -92,13 +97,13 @@ def test_the_reference_learns_and_clips_as_named(honest: dict[str, Trace]) -> No
 
 def test_the_reference_does_not_depend_on_its_micro_batch(honest: dict[str, Trace]) -> None:
     c = parity.configuration(Case())
-    whole = plain.train(parity.network(c), c, parity.samples, parity.STEPS, c.optim.global_batch)
+    whole = plain.train(parity.network(c), c, SAMPLES, parity.STEPS, c.optim.global_batch)
     assert parity.compare(honest["hit"], whole).within(parity.TOLERANCES["fp32"])
 
 
-def lost(positions: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+def lost(positions: np.ndarray) -> tuple[torch.Tensor, Condition]:
     """The data, but a sixteenth of each batch is another sample than it should be."""
-    return parity.samples(np.where(positions % 16 == 5, positions + 1, positions))
+    return SAMPLES(np.where(positions % 16 == 5, positions + 1, positions))
 
 
 FAULTS: dict[str, tuple[str, Callable[[], Trace]]] = {
