@@ -112,6 +112,7 @@ def test_the_grid_shows_prompts_and_says_which(run: Path) -> None:
     assert said.tensor_proto.string_val[0].decode().count("1. a ") == 2
 
 
+@pytest.mark.long
 def test_a_run_on_text_measures_a_held_out_loss(text: Subject, text_encoder: Path, tmp_path: Path) -> None:
     held_out = text_shards_of(tmp_path, text_encoder)
     options = ("--validation.path", str(held_out), "--validation.every", str(4 * STEP_BATCH))
@@ -129,7 +130,7 @@ def text_shards_of(root: Path, encoder: Path) -> Path:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["ema", "raw"])
+@pytest.mark.parametrize("kind", ["ema", pytest.param("raw", marks=pytest.mark.long)])
 def test_a_stage_starts_from_anothers_weights(kind: str, run: Path, text: Subject, tmp_path: Path) -> None:
     """Fresh optimizer, position and EMA, other objective; the chain is recorded, through exports too."""
     second, third, file = tmp_path / "second", tmp_path / "third", tmp_path / "second.safetensors"
