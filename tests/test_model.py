@@ -7,6 +7,7 @@ import inspect
 import pytest
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megapix.config import ModelConfig, pixeldit_b, pixeldit_l, pixeldit_xl, preset
 from megapix.model import PixelDiT, build, embed, layers, pixeldit, text
@@ -91,6 +92,20 @@ def test_norm_and_rotation_against_complex_numbers() -> None:
     expected = torch.complex(normed[..., 0::2], normed[..., 1::2]) * turns[None, :, None, :]
     agrees(norm_of(weight).rotated(x, rope), torch.stack([expected.real, expected.imag], -1).flatten(-2))
     assert torch.autograd.gradcheck(layers._NormRotate.apply, (x, weight, *rope))
+
+
+def test_attention_that_is_not_fused_gives_the_same_gradients() -> None:
+    """Where no fused kernel fits, torch takes plain products, whose gradients lie otherwise in memory."""
+
+    def gradients(net: PixelDiT) -> list[torch.Tensor]:
+        net.zero_grad()
+        net(*inputs()).square().mean().backward()
+        return [p.grad for p in net.parameters() if p.grad is not None]
+
+    net = randomised(SMALL)
+    expected = gradients(net)
+    with sdpa_kernel(SDPBackend.MATH):
+        torch.testing.assert_close(gradients(net), expected, rtol=1e-4, atol=1e-5)
 
 
 def doubles(*shape: int, seed: int = 0) -> torch.Tensor:
