@@ -161,6 +161,7 @@ def test_a_case_that_differs_is_named_and_ends_with_code_1(capsys: pytest.Captur
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_zero2_computes_what_a_plain_process_computes() -> None:
     succeed(2, "tests.worker_parity", [])
 

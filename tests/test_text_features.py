@@ -73,7 +73,7 @@ def plain(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The small images in three shards, with captions, and without features."""
     source = ImageFolder.open(image_folder)
     items = [
-        item._replace(caption=pack([Caption(text, 1 + n) for n, text in enumerate(captions_by_name(item.name))]))
+        item._replace(caption=pack([Caption(text, 1.0 + n) for n, text in enumerate(captions_by_name(item.name))]))
         for item in source.items
     ]
     out = tmp_path_factory.mktemp("shards") / "captions"

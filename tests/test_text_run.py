@@ -130,7 +130,8 @@ def text_shards_of(root: Path, encoder: Path) -> Path:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["ema", pytest.param("raw", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["ema", "raw"])
 def test_a_stage_starts_from_anothers_weights(kind: str, run: Path, text: Subject, tmp_path: Path) -> None:
     """Fresh optimizer, position and EMA, other objective; the chain is recorded, through exports too."""
     second, third, file = tmp_path / "second", tmp_path / "third", tmp_path / "second.safetensors"
@@ -242,6 +243,7 @@ def test_shards_without_captions_are_refused(
     assert f"data.path = {str(folder)!r} has no captions, and the network takes text" in line
 
 
+@pytest.mark.long
 def test_a_long_caption_is_cut_and_said_once(bare: Path, text_encoder: Path, tmp_path: Path) -> None:
     live = Subject("text", bare).arguments(
         tmp_path / "run", *SHORT, "--text.encoder", str(text_encoder), "--text.max-tokens", "5"
