@@ -64,4 +64,6 @@ def _alike(given: Told, nothing: Told) -> tuple[Told, Told]:
 def _padded(text: Told, tokens: int) -> Told:
     features, mask = text
     missing = tokens - features.shape[1]
+    if not missing:  # F.pad would copy
+        return text
     return F.pad(features, (0, 0, 0, missing)), F.pad(mask, (0, missing))

@@ -29,7 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megapix.errors import InputError
-from megapix.shards import Index, write_atomic
+from megapix.shards import Index, features_fault, write_atomic
 from megapix.storage import Local
 
 FORMAT, VERSION = "megapix-features", 1
@@ -105,18 +105,7 @@ class Features:
 
     def fault(self, file: FeatureFile) -> str:
         """What is wrong with a file, by its size and its first bytes; empty if nothing is."""
-        path, expected = self.folder / file.name, self.header(file)
-        try:
-            size = path.stat().st_size
-            with open(path, "rb") as opened:
-                found = opened.read(len(expected))
-        except FileNotFoundError:
-            return f"{path} is missing"
-        except OSError as error:
-            return f"{path}: cannot be read: {error.strerror or error}"
-        if size != self.bytes_of(file):
-            return f"{path} has {size} bytes, expected {self.bytes_of(file)}"
-        return "" if found == expected else f"{path} holds other features than {MANIFEST_NAME} says"
+        return features_fault(self.folder / file.name, self.header(file), self.bytes_of(file), MANIFEST_NAME)
 
 
 def file_name(place: int) -> str:

@@ -305,6 +305,27 @@ def missing_shards(base: Path, index: Index) -> list[str]:
     return faults
 
 
+def features_fault(path: Path, header: bytes, size: int, listed_in: str) -> str:
+    """What is wrong with a file of features, by its size and its first bytes; empty if nothing is.
+
+    Args:
+        header: what it begins with.
+        size: bytes that it has.
+        listed_in: name of the file that says so.
+    """
+    try:
+        there = path.stat().st_size
+        with open(path, "rb") as opened:
+            found = opened.read(len(header))
+    except FileNotFoundError:
+        return f"{path} is missing"
+    except OSError as error:
+        return f"{path}: cannot be read: {error.strerror or error}"
+    if there != size:
+        return f"{path} has {there} bytes, expected {size}"
+    return "" if found == header else f"{path} holds other features than {listed_in} says"
+
+
 def sha256_of(path: Path) -> str:
     """SHA-256 of a file, read in blocks."""
     digest = hashlib.sha256()

@@ -36,7 +36,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megapix.errors import InputError
-from megapix.shards import INDEX_NAME, Index
+from megapix.shards import INDEX_NAME, Index, features_fault
 from megapix.storage import Local, is_url
 
 FORMAT, VERSION = "megapix-text", 1
@@ -141,18 +141,8 @@ class TextFeatures:
 
     def fault(self, file: TextFile) -> str:
         """What is wrong with a file, by its size and its first bytes; empty if nothing is."""
-        path, expected = self.folder / file.name, header(self.recipe, self.data_digest, file)
-        try:
-            size = path.stat().st_size
-            with open(path, "rb") as opened:
-                found = opened.read(len(expected))
-        except FileNotFoundError:
-            return f"{path} is missing"
-        except OSError as error:
-            return f"{path}: cannot be read: {error.strerror or error}"
-        if size != self.bytes_of(file):
-            return f"{path} has {size} bytes, expected {self.bytes_of(file)}"
-        return "" if found == expected else f"{path} holds other features than {INDEX_NAME} says"
+        expected = header(self.recipe, self.data_digest, file)
+        return features_fault(self.folder / file.name, expected, self.bytes_of(file), INDEX_NAME)
 
     def require(self, wanted: Recipe) -> None:
         """Refuse features that were made otherwise than a run wants them; names the first option that differs.

@@ -51,13 +51,7 @@ RECIPE = Recipe(max_tokens=MAX, normalize="rms", scale=0.5, prefix="", dtype="fp
 FIRST, LAST = "text-000000.safetensors", "text-000002.safetensors"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Matrices this small are not worth a second thread, least of all on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def captions_by_name(name: str) -> list[str]:

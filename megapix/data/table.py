@@ -1,4 +1,4 @@
-"""`samples.bin` and `captions.bin` as NumPy arrays that are read as they are needed."""
+"""`samples.bin` as a NumPy array that is read as it is needed."""
 
 from __future__ import annotations
 
