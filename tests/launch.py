@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import socket
@@ -11,6 +12,8 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from tests.nursery import Nursery
 
 ROOT = Path(__file__).resolve().parent.parent
 TIMEOUT = 300
@@ -26,32 +29,41 @@ class Rank:
     err: str
 
 
+def environment(port: int) -> dict[str, str]:
+    """What a launcher sets for every rank of one machine, and what the tests' ranks have in common."""
+    return os.environ | {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONWARNINGS": "ignore",
+        # DeepSpeed's op builder calls ninja, which is installed beside the interpreter.
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    }
+
+
+def of_ranks(shared: dict[str, str], ranks: int) -> list[dict[str, str]]:
+    """Each rank's environment."""
+    world = shared | {"WORLD_SIZE": str(ranks)}
+    return [world | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
+
+
 class Launch:
     """Ranks at work, each in a process group of its own, as under a launcher."""
 
-    def __init__(self, ranks: int, module: str, arguments: Sequence[str | Path], **environment: str) -> None:
+    def __init__(self, ranks: int, module: str, arguments: Sequence[str | Path], **more: str) -> None:
         self.port = free_port()
-        shared = os.environ | {
-            "WORLD_SIZE": str(ranks),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(self.port),
-            "DS_ACCELERATOR": "cpu",
-            "OMP_NUM_THREADS": "1",
-            "PYTHONWARNINGS": "ignore",
-            # DeepSpeed's op builder calls ninja, which is installed beside the interpreter.
-            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        }
         self.processes = [
             subprocess.Popen(
                 [sys.executable, "-m", module, *map(str, arguments)],
-                env=shared | environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                env=environment,
                 cwd=ROOT,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
                 start_new_session=True,
             )
-            for rank in range(ranks)
+            for environment in of_ranks(environment(self.port) | more, ranks)
         ]
 
     def signal(self, number: signal.Signals, ranks: Sequence[int] | None = None) -> None:
@@ -84,8 +96,13 @@ class Launch:
             except ProcessLookupError:
                 continue
             process.wait()
-        for segment in Path("/dev/shm").glob(f"deepspeed_*_127.0.0.1_{self.port}_*"):
-            segment.unlink(missing_ok=True)
+        remove_segments(self.port)
+
+
+def remove_segments(port: int) -> None:
+    """Remove the shared-memory segments that ranks of that port have left, DeepSpeed's op's."""
+    for segment in Path("/dev/shm").glob(f"deepspeed_*_127.0.0.1_{port}_*"):
+        segment.unlink(missing_ok=True)
 
 
 def free_port() -> int:
@@ -94,14 +111,29 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def start(ranks: int, module: str, arguments: Sequence[str | Path], **environment: str) -> list[Rank]:
-    """Run `python -m module arguments` on `ranks` ranks and return them all; a hang fails the test."""
-    return Launch(ranks, module, arguments, **environment).finish()
+@functools.cache
+def nursery() -> Nursery:
+    """The one of this test run."""
+    return Nursery(environment(0))
 
 
-def succeed(ranks: int, module: str, arguments: Sequence[str | Path], **environment: str) -> list[Rank]:
+def start(ranks: int, module: str, arguments: Sequence[str | Path], **more: str) -> list[Rank]:
+    """Run `python -m module arguments` on `ranks` ranks and return them all; one that hangs is killed after a while."""
+    port = free_port()
+    environments = of_ranks(environment(port) | more, ranks)
+    try:
+        return [Rank(*ended) for ended in nursery().run(module, [*map(str, arguments)], environments, TIMEOUT)]
+    finally:
+        remove_segments(port)
+
+
+def succeed(ranks: int, module: str, arguments: Sequence[str | Path], **more: str) -> list[Rank]:
     """`start`, and fail with the first bad rank's output."""
-    done = start(ranks, module, arguments, **environment)
+    return succeeded(start(ranks, module, arguments, **more))
+
+
+def succeeded(done: list[Rank]) -> list[Rank]:
+    """Ranks that have ended; fail with the first bad one's output."""
     for number, rank in enumerate(done):
         assert rank.code == 0, f"rank {number} ended with {rank.code}\n{rank.out}\n{rank.err}"
     return done
