@@ -8,6 +8,7 @@ StoredText   features that were computed before
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -15,15 +16,16 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from megapix import condition, dist
+from megapix import condition, dist, speech
 from megapix.condition import Condition, Told
 from megapix.config import Config
 from megapix.data.loader import Batch, padded
 from megapix.dist import World
 from megapix.errors import InputError
-from megapix.shards import write_atomic
+from megapix.shards import INDEX_NAME, read_index, write_atomic
 from megapix.speech import Speech
-from megapix.text_features import TextFeatureReader, TextFeatures
+from megapix.text_features import TextFeatureReader, TextFeatures, read_text_features
+from megapix.weights import About
 
 EMPTY_NAME = "empty_caption.safetensors"
 """File of the run folder with the empty caption's features: what stands for no caption, from the first step on."""
@@ -47,6 +49,13 @@ class Conditioner(Protocol):
     def rows(self, count: int) -> Condition:
         """What the rows of a sample grid are about: `count` of them at most."""
 
+    @property
+    def subjects(self) -> int:
+        """How many classes or captions there are to draw images of."""
+
+    def told(self, subjects: Sequence[int]) -> Condition:
+        """Those classes or captions, by number."""
+
 
 class Classes:
     """Class numbers of a data set of `num_classes`."""
@@ -60,28 +69,56 @@ class Classes:
 
     def rows(self, count: int) -> Condition:
         """The first classes."""
-        return condition.classes(torch.arange(count, device=self._device), self.num_classes)
+        return self.told(range(min(count, self.num_classes)))
+
+    @property
+    def subjects(self) -> int:
+        """All classes."""
+        return self.num_classes
+
+    def told(self, subjects: Sequence[int]) -> Condition:
+        """Those classes."""
+        return condition.classes(torch.tensor(subjects, device=self._device), self.num_classes)
 
 
 class EncodedText:
     """Captions, encoded when they are drawn; `nothing` are the features of the empty one.
 
     Args:
+        captions: the subjects.
         say: told of the first caption that had to be cut.
+        prompts: the rows of sample grids; the subjects if None.
     """
 
-    def __init__(self, encode: Encode, nothing: Told, prompts: Sequence[str], say: Callable[[str], None]) -> None:
-        self._encode, self._nothing, self._prompts, self._say = encode, nothing, prompts, say
+    def __init__(
+        self,
+        encode: Encode,
+        nothing: Told,
+        captions: Sequence[str],
+        say: Callable[[str], None],
+        prompts: Sequence[str] | None = None,
+    ) -> None:
+        self._encode, self._nothing, self._captions, self._say = encode, nothing, captions, say
+        self._prompts = captions if prompts is None else prompts
 
     def of(self, batch: Batch) -> Condition:
         """Features of the batch's captions."""
-        return self._told(batch.captions)
+        return self._features(batch.captions)
 
     def rows(self, count: int) -> Condition:
         """Features of the first prompts."""
-        return self._told(self._prompts[:count])
+        return self._features(self._prompts[:count])
 
-    def _told(self, captions: Sequence[str]) -> Condition:
+    @property
+    def subjects(self) -> int:
+        """Captions to draw images of."""
+        return len(self._captions)
+
+    def told(self, subjects: Sequence[int]) -> Condition:
+        """Features of those captions."""
+        return self._features([self._captions[n] for n in subjects])
+
+    def _features(self, captions: Sequence[str]) -> Condition:
         unsaid = self._encode.first_cut is None
         told = self._encode(captions)
         if unsaid and self._encode.first_cut:
@@ -93,11 +130,11 @@ class StoredText:
     """Features that the loader has read with the images; `nothing` are those of the empty caption.
 
     Args:
-        shown: the features of what the sample grid shows, the first captions of a data set.
+        drawn: features of the captions to draw images of: a data set's, of which each sample's first one is taken.
     """
 
-    def __init__(self, nothing: Told, device: torch.device, shown: TextFeatures | None = None) -> None:
-        self._nothing, self._device, self._shown = tuple(part.to(device) for part in nothing), device, shown
+    def __init__(self, nothing: Told, device: torch.device, drawn: TextFeatures | None = None) -> None:
+        self._nothing, self._device, self._drawn = tuple(part.to(device) for part in nothing), device, drawn
 
     def of(self, batch: Batch) -> Condition:
         """The batch's features."""
@@ -106,14 +143,23 @@ class StoredText:
 
     def rows(self, count: int) -> Condition:
         """Features of the first captions."""
-        assert self._shown, "given where a grid is drawn"
-        reader = TextFeatureReader(self._shown)
-        samples = sum(file.samples for file in self._shown.files)
-        text = padded([reader.read(sample, 0) for sample in range(min(count, samples))])
+        return self.told(range(min(count, self.subjects)))
+
+    @property
+    def subjects(self) -> int:
+        """Samples of that data set."""
+        assert self._drawn, "given where images are drawn"
+        return sum(file.samples for file in self._drawn.files)
+
+    def told(self, subjects: Sequence[int]) -> Condition:
+        """Features of the first captions of those samples."""
+        assert self._drawn, "given where images are drawn"
+        reader = TextFeatureReader(self._drawn)
+        text = padded([reader.read(sample, 0) for sample in subjects])
         return Condition(tuple(part.to(self._device) for part in text), self._nothing)
 
 
-def of_run(c: Config, speech: Speech, world: World, device: torch.device, folder: Path | None = None) -> Conditioner:
+def of_run(c: Config, source: Speech, world: World, device: torch.device, folder: Path | None = None) -> Conditioner:
     """The conditioner of a run. Every rank calls it.
 
     Args:
@@ -122,14 +168,49 @@ def of_run(c: Config, speech: Speech, world: World, device: torch.device, folder
     Raises:
         Agreed: they cannot be written or read.
     """
-    if speech.encoder:
-        encode = speech.encoder
+    if source.encoder:
+        encode = source.encoder
         nothing = _kept(folder, lambda: encode([""]), world)
-        return EncodedText(encode, tuple(part.to(device) for part in nothing), speech.prompts, world.say)
-    if speech.features:
-        shown, empty = speech.held_out_features or speech.features, TextFeatureReader(speech.features).empty()
-        return StoredText(_kept(folder, lambda: padded([empty]), world), device, shown)
+        nothing = tuple(part.to(device) for part in nothing)
+        return EncodedText(encode, nothing, source.captions, world.say, source.prompts)
+    if source.features:
+        drawn, empty = source.held_out_features or source.features, TextFeatureReader(source.features).empty()
+        return StoredText(_kept(folder, lambda: padded([empty]), world), device, drawn)
     return Classes(c.model.num_classes, device)
+
+
+def of_prompts(
+    about: About,
+    path: Path,
+    prompts: Sequence[str],
+    device: torch.device,
+    encoder: str = "",
+    negative: str = "",
+    batch: int = 64,
+) -> tuple[Conditioner, str]:
+    """The conditioner of weights that take text, whose subjects are `prompts`, and the text encoder's digest.
+
+    Args:
+        path: where the prompts were read from. If it is a shard folder, no encoder is named, and there is no negative
+            prompt, the text features that are stored in it will do.
+        encoder: folder or hub name of the text encoder; empty is the run's.
+        negative: what guidance leads away from; empty is the empty caption.
+        batch: prompts that are encoded at once.
+
+    Raises:
+        InputError: no encoder is named, or it is another one, or the stored features are of another one.
+    """
+    text, width, name = about.text, about.model.text_width, encoder or about.text.encoder
+    if name:
+        encode = speech.load(replace(text, micro_batch=batch), name, "--encoder")
+        speech.check_width(encode.width, width, f"--encoder = {name!r}")
+        encode.to(device)
+        return EncodedText(encode, encode([negative]), prompts, dist.warn), encode.digest
+    stored = read_text_features(path, read_index(path), str(path)) if (path / INDEX_NAME).is_file() else None
+    if negative or not stored:
+        raise InputError(f"{about.source} was trained on stored text features: give its text encoder, --encoder")
+    stored.require(speech.recipe(text, width))
+    return StoredText(padded([TextFeatureReader(stored).empty()]), device, stored), stored.recipe.digest
 
 
 def _kept(folder: Path | None, compute: Callable[[], Told], world: World) -> Told:

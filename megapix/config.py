@@ -711,7 +711,6 @@ def validate(config: Config) -> None:
     need(config.log.grid_classes >= 1, "log.grid_classes", "at least 1")
     need(config.log.grid_columns >= 1, "log.grid_columns", "at least 1")
     need(m.text_width > 0 or not config.log.prompts, "log.prompts", "none: the network takes classes")
-    need(m.text_width == 0 or not config.evaluation.reference, "evaluation.reference", "none: the network takes text")
     need(config.profile >= 0, "profile", "0 (off) or more")
     validate_sampling(config.sampling)
     validate_seed(config.seed, "seed")

@@ -149,7 +149,7 @@ def _run(p: Plan, world: World, device: torch.device, stop: StopRequest, watch: 
     _announce(p, world, net)
     write_config(world, p)
     told = conditioner.of_run(c, p.speech, world, device, folder)
-    shown = told.rows(min(c.log.grid_classes, c.model.num_classes or c.log.grid_classes))
+    shown = told.rows(c.log.grid_classes)
     for path in dist.together(world, lambda: retention.settle(folder, p.saved) if world.main else []):
         dist.warn(f"set aside, because the run goes on from before it: {path}")
     with ExitStack() as at_end:
@@ -197,7 +197,7 @@ def _steps(run: Run, state: State, happened: str) -> None:
     held_out = None
     if p.validation:
         held_out = HeldOut(p.validation, c, run.conditioner, p.speech.held_out, world, run.device)
-    evaluation = SmallEvaluation(p.standard, c, world, run.device) if p.standard else None
+    evaluation = SmallEvaluation(p.standard, run.conditioner, c, world, run.device) if p.standard else None
     report = Report(c, p.layout, world, run.device, saver, counters.drawn)
     bar = tqdm(total=p.end, initial=schedule.images_seen, unit="img", disable=not world.main, **_bar_style())
     board = metrics.Writer(run.folder / "tensorboard", counters.drawn // total, enabled=world.main)

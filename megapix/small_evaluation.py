@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from megapix import dist, engine
+from megapix.conditioner import Conditioner
 from megapix.config import Config
 from megapix.dist import World
 from megapix.evaluation.images import Images, draw
@@ -34,14 +35,17 @@ class SmallEvaluation:
 
     Args:
         standard: its extractor is moved to `device`.
+        conditioner: whose classes or captions are drawn, in their order.
         config: the run's resolved configuration.
     """
 
-    def __init__(self, standard: Standard, config: Config, world: World, device: torch.device) -> None:
+    def __init__(
+        self, standard: Standard, conditioner: Conditioner, config: Config, world: World, device: torch.device
+    ) -> None:
         self._standard, self._world, self._device = standard, world, device
         e, size = config.evaluation, config.data.image_size
-        classes = tuple(range(config.model.num_classes))
-        self._images = Images(e.count, e.batch, classes, config.model.num_classes, SEED, (size, size), config.sampling)
+        subjects = range(conditioner.subjects)
+        self._images = Images(e.count, e.batch, subjects, conditioner.told, SEED, (size, size), config.sampling)
         standard.extractor.to(device)
 
     def scores(self, engine_: Any, listen: Callable[[str], None]) -> dict[str, float]:

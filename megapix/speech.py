@@ -5,17 +5,18 @@ Everything that can be wrong with it is found here, before the first step.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megapix.config import Config, TextConfig
-from megapix.data.captions import Captions
+from megapix.data.captions import FirstCaptions
 from megapix.data.loader import Beside
 from megapix.data.locate import Located
 from megapix.errors import InputError
 from megapix.features import Features
-from megapix.shards import CAPTIONS_NAME
+from megapix.shards import CAPTIONS_NAME, INDEX_NAME, read_index
 from megapix.text_features import Recipe, TextFeatures, read_text_features
 
 if TYPE_CHECKING:
@@ -33,8 +34,10 @@ class Speech:
     """Of the training set, in place of an encoder."""
     held_out_features: TextFeatures | None = None
     """Of the held-out images, if there are any."""
-    prompts: tuple[str, ...] = ()
-    """What the rows of the sample grids are about."""
+    captions: Sequence[str] = ()
+    """The first captions of the held-out images, or of the training set if there are none."""
+    prompts: Sequence[str] = ()
+    """What the rows of the sample grids are about: those, or log.prompts."""
 
     @property
     def digest(self) -> str:
@@ -77,10 +80,13 @@ def text_of(asked: Config, located: Located, validation: Located | None) -> Spee
     for place, key in ((located, "data.path"), (validation, "validation.path")):
         if place and not (place.folder / CAPTIONS_NAME).stat().st_size:
             raise InputError(f"{key} = {str(place.folder)!r} has no captions, and the network takes text")
+    place = validation or located
+    captions = FirstCaptions(place.folder, place.index)
     if asked.text.encoder:
         encoder = load(asked.text, asked.text.encoder)
         check_width(encoder.width, width, f"text.encoder = {asked.text.encoder!r}")
-        return Speech(encoder, prompts=_prompts(asked, located, validation))
+        prompts = read_prompts(Path(asked.log.prompts), "log.prompts") if asked.log.prompts else captions
+        return Speech(encoder, captions=captions, prompts=prompts)
     found = read_text_features(located.folder, located.index, shown)
     if found is None:
         raise InputError(
@@ -98,7 +104,7 @@ def text_of(asked: Config, located: Located, validation: Located | None) -> Spee
         )
     if held_out:
         held_out.require(found.recipe)
-    return Speech(None, found, held_out, _prompts(asked, located, validation))
+    return Speech(None, found, held_out, captions, captions)
 
 
 def load(text: TextConfig, name: str, option: str = "text.encoder") -> TextEncoder:
@@ -136,21 +142,17 @@ def check_width(found: int, wanted: int, shown: str) -> None:
         raise InputError(f"{shown} has {found} channels, but model.text_width = {wanted}")
 
 
-def _prompts(asked: Config, located: Located, validation: Located | None) -> tuple[str, ...]:
-    """The lines of log.prompts, or the first captions of the held-out images, or of the training set."""
-    if asked.log.prompts:
-        return read_prompts(Path(asked.log.prompts), "log.prompts")
-    place = validation or located
-    captions = Captions(place.folder, place.index)
-    return tuple(captions.of(n)[0].text for n in range(min(asked.log.grid_classes, place.index.samples)))
-
-
-def read_prompts(path: Path, option: str) -> tuple[str, ...]:
-    """The lines of a text file that are not blank.
+def read_prompts(path: Path, option: str) -> Sequence[str]:
+    """The first captions of a shard folder, or the lines of a text file that are not blank.
 
     Raises:
         InputError: it cannot be read, or has none.
     """
+    if (path / INDEX_NAME).is_file():
+        index = read_index(path)
+        if not (path / CAPTIONS_NAME).stat().st_size:
+            raise InputError(f"{option} = {str(path)!r} has no captions")
+        return FirstCaptions(path, index)
     try:
         lines = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
     except (OSError, ValueError) as error:

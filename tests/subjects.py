@@ -17,7 +17,7 @@ from data_prep.embed_text import embed_text
 from data_prep.plan import Options
 from data_prep.sources.image_text import ImageText
 from data_prep.write import write
-from megapix import conditioner
+from megapix import conditioner, engine, speech, weights
 from megapix.condition import Condition
 from megapix.config import Config, TextConfig
 from megapix.data.loader import MicroBatches
@@ -25,6 +25,7 @@ from megapix.data.locate import locate
 from megapix.dist import World
 from megapix.images import Policy
 from megapix.speech import recipe, text_of
+from megapix.weights import About, Weights
 from tests import text_encoders
 from tests.runs import SMALL, STEP_BATCH, arguments
 
@@ -98,3 +99,18 @@ def text_shards(root: Path, encoder: Path, count: int = 36) -> Path:
     write(ImageText.open(images), out, Options(BUCKETS, samples_per_shard=16), workers=1, progress=False)
     embed_text(out, str(encoder), recipe(TEXT.text), batch=16, anew=False, progress=False)
     return out
+
+
+def text_model(folder: Path, encoder: Path, stored: bool = False) -> Path:
+    """An imported folder of a text network with random weights, which was trained with the encoder, or with features
+    of it that were stored."""
+    net = engine.build_network(TEXT.model, 0)
+    with torch.no_grad():
+        torch.manual_seed(0)
+        for p in net.parameters():
+            p.add_(torch.randn_like(p) * 0.2)
+    digest = speech.load(TEXT.text, str(encoder)).digest
+    text = replace(TEXT.text, encoder="" if stored else str(encoder), digest=digest)
+    about = About(TEXT.model, replace(TEXT.sampling, steps=2, guidance=2.0), 16, text, (), True, "random", 7)
+    weights.write_model(folder, Weights({n: p.detach() for n, p in net.named_parameters()}, about))
+    return folder

@@ -69,7 +69,7 @@ ALLOWED = {
     "megapix.evaluation": {
         "megapix.evaluation",
         *(f"megapix.{name}" for name in ("claim", "config", "dist", "errors", "flow", "sample", "shards", "weights")),
-        "megapix.condition",
+        *("megapix.condition", "megapix.conditioner", "megapix.speech"),
         *STATISTICS,
     },
     "megapix.watchdog": {"megapix.dist", "megapix.errors", "megapix.stopping"},

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,7 @@ from megapix.drawing.files import said_of
 from megapix.weights import About, Weights
 from tests import text_encoders
 from tests.runs import SMALL, refused
-from tests.subjects import TEXT
+from tests.subjects import TEXT, text_model
 
 PROMPTS = ("a red mat", "two small dog", "the cat")
 
@@ -25,16 +24,7 @@ PROMPTS = ("a red mat", "two small dog", "the cat")
 @pytest.fixture(scope="module")
 def model(text_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An imported folder of a text network with random weights."""
-    folder = tmp_path_factory.mktemp("model") / "t2i"
-    net = engine.build_network(TEXT.model, 0)
-    with torch.no_grad():
-        torch.manual_seed(0)
-        for p in net.parameters():
-            p.add_(torch.randn_like(p) * 0.2)
-    text = replace(TEXT.text, encoder=str(text_encoder), digest=speech.load(TEXT.text, str(text_encoder)).digest)
-    about = About(TEXT.model, replace(TEXT.sampling, steps=2, guidance=2.0), 16, text, (), True, "random", 7)
-    weights.write_model(folder, Weights({n: p.detach() for n, p in net.named_parameters()}, about))
-    return folder
+    return text_model(tmp_path_factory.mktemp("model") / "t2i", text_encoder)
 
 
 @pytest.fixture

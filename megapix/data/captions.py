@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,3 +50,21 @@ class Captions:
         if not self._path.stat().st_size:  # no sample has a caption, and nothing cannot be mapped
             return np.zeros(0, np.uint8)
         return np.memmap(self._path, dtype=np.uint8, mode="r")
+
+
+class FirstCaptions(Sequence[str]):
+    """The first caption of every sample of an index, read when it is asked for; arguments and errors of `Captions`."""
+
+    def __init__(self, folder: Path, index: Index) -> None:
+        self._captions, self._samples = Captions(folder, index), index.samples
+
+    def __len__(self) -> int:
+        return self._samples
+
+    @overload
+    def __getitem__(self, sample: int) -> str: ...
+    @overload
+    def __getitem__(self, sample: slice) -> tuple[str, ...]: ...
+    def __getitem__(self, sample: int | slice) -> str | tuple[str, ...]:
+        found = range(self._samples)[sample]
+        return self._captions.of(found)[0].text if isinstance(found, int) else tuple(self[n] for n in found)

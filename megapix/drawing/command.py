@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import torch
 
-from megapix import condition, config, speech
+from megapix import config
 from megapix.condition import Condition
+from megapix.conditioner import Classes, of_prompts
 from megapix.drawing.draw import Asked, Files, Row, draw_all
 from megapix.drawing.files import DpgFiles, GenEvalFiles, GridFiles
 from megapix.drawing.options import SampleOptions
@@ -63,9 +63,9 @@ def _classes(
     for number in chosen:
         if not 0 <= number < known:
             raise InputError(f"class {number} does not exist: expected 0 to {known - 1}")
-    labels = torch.tensor(chosen, device=device)
     rows = [Row(about.classes[number], f"{number:04d}") for number in chosen]
-    return rows, lambda some: condition.classes(labels[list(some)], known)
+    told = Classes(known, device).told
+    return rows, lambda some: told([chosen[row] for row in some])
 
 
 def _texts(
@@ -76,18 +76,6 @@ def _texts(
     if o.prompts is None:
         raise InputError(f"{about.source} takes text: expected --prompts, a file with a prompt a line")
     rows = rows_of(o.prompts, o.layout, o.count)
-    if not (name := o.encoder or about.text.encoder):
-        raise InputError(f"{about.source} was trained on stored text features: give its text encoder, --encoder")
-    encoder = speech.load(replace(about.text, micro_batch=o.batch), name, "--encoder")
-    speech.check_width(encoder.width, about.model.text_width, f"--encoder = {name!r}")
-    encoder.to(device)
-    nothing = encoder([o.negative_prompt])
-
-    def told(some: Sequence[int]) -> Condition:
-        unsaid = encoder.first_cut is None
-        found = Condition(encoder([rows[row].name for row in some]), nothing)
-        if unsaid and encoder.first_cut:
-            print(f"megapix: warning: {encoder.first_cut}")
-        return found
-
-    return rows, told
+    prompts = [row.name for row in rows]
+    conditioner, _ = of_prompts(about, o.prompts, prompts, device, o.encoder, o.negative_prompt, o.batch)
+    return rows, conditioner.told

@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from megapix.data.captions import Captions
 from megapix.drawing.draw import Row
 from megapix.drawing.options import Layout
 from megapix.errors import InputError
-from megapix.shards import INDEX_NAME, read_index
 from megapix.speech import read_prompts
 
 
@@ -24,21 +22,14 @@ def rows_of(path: Path, layout: Layout, count: int) -> list[Row]:
     Raises:
         InputError: it is not there or cannot be read, or holds no prompt.
     """
-    read = {"grid": _grid, "geneval": _geneval, "dpg": _dpg}[layout]
-    rows = read(path, count)
-    return rows[:count] if count else rows
+    if layout == "grid":
+        prompts = read_prompts(path, "--prompts")
+        return [Row(prompt, f"{n:04d}") for n, prompt in enumerate(prompts[: count or None])]
+    rows = (_geneval if layout == "geneval" else _dpg)(path)
+    return rows[: count or None]
 
 
-def _grid(path: Path, count: int) -> list[Row]:
-    if (path / INDEX_NAME).is_file():
-        index = read_index(path)
-        captions = Captions(path, index)
-        prompts = (captions.of(n)[0].text for n in range(min(count or index.samples, index.samples)))
-        return [Row(prompt, f"{n:04d}") for n, prompt in enumerate(prompts)]
-    return [Row(prompt, f"{n:04d}") for n, prompt in enumerate(read_prompts(path, "--prompts"))]
-
-
-def _geneval(path: Path, _: int) -> list[Row]:
+def _geneval(path: Path) -> list[Row]:
     rows = []
     for n, line in enumerate(read_prompts(path, "--prompts")):
         try:
@@ -52,7 +43,7 @@ def _geneval(path: Path, _: int) -> list[Row]:
     return rows
 
 
-def _dpg(path: Path, _: int) -> list[Row]:
+def _dpg(path: Path) -> list[Row]:
     files = sorted(path.glob("*.txt")) if path.is_dir() else []
     if not files:
         raise InputError(f"--prompts {str(path)!r}: expected DPG-Bench's folder of prompts, a .txt file for each")

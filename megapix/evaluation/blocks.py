@@ -49,7 +49,7 @@ class Blocks:
         """Paths of a block's PNG files, none where no folder was given."""
         if self.png is None:
             return []
-        return [self.png / f"{n:06d}-{self.images.label(n):04d}.png" for n in self.images.numbers(block)]
+        return [self.png / f"{n:06d}-{self.images.subject(n):04d}.png" for n in self.images.numbers(block)]
 
     def pixels(self, block: int) -> Path:
         """Path of a block's images, a uint8 array [B, H, W, 3]."""

@@ -5,7 +5,7 @@ An image depends on seed, number, batch and device alone: whoever draws a block 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from megapix import sample
-from megapix.condition import classes as of_classes
+from megapix.condition import Condition
 from megapix.config import SamplingConfig
 from megapix.extractors import Extractor
 from megapix.flow import Network
@@ -25,10 +25,10 @@ class Images:
 
     count: int
     batch: int
-    classes: tuple[int, ...]
-    """Image number n has class n modulo their number."""
-    num_classes: int
-    """Classes of the network; the number of its null class."""
+    subjects: Sequence[int]
+    """Numbers of classes or captions; image number n has the one at n modulo their number."""
+    told: Callable[[Sequence[int]], Condition]
+    """What the network is told of such numbers."""
     seed: int
     size: tuple[int, int]
     """Height and width in pixels."""
@@ -43,9 +43,9 @@ class Images:
         """The image numbers of a block; the last may have fewer than `batch`."""
         return range(block * self.batch, min((block + 1) * self.batch, self.count))
 
-    def label(self, number: int) -> int:
-        """The class of an image number."""
-        return self.classes[number % len(self.classes)]
+    def subject(self, number: int) -> int:
+        """The class or caption of an image number."""
+        return self.subjects[number % len(self.subjects)]
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,7 @@ def draw(
         each_step: called before each step of the sampler; an exception from it ends the drawing.
     """
     numbers = list(range(block * images.batch, (block + 1) * images.batch))
-    labels = torch.tensor([images.label(n) for n in numbers], device=device)
-    condition = of_classes(labels, images.num_classes)
+    condition = images.told([images.subject(n) for n in numbers])
     noise = sample.seeded_noise(images.seed, numbers, images.size, torch.device("cpu")).to(device)
     drawn = sample.draw(net, noise, condition, images.sampling, each_step)
     finite, pixels = bool(drawn.isfinite().all()), sample.to_uint8(drawn)

@@ -18,6 +18,8 @@ from megapix.shards import write_atomic
 FORMAT, VERSION = "megapix-score", 1
 PACKAGES = ("megapix", "torch", "numpy", "efficientnet_lite_pytorch", "torch-fidelity")
 """Their versions are recorded, where they are installed."""
+SOURCES = ("weights", "extractor_weights", "reference", "prompts", "text_encoder")
+"""The members of a manifest that say what a file holds."""
 
 
 @dataclass(frozen=True)
@@ -57,12 +59,16 @@ class Manifest:
     device: str
     """Name of the GPU of rank 0, or 'cpu'."""
     versions: dict[str, str]
+    prompts: Source = Source("", "")
+    """Of a network that takes text, the hash of the prompts in their order; without a hash where it takes classes."""
+    text_encoder: Source = Source("", "")
+    """Of a network that takes text, the folder or hub name, and the digest; stored features have no path."""
 
     @property
     def key(self) -> str:
         """SHA-256 of everything but paths."""
         data = asdict(self)
-        for name in ("weights", "extractor_weights", "reference"):
+        for name in SOURCES:
             del data[name]["path"]
         return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 

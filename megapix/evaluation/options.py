@@ -11,7 +11,7 @@ import tyro
 from megapix.config import Sampler
 
 Precision = Literal["fp32", "bf16"]
-PLACES = ("path", "reference", "extractor_weights", "out", "images", "npz", "repeat")
+PLACES = ("path", "reference", "extractor_weights", "prompts", "encoder", "out", "images", "npz", "repeat")
 """Options that say where something lies; all others say what is evaluated, and go not with --repeat."""
 
 
@@ -38,6 +38,11 @@ class EvaluateOptions:
     """Images to draw; 50,000."""
     classes: tuple[int, ...] | None = None
     """Image number n has class n modulo their number; all classes in order."""
+    prompts: Path | None = None
+    """Of a network that takes text: a file with a prompt a line, or a shard folder, for its samples' first captions;
+    image number n has prompt n modulo their number."""
+    encoder: str = ""
+    """Folder or hub name of the text encoder; the run's. The stored text features of a shard folder will do, too."""
     raw: bool = False
     """Use the raw weights instead of the EMA."""
     seed: int | None = None
@@ -59,6 +64,6 @@ class EvaluateOptions:
     size: tuple[int, int] | None = None
     """Height and width in pixels, each divisible by the patch size; the run's."""
     images: Path | None = None
-    """Folder that also gets every image as PNG, NUMBER-CLASS.png."""
+    """Folder that also gets every image as PNG, NUMBER-CLASS.png or NUMBER-PROMPT.png, numbers all."""
     npz: Path | None = None
     """File that also gets all images, as ADM's evaluator reads them: arr_0, uint8 [N, H, W, 3]."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,12 +11,15 @@ import torch
 from torch import Tensor
 
 from megapix import config, dist
+from megapix.conditioner import Classes, Conditioner, of_prompts
 from megapix.dist import World
 from megapix.errors import InputError
+from megapix.evaluation.images import Images
 from megapix.evaluation.manifest import Manifest, Scored, Source, read_scores, versions
 from megapix.evaluation.options import PLACES, EvaluateOptions
 from megapix.evaluation.standard import Standard, open_standard
 from megapix.shards import check_writable
+from megapix.speech import read_prompts
 from megapix.weights import About, Weights, load_weights
 
 COUNT, BATCH = 50_000, 64
@@ -29,6 +33,7 @@ class Plan:
     weights: Weights
     standard: Standard
     out: Path
+    images: Images
     recorded: Scored | None
     """What --repeat is compared with."""
 
@@ -72,10 +77,13 @@ def _plan(options: EvaluateOptions, recorded: Scored | None, weights: Weights, d
         extractor_path = Path(then.extractor_weights.path)
     standard = open_standard(path, extractor_path, then.extractor if then else options.extractor)
     reference, extractor = standard.reference, standard.extractor
+    conditioner, prompts, encoder = _told(options, then, about, device)
     sources = {
         "weights": Source(str(Path(about.source).resolve()), weights_sha256(weights.tensors)),
         "extractor_weights": Source(str(extractor_path.resolve()) if extractor_path else "", extractor.sha256),
         "reference": Source(str(path.resolve()), standard.sha256),
+        "prompts": prompts,
+        "text_encoder": encoder,
     }
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     if then:
@@ -88,7 +96,7 @@ def _plan(options: EvaluateOptions, recorded: Scored | None, weights: Weights, d
         manifest = replace(then, **sources, device=gpu, versions=versions())  # type: ignore[arg-type]
     else:
         manifest = Manifest(
-            weights=sources["weights"],
+            **sources,
             ema=about.ema,
             images_seen=about.images_seen,
             sampling=config.asked_sampling(
@@ -106,28 +114,50 @@ def _plan(options: EvaluateOptions, recorded: Scored | None, weights: Weights, d
             seed=options.seed or 0,
             precision=options.precision or "fp32",
             extractor=extractor.name,
-            extractor_weights=sources["extractor_weights"],
-            reference=sources["reference"],
             data_digest=reference.data_digest,
             reference_count=reference.moments.count,
             device=gpu,
             versions=versions(),
         )
     _check(manifest, about)
-    return Plan(manifest, weights, standard, _out(options), recorded)
+    m, subjects = manifest, range(conditioner.subjects) if about.model.text_width else manifest.classes
+    images = Images(m.count, m.batch, subjects, conditioner.told, m.seed, m.size, m.sampling)
+    return Plan(manifest, weights, standard, _out(options), images, recorded)
+
+
+def _told(
+    options: EvaluateOptions, then: Manifest | None, about: About, device: torch.device
+) -> tuple[Conditioner, Source, Source]:
+    """What the network is told, and if it takes text the prompts and their encoder."""
+    path, name = options.prompts, options.encoder
+    if not about.model.text_width:
+        for option, given in (("--prompts", path), ("--encoder", name)):
+            if given:
+                raise InputError(f"{option} = {str(given)!r}: {about.source} takes classes, not text (--classes)")
+        return Classes(about.model.num_classes, device), Source("", ""), Source("", "")
+    if options.classes is not None:
+        raise InputError(f"--classes: {about.source} takes text, not classes (--prompts)")
+    if path is None and then and then.prompts.path:
+        path = Path(then.prompts.path)
+    if path is None:
+        raise InputError(
+            f"{about.source} takes text: expected --prompts, a file with a prompt a line, or a shard folder"
+        )
+    prompts = read_prompts(path, "--prompts")
+    name = name or (then.text_encoder.path if then else "")
+    conditioner, digest = of_prompts(about, path, prompts, device, name)
+    lines = "".join(f"{json.dumps(prompt)}\n" for prompt in prompts).encode()
+    sha256 = hashlib.sha256(lines).hexdigest()
+    return conditioner, Source(str(path.resolve()), sha256), Source(name or about.text.encoder, digest)
 
 
 def _check(manifest: Manifest, about: About) -> None:
-    if about.model.text_width:
-        raise InputError(
-            f"{about.source} takes text, and images are scored by class; megapix sample --prompts draws from text"
-        )
     config.validate_sampling(manifest.sampling)
     for name, least in (("count", 2), ("batch", 1)):
         if getattr(manifest, name) < least:
             raise InputError(f"--{name} = {getattr(manifest, name)}: expected at least {least}")
     config.validate_seed(manifest.seed)
-    if not manifest.classes:
+    if not manifest.classes and about.model.num_classes:
         raise InputError("--classes names no class")
     for c in manifest.classes:
         if not 0 <= c < about.model.num_classes:

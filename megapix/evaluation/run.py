@@ -19,7 +19,7 @@ from megapix.dist import World
 from megapix.errors import InputError, Trouble
 from megapix.evaluation.adm import write_npz
 from megapix.evaluation.blocks import Blocks
-from megapix.evaluation.images import Images, draw
+from megapix.evaluation.images import draw
 from megapix.evaluation.manifest import Manifest, Scored, read_scores, write_scores
 from megapix.evaluation.options import EvaluateOptions
 from megapix.evaluation.plan import Plan, plan
@@ -45,8 +45,7 @@ def evaluate(options: EvaluateOptions, world: World) -> int:
     p = plan(options, world, device)
     m = p.manifest
     work = p.out.with_name(f".{p.out.stem}-{m.key[:16]}.work")
-    images = Images(m.count, m.batch, m.classes, p.weights.about.model.num_classes, m.seed, m.size, m.sampling)
-    blocks = Blocks(work, images, options.npz is not None, options.images)
+    blocks = Blocks(work, p.images, options.npz is not None, options.images)
 
     def finished() -> Scored | None:
         found = dist.together(world, lambda: _finished(p, options, blocks) if world.main else None)

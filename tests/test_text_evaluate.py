@@ -1,0 +1,141 @@
+"""`megapix evaluate` of networks that take text: which prompt an image has, on any ranks, from any kind of features."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data_prep.cli
+from megapix import cli, sample, speech, weights
+from megapix.condition import Condition
+from megapix.evaluation.manifest import Scored, read_scores
+from megapix.evaluation.threads import one_thread
+from tests import text_encoders
+from tests.launch import succeed
+from tests.runs import SMALL, refused
+from tests.subjects import TEXT, text_model
+from tests.test_evaluate import export
+
+PROMPTS = ("a red mat", "two small dog", "the cat")
+COUNT, BATCH = 7, 4
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    with one_thread():
+        yield
+
+
+@pytest.fixture(scope="module")
+def model(text_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return text_model(tmp_path_factory.mktemp("model") / "t2i", text_encoder)
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("prompts") / "prompts.txt"
+    path.write_text("\n".join(PROMPTS) + "\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def stats(text_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("stats") / "stats.npz"
+    assert data_prep.cli.main(["stats", str(text_shards), "--out", str(out), "--workers", "1"]) == 0
+    return out
+
+
+def command(model: Path, stats: Path, prompts: Path, out: Path, *more: str | Path) -> list[str]:
+    found = ["evaluate", model, "--reference", stats, "--prompts", prompts, "--out", out, "--count", COUNT]
+    return [str(part) for part in (*found, "--batch", BATCH, *more)]
+
+
+def scored(path: Path) -> Scored:
+    return read_scores(path, "--out")
+
+
+@pytest.fixture(scope="module")
+def first(model: Path, stats: Path, prompts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("first")
+    assert cli.main(command(model, stats, prompts, folder / "score.json", "--images", folder / "png")) == 0
+    return folder
+
+
+def test_images_have_the_prompts_in_turns(first: Path, model: Path, text_encoder: Path) -> None:
+    paths = sorted((first / "png").iterdir())
+    assert [path.name for path in paths] == [f"{n:06d}-{n % 3:04d}.png" for n in range(COUNT)]
+    net, encode = weights.load_model(model), speech.load(TEXT.text, str(text_encoder))
+    for n, path in enumerate(paths):
+        noise = sample.seeded_noise(0, [n], (16, 16), torch.device("cpu"))
+        condition = Condition(encode([PROMPTS[n % 3]]), encode([""]))
+        expected = sample.to_uint8(sample.generate(net, noise, condition, "ab2", 2, 2.0, (0.0, 1.0)))[0].astype(int)
+        found = np.asarray(Image.open(path)).astype(int)
+        assert np.abs(found - expected).max() <= 1, "batches and padding round"
+        assert found.std() > 1
+
+
+def test_two_ranks_and_a_repetition_say_the_same(
+    first: Path, model: Path, stats: Path, prompts: Path, tmp_path: Path, text_encoder: Path
+) -> None:
+    one = scored(first / "score.json")
+    succeed(2, "megapix", command(model, stats, prompts, tmp_path / "two.json"))
+    assert scored(tmp_path / "two.json") == one
+    assert one.manifest.classes == ()
+    assert (one.manifest.prompts.path, one.manifest.text_encoder.path) == (str(prompts), str(text_encoder))
+    assert cli.main(["evaluate", "--repeat", str(first / "score.json"), "--out", str(tmp_path / "again.json")]) == 0
+    assert scored(tmp_path / "again.json") == one
+
+
+def test_a_repetition_with_other_prompts_is_refused(
+    first: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other.txt"
+    other.write_text("\n".join(reversed(PROMPTS)))
+    said = refused(["evaluate", "--repeat", str(first / "score.json"), "--prompts", str(other)], capsys)
+    assert f"prompts {str(other)!r} have sha256" in said
+
+
+def test_stored_features_say_what_the_encoder_says(
+    model: Path, stats: Path, text_shards: Path, text_encoder: Path, tmp_path: Path
+) -> None:
+    """The captions of a shard folder, by the run's encoder, and by the features that were stored (in bf16)."""
+    for name, folder in (("encoded", model), ("stored", text_model(tmp_path / "model", text_encoder, stored=True))):
+        images = ["--images", tmp_path / f"{name}-png"]
+        assert cli.main(command(folder, stats, text_shards, tmp_path / f"{name}.json", *images)) == 0
+    encoded, stored = (sorted((tmp_path / f"{name}-png").iterdir()) for name in ("encoded", "stored"))
+    assert [path.name for path in encoded] == [path.name for path in stored]
+    for one, other in zip(encoded, stored, strict=True):
+        difference = np.asarray(Image.open(one)).astype(int) - np.asarray(Image.open(other)).astype(int)
+        assert np.abs(difference).mean() < 1.5, "of 255 levels"
+    manifest = scored(tmp_path / "stored.json").manifest
+    assert manifest.text_encoder.path == ""
+    assert manifest.text_encoder.sha256 == speech.load(TEXT.text, str(text_encoder)).digest
+
+
+def test_bad_input(
+    model: Path, stats: Path, prompts: Path, text_encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def said(*more: str) -> str:
+        start = ["evaluate", str(model), "--reference", str(stats), "--out", str(tmp_path / "x.json")]
+        return refused([*start, *more], capsys)
+
+    assert "takes text: expected --prompts, a file with a prompt a line, or a shard folder" in said()
+    assert "takes text, not classes (--prompts)" in said("--classes", "1")
+    assert "--prompts = 'none.txt': cannot be read" in said("--prompts", "none.txt")
+    other = text_encoders.make(tmp_path / "other", "bert", seed=1)
+    assert "has the digest" in said("--prompts", str(prompts), "--encoder", str(other))
+    assert not (tmp_path / "x.json").exists()
+
+
+def test_classes_take_no_prompts(
+    first: Path, stats: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    export(tmp_path / "net.safetensors", SMALL.model)
+    said = refused(["evaluate", str(tmp_path / "net.safetensors"), "--reference", str(stats), "--prompts", "x"], capsys)
+    assert "--prompts = 'x'" in said
+    assert "takes classes, not text" in said
