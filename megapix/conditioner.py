@@ -1,4 +1,4 @@
-"""From what the loader has read of a micro batch to what the network is told, on the device.
+"""From what the loader has read of a micro batch, or from classes or prompts to draw, to what the network is told.
 
 Classes      class numbers
 EncodedText  captions, through a frozen text encoder beside the engine
@@ -8,7 +8,7 @@ StoredText   features that were computed before
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -24,7 +24,7 @@ from megapix.dist import World
 from megapix.errors import InputError
 from megapix.shards import INDEX_NAME, read_index, write_atomic
 from megapix.speech import Speech
-from megapix.text_features import TextFeatureReader, TextFeatures, read_text_features
+from megapix.text_features import OPTIONS, Recipe, TextFeatureReader, TextFeatures, read_text_features
 from megapix.weights import About
 
 EMPTY_NAME = "empty_caption.safetensors"
@@ -130,7 +130,7 @@ class StoredText:
     """Features that the loader has read with the images; `nothing` are those of the empty caption.
 
     Args:
-        drawn: features of the captions to draw images of: a data set's, of which each sample's first one is taken.
+        drawn: features of the captions to draw images of: a data set's, of which each sample's first caption is taken.
     """
 
     def __init__(self, nothing: Told, device: torch.device, drawn: TextFeatures | None = None) -> None:
@@ -179,6 +179,18 @@ def of_run(c: Config, source: Speech, world: World, device: torch.device, folder
     return Classes(c.model.num_classes, device)
 
 
+@dataclass(frozen=True)
+class Prompted:
+    """What weights that take text are told of prompts."""
+
+    conditioner: Conditioner
+    """Its subjects are the prompts."""
+    recipe: Recipe
+    """How their features were made."""
+    stored: bool
+    """Whether they were stored with a shard folder, or else are made by the encoder here."""
+
+
 def of_prompts(
     about: About,
     path: Path,
@@ -186,31 +198,40 @@ def of_prompts(
     device: torch.device,
     encoder: str = "",
     negative: str = "",
-    batch: int = 64,
-) -> tuple[Conditioner, str]:
-    """The conditioner of weights that take text, whose subjects are `prompts`, and the text encoder's digest.
+    batch: int = 0,
+) -> Prompted:
+    """The conditioner of weights that take text, for prompts.
 
     Args:
-        path: where the prompts were read from. If it is a shard folder, no encoder is named, and there is no negative
-            prompt, the text features that are stored in it will do.
+        path: where the prompts were read from. If it is a shard folder that holds their text features as the weights
+            want them, these are taken, unless an encoder or a negative prompt is given.
         encoder: folder or hub name of the text encoder; empty is the run's.
         negative: what guidance leads away from; empty is the empty caption.
-        batch: prompts that are encoded at once.
+        batch: prompts that are encoded at once; 0 is as in the run.
 
     Raises:
         InputError: no encoder is named, or it is another one, or the stored features are of another one.
     """
-    text, width, name = about.text, about.model.text_width, encoder or about.text.encoder
-    if name:
-        encode = speech.load(replace(text, micro_batch=batch), name, "--encoder")
-        speech.check_width(encode.width, width, f"--encoder = {name!r}")
-        encode.to(device)
-        return EncodedText(encode, encode([negative]), prompts, dist.warn), encode.digest
-    stored = read_text_features(path, read_index(path), str(path)) if (path / INDEX_NAME).is_file() else None
-    if negative or not stored:
-        raise InputError(f"{about.source} was trained on stored text features: give its text encoder, --encoder")
-    stored.require(speech.recipe(text, width))
-    return StoredText(padded([TextFeatureReader(stored).empty()]), device, stored), stored.recipe.digest
+    text, width, source = about.text, about.model.text_width, about.source
+    wanted, missing = speech.recipe(text, width), f"{source} names no text encoder: give --encoder"
+    if not (encoder or negative):
+        stored = read_text_features(path, read_index(path), str(path)) if (path / INDEX_NAME).is_file() else None
+        unlike = stored.recipe.difference(wanted, str(path), OPTIONS) if stored else None
+        if stored and not unlike:
+            nothing = padded([TextFeatureReader(stored).empty()])
+            return Prompted(StoredText(nothing, device, stored), stored.recipe, True)
+        missing += ", or --prompts with a shard folder that holds its text features"
+        missing += f" ({unlike})" if unlike else ""
+    if not (name := encoder or text.encoder):
+        raise InputError(missing)
+    encode = speech.load(replace(text, micro_batch=batch or text.micro_batch), name, "--encoder")
+    speech.check_width(encode.width, width, f"--encoder = {name!r}")
+    encode.to(device)
+    nothing = encode([negative])
+    if encode.first_cut:
+        dist.warn(encode.first_cut)
+    recipe = replace(wanted, digest=encode.digest)
+    return Prompted(EncodedText(encode, nothing, prompts, dist.warn), recipe, False)
 
 
 def _kept(folder: Path | None, compute: Callable[[], Told], world: World) -> Told:

@@ -299,8 +299,8 @@ class LogConfig:
     grid_classes: int = _machine(8)
     """Rows of the grid: the first classes, or prompts."""
     prompts: str = _machine("")
-    """Text file with a prompt a line, for the grids of a network that takes text; empty takes captions of the
-    held-out images, or of the training set."""
+    """Text file with a prompt a line, or shard folder, for the grids of a network that takes text; empty takes captions
+    of the held-out images, or of the training set."""
     grid_columns: int = _machine(4)
     """Columns of the grid: samples of each class."""
 

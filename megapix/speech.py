@@ -16,7 +16,7 @@ from megapix.data.loader import Beside
 from megapix.data.locate import Located
 from megapix.errors import InputError
 from megapix.features import Features
-from megapix.shards import CAPTIONS_NAME, INDEX_NAME, read_index
+from megapix.shards import CAPTIONS_NAME, INDEX_NAME, check_table, read_index
 from megapix.text_features import Recipe, TextFeatures, read_text_features
 
 if TYPE_CHECKING:
@@ -146,17 +146,20 @@ def read_prompts(path: Path, option: str) -> Sequence[str]:
     """The first captions of a shard folder, or the lines of a text file that are not blank.
 
     Raises:
-        InputError: it cannot be read, or has none.
+        InputError: it cannot be read, is damaged, or has none.
     """
-    if (path / INDEX_NAME).is_file():
-        index = read_index(path)
-        if not (path / CAPTIONS_NAME).stat().st_size:
-            raise InputError(f"{option} = {str(path)!r} has no captions")
-        return FirstCaptions(path, index)
+    shown = f"{option} = {str(path)!r}"
     try:
+        if (path / INDEX_NAME).is_file():
+            check_table(path, index := read_index(path))
+            if not (path / CAPTIONS_NAME).stat().st_size:
+                raise InputError(f"{shown} has no captions")
+            return FirstCaptions(path, index)
         lines = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
     except (OSError, ValueError) as error:
-        raise InputError(f"{option} = {str(path)!r}: cannot be read as UTF-8 text: {error}") from error
+        raise InputError(
+            f"{shown}: cannot be read: {error}; expected a file of UTF-8 text, a prompt a line, or a shard folder"
+        ) from error
     if not lines:
-        raise InputError(f"{option} = {str(path)!r} holds no prompt")
+        raise InputError(f"{shown} holds no prompt")
     return lines

@@ -118,11 +118,15 @@ def nursery() -> Nursery:
 
 
 def start(ranks: int, module: str, arguments: Sequence[str | Path], **more: str) -> list[Rank]:
-    """Run `python -m module arguments` on `ranks` ranks and return them all; one that hangs is killed after a while."""
+    """Run `python -m module arguments` on `ranks` ranks and return them all; a hang fails the test."""
     port = free_port()
     environments = of_ranks(environment(port) | more, ranks)
     try:
         return [Rank(*ended) for ended in nursery().run(module, [*map(str, arguments)], environments, TIMEOUT)]
+    except BaseException:  # an interrupt among them: its ranks end, and the next ones have another nursery
+        nursery().close()
+        nursery.cache_clear()
+        raise
     finally:
         remove_segments(port)
 

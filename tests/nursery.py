@@ -15,6 +15,7 @@ import importlib
 import json
 import os
 import runpy
+import select
 import signal
 import socket
 import subprocess
@@ -24,6 +25,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 IMPORTED = ("megapix.cli", "megapix.loop", "tests.runs", "torch._dynamo", "deepspeed.runtime.zero.muon.muon_optimizer")
@@ -46,7 +49,7 @@ class Nursery:
     def run(
         self, module: str, arguments: Sequence[str], environments: Sequence[dict[str, str]], timeout: float
     ) -> list[tuple[int, str, str]]:
-        """One rank for each environment: its exit code and its two outputs. A hang of any kills all, with code -9."""
+        """One rank for each environment: its exit code and its two outputs. A hang ends all, and is an error."""
         with tempfile.TemporaryDirectory() as folder:
             outputs = [[f"{folder}/{rank}.{name}" for name in ("out", "err")] for rank in range(len(environments))]
             asked = {"argv": [module, *arguments], "ranks": [*zip(environments, outputs, strict=True)]}
@@ -54,11 +57,12 @@ class Nursery:
             answer = self._answers.readline()
             assert answer, "the nursery has ended"
             codes = json.loads(answer)
+            assert codes, f"a rank hangs: not all {len(environments)} had ended after {timeout} s"
             texts = [[Path(path).read_text() for path in pair] for pair in outputs]
             return [(code, *pair) for code, pair in zip(codes, texts, strict=True)]
 
     def close(self) -> None:
-        """End it."""
+        """End it, and what it has at work."""
         self._answers.close()
         self._socket.close()
         self._process.wait()
@@ -71,14 +75,21 @@ def _serve(requests: socket.socket) -> None:
         for line in lines:
             asked = json.loads(line)
             ranks = [_fork(asked["argv"], *rank, (requests, lines)) for rank in asked["ranks"]]
-            requests.sendall(json.dumps(_wait(ranks, asked["timeout"])).encode() + b"\n")
+            try:
+                codes = _wait(ranks, asked["timeout"], requests)
+            finally:
+                for rank in ranks:
+                    _kill(rank)  # what a rank has left behind, too
+            requests.sendall(json.dumps(codes).encode() + b"\n")
 
 
 def _fork(argv: list[str], environment: dict[str, str], outputs: list[str], ours: Sequence[Any]) -> int:
     """The new rank's process number; the rank itself never returns from here."""
+    sys.stdout.flush()
     if rank := os.fork():
         return rank
     os.setsid()
+    np.random.seed()  # as in a new process
     for end in ours:
         end.close()
     for number, path in zip((1, 2), outputs, strict=True):
@@ -90,21 +101,17 @@ def _fork(argv: list[str], environment: dict[str, str], outputs: list[str], ours
     sys.exit()
 
 
-def _wait(ranks: list[int], timeout: float) -> list[int]:
-    """The exit codes, negative for a signal."""
+def _wait(ranks: list[int], timeout: float, requests: socket.socket) -> list[int]:
+    """The exit codes, negative for a signal; none if one does not end in time. The client's end is ours."""
     deadline, codes = time.monotonic() + timeout, {}
     while len(codes) < len(ranks):
-        late = time.monotonic() > deadline
+        if time.monotonic() > deadline:
+            return []
+        if select.select([requests], [], [], 0.01)[0]:
+            raise SystemExit("the client has gone")
         for rank in ranks:
-            if rank not in codes:
-                if late:
-                    _kill(rank)
-                ended, status = os.waitpid(rank, 0 if late else os.WNOHANG)
-                if ended:
-                    codes[rank] = os.waitstatus_to_exitcode(status)
-        time.sleep(0.01)
-    for rank in ranks:
-        _kill(rank)  # what a rank has left behind
+            if rank not in codes and (ended := os.waitpid(rank, os.WNOHANG))[0]:
+                codes[rank] = os.waitstatus_to_exitcode(ended[1])
     return [codes[rank] for rank in ranks]
 
 

@@ -329,8 +329,8 @@ def reference_of(extractor: str, sha256: str, width: int):  # type: ignore[no-un
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (other_weights, "weights '{folder}/other.safetensors' have sha256"),
-        (other_reference, "reference '{folder}/other.npz' have sha256"),
+        (other_weights, "weights '{folder}/other.safetensors' with sha256"),
+        (other_reference, "reference '{folder}/other.npz' with sha256"),
         (lambda *_: ["--seed", "0"], "--seed goes not with --repeat: {folder}/score.json says it"),
         (lambda *_: ["--raw"], "--raw goes not with --repeat"),
         (

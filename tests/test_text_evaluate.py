@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -97,7 +98,7 @@ def test_a_repetition_with_other_prompts_is_refused(
     other = tmp_path / "other.txt"
     other.write_text("\n".join(reversed(PROMPTS)))
     said = refused(["evaluate", "--repeat", str(first / "score.json"), "--prompts", str(other)], capsys)
-    assert f"prompts {str(other)!r} have sha256" in said
+    assert f"prompts {str(other)!r} with sha256" in said
 
 
 def test_stored_features_say_what_the_encoder_says(
@@ -106,19 +107,28 @@ def test_stored_features_say_what_the_encoder_says(
     """The captions of a shard folder, by the run's encoder, and by the features that were stored (in bf16)."""
     for name, folder in (("encoded", model), ("stored", text_model(tmp_path / "model", text_encoder, stored=True))):
         images = ["--images", tmp_path / f"{name}-png"]
+        images += ["--encoder", text_encoder] if name == "encoded" else []
         assert cli.main(command(folder, stats, text_shards, tmp_path / f"{name}.json", *images)) == 0
     encoded, stored = (sorted((tmp_path / f"{name}-png").iterdir()) for name in ("encoded", "stored"))
     assert [path.name for path in encoded] == [path.name for path in stored]
     for one, other in zip(encoded, stored, strict=True):
         difference = np.asarray(Image.open(one)).astype(int) - np.asarray(Image.open(other)).astype(int)
         assert np.abs(difference).mean() < 1.5, "of 255 levels"
-    manifest = scored(tmp_path / "stored.json").manifest
-    assert manifest.text_encoder.path == ""
-    assert manifest.text_encoder.sha256 == speech.load(TEXT.text, str(text_encoder)).digest
+    one, other = (scored(tmp_path / f"{name}.json").manifest for name in ("encoded", "stored"))
+    assert (one.text_features["stored"], other.text_features["stored"]) == (False, True)
+    assert (one.text_encoder.path, other.text_encoder.path) == (str(text_encoder), "")
+    assert one.text_encoder.sha256 == other.text_encoder.sha256 == speech.load(TEXT.text, str(text_encoder)).digest
+    assert one.key != other.key, "bf16 makes other images"
 
 
 def test_bad_input(
-    model: Path, stats: Path, prompts: Path, text_encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model: Path,
+    stats: Path,
+    prompts: Path,
+    text_shards: Path,
+    text_encoder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def said(*more: str) -> str:
         start = ["evaluate", str(model), "--reference", str(stats), "--out", str(tmp_path / "x.json")]
@@ -127,8 +137,17 @@ def test_bad_input(
     assert "takes text: expected --prompts, a file with a prompt a line, or a shard folder" in said()
     assert "takes text, not classes (--prompts)" in said("--classes", "1")
     assert "--prompts = 'none.txt': cannot be read" in said("--prompts", "none.txt")
+    assert "cannot be read: [Errno 36] File name too long" in said("--prompts", "a cat " * 100)
+    damaged = shutil.copytree(text_shards, tmp_path / "damaged")
+    (damaged / "captions.bin").write_bytes(b"")
+    assert "captions.bin has sha256" in said("--prompts", str(damaged))
     other = text_encoders.make(tmp_path / "other", "bert", seed=1)
     assert "has the digest" in said("--prompts", str(prompts), "--encoder", str(other))
+    stored = text_model(tmp_path / "stored", text_encoder, stored=True)
+    asked = ["evaluate", str(stored), "--reference", str(stats), "--out", str(tmp_path / "x.json")]
+    assert "names no text encoder: give --encoder, or --prompts with a shard" in refused(
+        [*asked, "--prompts", str(prompts)], capsys
+    )
     assert not (tmp_path / "x.json").exists()
 
 

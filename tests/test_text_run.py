@@ -221,7 +221,6 @@ def test_bad_input_is_one_line(
     assert "expected one of them above 0" in said(text, "--model.num-classes", "3")
     classes = Subject("classes", shards)
     assert "text.encoder = 'x' has no effect: the network takes classes" in said(classes, "--text.encoder", "x")
-    assert "evaluation.reference" in said(text, "--evaluation.reference", "stats.npz")
 
 
 def test_shards_without_captions_are_refused(

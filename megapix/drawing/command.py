@@ -77,5 +77,5 @@ def _texts(
         raise InputError(f"{about.source} takes text: expected --prompts, a file with a prompt a line")
     rows = rows_of(o.prompts, o.layout, o.count)
     prompts = [row.name for row in rows]
-    conditioner, _ = of_prompts(about, o.prompts, prompts, device, o.encoder, o.negative_prompt, o.batch)
-    return rows, conditioner.told
+    told = of_prompts(about, o.prompts, prompts, device, o.encoder, o.negative_prompt, o.batch)
+    return rows, told.conditioner.told

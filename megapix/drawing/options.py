@@ -38,7 +38,7 @@ class SampleOptions:
     negative_prompt: str = ""
     """What guidance leads away from; empty is the empty caption."""
     encoder: str = ""
-    """Folder or hub name of the text encoder; the run's."""
+    """Folder or hub name of the text encoder; the text features stored in --prompts, or else the run's encoder."""
     layout: Layout = "grid"
     """One picture; or the files that the evaluators of GenEval or DPG-Bench read (docs/text.md)."""
     per_class: Annotated[int, tyro.conf.arg(aliases=["--per-prompt"])] = 8

@@ -1,6 +1,6 @@
 """The images of an evaluation: which ones, in blocks that are drawn together, and what an extractor says of them.
 
-An image depends on seed, number, batch and device alone: whoever draws a block draws the same.
+An image depends on subject, seed, number, batch and device alone: whoever draws a block draws the same.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from megapix.evaluation.options import Precision
 from megapix.shards import write_atomic
 
 FORMAT, VERSION = "megapix-score", 1
-PACKAGES = ("megapix", "torch", "numpy", "efficientnet_lite_pytorch", "torch-fidelity")
+PACKAGES = ("megapix", "torch", "numpy", "efficientnet_lite_pytorch", "torch-fidelity", "transformers", "tokenizers")
 """Their versions are recorded, where they are installed."""
 SOURCES = ("weights", "extractor_weights", "reference", "prompts", "text_encoder")
 """The members of a manifest that say what a file holds."""
@@ -30,7 +30,7 @@ class Source:
     """Where it was; not part of what it is."""
     sha256: str
     """Of weights: hash of names, shapes and values in fp32, the same for a checkpoint of any number of ranks and for an
-    exported file. Else of the file."""
+    exported file. Of prompts: of their text, a JSON string a line. Of a text encoder: its digest. Else of the file."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,9 @@ class Manifest:
     prompts: Source = Source("", "")
     """Of a network that takes text, the hash of the prompts in their order; without a hash where it takes classes."""
     text_encoder: Source = Source("", "")
-    """Of a network that takes text, the folder or hub name, and the digest; stored features have no path."""
+    """Of a network that takes text, the folder or hub name and the digest; no path where features were stored."""
+    text_features: dict[str, str | int | float | bool] = field(default_factory=dict)
+    """Of a network that takes text, whether they were stored, and the options that they were made with."""
 
     @property
     def key(self) -> str:

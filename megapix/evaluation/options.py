@@ -28,8 +28,8 @@ class EvaluateOptions:
     out: Path | None = None
     """JSON file for the scores and their manifest; score.json, or with --repeat MANIFEST's name with -repeated."""
     repeat: Path | None = None
-    """Evaluate anew what this file of scores says, refuse if weights, extractor or reference have changed, and compare
-    the scores. Only places may be given beside it."""
+    """Evaluate anew what this file of scores says, refuse if weights, extractor, reference or prompts have changed, and
+    compare the scores. Only places may be given beside it."""
     extractor: Literal["effnet_lite0", "inception"] | None = None
     """Feature extractor; the reference's."""
     extractor_weights: Path | None = None
@@ -42,7 +42,7 @@ class EvaluateOptions:
     """Of a network that takes text: a file with a prompt a line, or a shard folder, for its samples' first captions;
     image number n has prompt n modulo their number."""
     encoder: str = ""
-    """Folder or hub name of the text encoder; the run's. The stored text features of a shard folder will do, too."""
+    """Folder or hub name of the text encoder; the text features stored in --prompts, or else the run's encoder."""
     raw: bool = False
     """Use the raw weights instead of the EMA."""
     seed: int | None = None

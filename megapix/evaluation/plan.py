@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, replace
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from megapix import config, dist
-from megapix.conditioner import Classes, Conditioner, of_prompts
+from megapix.conditioner import Classes, Prompted, of_prompts
 from megapix.dist import World
 from megapix.errors import InputError
 from megapix.evaluation.images import Images
 from megapix.evaluation.manifest import Manifest, Scored, Source, read_scores, versions
 from megapix.evaluation.options import PLACES, EvaluateOptions
 from megapix.evaluation.standard import Standard, open_standard
+from megapix.evaluation.threads import one_thread
 from megapix.shards import check_writable
 from megapix.speech import read_prompts
 from megapix.weights import About, Weights, load_weights
@@ -69,6 +71,7 @@ def _recorded(options: EvaluateOptions) -> Scored | None:
 
 def _plan(options: EvaluateOptions, recorded: Scored | None, weights: Weights, device: torch.device) -> Plan:
     then, about = recorded.manifest if recorded else None, weights.about
+    takes_text = _takes_text(options, about)
     path = options.reference or (Path(then.reference.path) if then else None)
     if path is None:
         raise InputError("--reference is missing: expected statistics by 'data_prep stats', or ADM's .npz file")
@@ -77,26 +80,20 @@ def _plan(options: EvaluateOptions, recorded: Scored | None, weights: Weights, d
         extractor_path = Path(then.extractor_weights.path)
     standard = open_standard(path, extractor_path, then.extractor if then else options.extractor)
     reference, extractor = standard.reference, standard.extractor
-    conditioner, prompts, encoder = _told(options, then, about, device)
     sources = {
         "weights": Source(str(Path(about.source).resolve()), weights_sha256(weights.tensors)),
         "extractor_weights": Source(str(extractor_path.resolve()) if extractor_path else "", extractor.sha256),
         "reference": Source(str(path.resolve()), standard.sha256),
-        "prompts": prompts,
-        "text_encoder": encoder,
     }
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     if then:
-        for what, source in sources.items():
-            if source.sha256 != (expected := getattr(then, what).sha256):
-                raise InputError(
-                    f"--repeat {str(options.repeat)!r}: {what.replace('_', ' ')} {source.path!r} have sha256 "
-                    f"{source.sha256[:16]}…, but {expected[:16]}… was evaluated"
-                )
+        _require(options, then, sources)
         manifest = replace(then, **sources, device=gpu, versions=versions())  # type: ignore[arg-type]
     else:
         manifest = Manifest(
-            **sources,
+            weights=sources["weights"],
+            extractor_weights=sources["extractor_weights"],
+            reference=sources["reference"],
             ema=about.ema,
             images_seen=about.images_seen,
             sampling=config.asked_sampling(
@@ -120,35 +117,63 @@ def _plan(options: EvaluateOptions, recorded: Scored | None, weights: Weights, d
             versions=versions(),
         )
     _check(manifest, about)
-    m, subjects = manifest, range(conditioner.subjects) if about.model.text_width else manifest.classes
-    images = Images(m.count, m.batch, subjects, conditioner.told, m.seed, m.size, m.sampling)
-    return Plan(manifest, weights, standard, _out(options), images, recorded)
+    out, subjects, told = _out(options), manifest.classes, Classes(about.model.num_classes, device).told
+    if takes_text:
+        manifest, prompted = _prompted(options, then, manifest, about, device)
+        subjects, told = tuple(range(prompted.conditioner.subjects)), prompted.conditioner.told
+    m = manifest
+    images = Images(m.count, m.batch, subjects, told, m.seed, m.size, m.sampling)
+    return Plan(manifest, weights, standard, out, images, recorded)
 
 
-def _told(
-    options: EvaluateOptions, then: Manifest | None, about: About, device: torch.device
-) -> tuple[Conditioner, Source, Source]:
-    """What the network is told, and if it takes text the prompts and their encoder."""
+def _require(options: EvaluateOptions, then: Manifest, sources: dict[str, Source]) -> None:
+    """Refuse to repeat an evaluation with something else than was evaluated."""
+    for what, source in sources.items():
+        if source.sha256 != (expected := getattr(then, what).sha256):
+            raise InputError(
+                f"--repeat {str(options.repeat)!r}: {what.replace('_', ' ')} {source.path!r} with sha256 "
+                f"{source.sha256[:16]}…, but {expected[:16]}… was evaluated"
+            )
+
+
+def _takes_text(options: EvaluateOptions, about: About) -> bool:
+    """Whether the network takes text; options of the other kind are refused."""
+    if about.model.text_width:
+        if options.classes is not None:
+            raise InputError(f"--classes: {about.source} takes text, not classes (--prompts)")
+        return True
+    for option, given in (("--prompts", options.prompts), ("--encoder", options.encoder)):
+        if given:
+            raise InputError(f"{option} = {str(given)!r}: {about.source} takes classes, not text (--classes)")
+    return False
+
+
+def _prompted(
+    options: EvaluateOptions, then: Manifest | None, manifest: Manifest, about: About, device: torch.device
+) -> tuple[Manifest, Prompted]:
+    """The manifest with what is said of text, and what the network is told."""
     path, name = options.prompts, options.encoder
-    if not about.model.text_width:
-        for option, given in (("--prompts", path), ("--encoder", name)):
-            if given:
-                raise InputError(f"{option} = {str(given)!r}: {about.source} takes classes, not text (--classes)")
-        return Classes(about.model.num_classes, device), Source("", ""), Source("", "")
-    if options.classes is not None:
-        raise InputError(f"--classes: {about.source} takes text, not classes (--prompts)")
-    if path is None and then and then.prompts.path:
-        path = Path(then.prompts.path)
+    if then:
+        path, name = path or Path(then.prompts.path), name or then.text_encoder.path
     if path is None:
         raise InputError(
             f"{about.source} takes text: expected --prompts, a file with a prompt a line, or a shard folder"
         )
-    prompts = read_prompts(path, "--prompts")
-    name = name or (then.text_encoder.path if then else "")
-    conditioner, digest = of_prompts(about, path, prompts, device, name)
-    lines = "".join(f"{json.dumps(prompt)}\n" for prompt in prompts).encode()
-    sha256 = hashlib.sha256(lines).hexdigest()
-    return conditioner, Source(str(path.resolve()), sha256), Source(name or about.text.encoder, digest)
+    prompts = read_prompts(path, "--prompts")[: manifest.count]
+    with one_thread() if device.type == "cpu" else nullcontext():  # as images are drawn
+        found = of_prompts(about, path, prompts, device, name)
+    lines = "".join(f"{json.dumps(prompt)}\n" for prompt in prompts)
+    encoder = "" if found.stored else name or about.text.encoder
+    if encoder and Path(encoder).is_dir():  # not a name on the hub
+        encoder = str(Path(encoder).resolve())
+    sources = {
+        "prompts": Source(str(path.resolve()), hashlib.sha256(lines.encode()).hexdigest()),
+        "text_encoder": Source(encoder, found.recipe.digest),
+    }
+    if then:
+        _require(options, then, sources)
+    features = {"stored": found.stored} | {k: v for k, v in asdict(found.recipe).items() if k != "digest"}
+    return replace(manifest, **sources, text_features=features), found  # type: ignore[arg-type]
 
 
 def _check(manifest: Manifest, about: About) -> None:
