@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -48,23 +49,55 @@ def of_ranks(shared: dict[str, str], ranks: int) -> list[dict[str, str]]:
     return [world | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
 
 
+@functools.cache
+def nursery() -> Nursery:
+    """The one of this test run."""
+    return Nursery(environment(0))
+
+
+class Forked:
+    """A rank from the nursery, with the members of `subprocess.Popen`."""
+
+    def __init__(self, argv: Sequence[str], environment: dict[str, str]) -> None:
+        self._folder = tempfile.TemporaryDirectory()
+        self._outputs = [Path(self._folder.name) / name for name in ("out", "err")]
+        self.returncode: int | None = None
+        self.pid = nursery().fork(argv, environment, self._outputs)
+
+    def poll(self) -> int | None:
+        """The exit code; None while it is at work."""
+        if self.returncode is None:
+            self.returncode = nursery().ended(self.pid)
+        return self.returncode
+
+    def wait(self, timeout: float = TIMEOUT) -> None:
+        """Wait for its end."""
+        deadline = time.monotonic() + timeout
+        while self.poll() is None:
+            assert time.monotonic() < deadline, f"a rank is still at work after {timeout} s"
+            time.sleep(0.01)
+
+    def communicate(self, timeout: float = TIMEOUT) -> tuple[str, str]:
+        """Wait for its end, and read what it wrote."""
+        self.wait(timeout)
+        out, err = (path.read_text() for path in self._outputs)
+        return out, err
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        os.kill(self.pid, signal.SIGKILL)
+
+
 class Launch:
     """Ranks at work, each in a process group of its own, as under a launcher."""
 
     def __init__(self, ranks: int, module: str, arguments: Sequence[str | Path], **more: str) -> None:
         self.port = free_port()
-        self.processes = [
-            subprocess.Popen(
-                [sys.executable, "-m", module, *map(str, arguments)],
-                env=environment,
-                cwd=ROOT,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-                start_new_session=True,
-            )
-            for environment in of_ranks(environment(self.port) | more, ranks)
-        ]
+        argv = [module, *map(str, arguments)]
+        self.processes = [self._start(argv, e) for e in of_ranks(environment(self.port) | more, ranks)]
+
+    def _start(self, argv: list[str], environment: dict[str, str]) -> Forked | subprocess.Popen[str]:
+        return Forked(argv, environment)
 
     def signal(self, number: signal.Signals, ranks: Sequence[int] | None = None) -> None:
         """Send a signal to all processes of the ranks (of every rank if none is named), workers included."""
@@ -96,13 +129,18 @@ class Launch:
             except ProcessLookupError:
                 continue
             process.wait()
-        remove_segments(self.port)
+        for segment in Path("/dev/shm").glob(f"deepspeed_*_127.0.0.1_{self.port}_*"):
+            segment.unlink(missing_ok=True)
 
 
-def remove_segments(port: int) -> None:
-    """Remove the shared-memory segments that ranks of that port have left, DeepSpeed's op's."""
-    for segment in Path("/dev/shm").glob(f"deepspeed_*_127.0.0.1_{port}_*"):
-        segment.unlink(missing_ok=True)
+class FreshLaunch(Launch):
+    """Ranks whose interpreters are new, too."""
+
+    def _start(self, argv: list[str], environment: dict[str, str]) -> subprocess.Popen[str]:
+        pipe, command = subprocess.PIPE, [sys.executable, "-m", *argv]
+        return subprocess.Popen(
+            command, env=environment, cwd=ROOT, stdout=pipe, stderr=pipe, text=True, start_new_session=True
+        )
 
 
 def free_port() -> int:
@@ -111,24 +149,9 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-@functools.cache
-def nursery() -> Nursery:
-    """The one of this test run."""
-    return Nursery(environment(0))
-
-
 def start(ranks: int, module: str, arguments: Sequence[str | Path], **more: str) -> list[Rank]:
     """Run `python -m module arguments` on `ranks` ranks and return them all; a hang fails the test."""
-    port = free_port()
-    environments = of_ranks(environment(port) | more, ranks)
-    try:
-        return [Rank(*ended) for ended in nursery().run(module, [*map(str, arguments)], environments, TIMEOUT)]
-    except BaseException:  # an interrupt among them: its ranks end, and the next ones have another nursery
-        nursery().close()
-        nursery.cache_clear()
-        raise
-    finally:
-        remove_segments(port)
+    return Launch(ranks, module, arguments, **more).finish()
 
 
 def succeed(ranks: int, module: str, arguments: Sequence[str | Path], **more: str) -> list[Rank]:

@@ -29,7 +29,7 @@ from megapix.reference import Reference, read_reference, write_reference
 from megapix.shards import read_index
 from megapix.watchdog import EXIT_LOST
 from megapix.weights import About, load_model
-from tests.launch import Launch, start, succeed, succeeded
+from tests.launch import FreshLaunch, Launch, start, succeed, succeeded
 from tests.runs import SMALL
 
 COUNT, BATCH = 22, 4
@@ -239,7 +239,7 @@ def test_a_lost_rank_is_told(files: Files, tmp_path: Path) -> None:
 @pytest.mark.long
 def test_a_thousand_images_on_one_and_two_ranks_and_after_a_kill(files: Files, tmp_path: Path) -> None:
     options = ["--count", "1000", "--batch", "50"]
-    succeeded(Launch(1, "megapix", files.command(tmp_path / "one.json", *options), OMP_NUM_THREADS="2").finish())
+    succeeded(FreshLaunch(1, "megapix", files.command(tmp_path / "one.json", *options), OMP_NUM_THREADS="2").finish())
     succeed(2, "megapix", files.command(tmp_path / "two.json", *options))
     command = files.command(tmp_path / "killed.json", *options)
     begins = killed(command, tmp_path, 1000, 50)

@@ -22,7 +22,7 @@ from megapix.evaluation.threads import one_thread
 from megapix.metrics import LAYOUT
 from megapix.prepare import plan
 from megapix.reference import Reference, read_reference, write_reference
-from tests.launch import Launch, Rank, start, succeed, succeeded
+from tests.launch import FreshLaunch, Rank, start, succeed, succeeded
 from tests.runs import ENDLESS, SMALL, STEP_BATCH, arguments, asked_to_stop, counters, flat_vectors, saved, scalars
 from tests.subjects import Subject
 
@@ -121,7 +121,7 @@ def test_in_bf16_with_threads_and_beside_the_grid(shards: Path, stats: Path, tmp
     watched = [*options(stats, 2), "--log.samples-every", str(4 * STEP_BATCH)]
     for name, more in (("run", watched), ("plain", [])):
         asked = arguments(shards, tmp_path / name, *common, *more)
-        succeeded(Launch(2, "megapix", asked, OMP_NUM_THREADS="2").finish())
+        succeeded(FreshLaunch(2, "megapix", asked, OMP_NUM_THREADS="2").finish())
     with_it, without = (flat_vectors(saved(tmp_path / name).folder) for name in ("run", "plain"))
     assert all(torch.equal(with_it[part], without[part]) for part in PARTS)
     assert scalars(tmp_path / "run", "loss/train") == scalars(tmp_path / "plain", "loss/train")

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from megapix.checkpoint import PARTS
-from tests.launch import ROOT, Launch, succeed
+from tests.launch import ROOT, FreshLaunch, Launch, succeed
 from tests.runs import ENDLESS, STEP_BATCH, arguments, asked_to_stop, counters, flat_vectors, logged, saved, scalars
 
 
@@ -79,7 +79,7 @@ print(worker.exitcode)
 def test_workers_end_with_a_rank_that_is_killed(shards: Path, tmp_path: Path) -> None:
     """The server that they are forked from, too: a launcher waits for the end of every process of its group."""
     run = tmp_path / "run"
-    launch = Launch(1, "megapix", arguments(shards, run, "--data.workers", "2", *ENDLESS))
+    launch = FreshLaunch(1, "megapix", arguments(shards, run, "--data.workers", "2", *ENDLESS))
     try:
         launch.wait_for(lambda: len(logged(run)) >= 1)
         (rank,) = launch.processes
