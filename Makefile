@@ -41,9 +41,9 @@ quickstart-t2i: $(VENV)/.installed-t2i
 	$(BIN)/data_prep embed-text $(PAIRS)-held-out $(EMBED)
 	@echo "== 3/4  training: a small PixelDiT-T2I with ZeRO-2 in $(T2I)"
 	./launch.sh $(if $(RANKS),--ranks $(RANKS) )t2i-tiny --data.path $(PAIRS) --validation.path $(PAIRS)-held-out \
-	  --validation.every 8000 --out $(T2I)
+	  --validation.every 12000 --out $(T2I)
 	@echo "== 4/4  samples: captions that were held out, from the EMA"
-	$(BIN)/megapix sample $(T2I) --prompts $(PAIRS)-held-out --count 20 --encoder $(MINILM) --per-prompt 8 --batch 16 \
+	$(BIN)/megapix sample $(T2I) --prompts $(PAIRS)-held-out --count 20 --per-prompt 8 --batch 16 \
 	  --out $(T2I)/samples.png
 	@echo
 	@echo "run folder   $(T2I)"

@@ -92,11 +92,14 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
 def cases(ranks: tuple[int, ...], compiling: bool) -> list[Case]:
     """A pairwise cover of all options but compilation on these numbers of ranks; with `compiling`, the cases that a
     cover with it compiles come on top. (Compiled bf16 has wide tolerances, so it may not stand in for a case without.)
-    One more trains the network that takes text.
+    The network that takes text has a case of its own, and another one compiled.
     """
-    options = {"ranks": ranks} | OPTIONS
-    covered = [Case(**row) for row in pairwise(options | {"compile": (False,)})] + [Case(ranks=ranks[0], text=True)]
-    return covered + [case for case in (Case(**row) for row in pairwise(options)) if case.compile and compiling]
+    options, text = {"ranks": ranks} | OPTIONS, Case(ranks=ranks[0], text=True)
+    covered = [Case(**row) for row in pairwise(options | {"compile": (False,)})] + [text]
+    if not compiling:
+        return covered
+    compiled = [case for case in (Case(**row) for row in pairwise(options)) if case.compile]
+    return [*covered, *compiled, replace(text, compile=True)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -172,6 +172,7 @@ def test_export_equals_the_gathered_vectors_bit_for_bit(kind: str, part: str, tr
     assert (about["image_size"], about["images_seen"]) == (16, 160)
 
 
+@pytest.mark.long
 def test_export_is_streamed(tmp_path: Path) -> None:
     """256 MiB of weights in 64 tensors: the peak stays far below one copy of them."""
     shapes = {f"layer{i:02d}": (1024, 1024) for i in range(64)}

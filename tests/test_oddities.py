@@ -136,6 +136,7 @@ def test_buckets_are_written_one_to_a_shard(tmp_path: Path, capsys: pytest.Captu
     assert hashes(tmp_path / "out") == hashes(again)
 
 
+@pytest.mark.long
 def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path) -> None:
     """On a tmpfs with room for some of the shards; with more room the same command goes on to the same bytes."""
     if os.getuid() != 0:

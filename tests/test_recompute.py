@@ -202,9 +202,12 @@ CHANGES: dict[str, dict[str, Any]] = {
     "text": WITH_TEXT,
     "text with swiglu": WITH_TEXT | {"mlp": "swiglu", "depth": 3} | OWN_WIDTH,
 }
+QUICK = ("default", "text with swiglu")
 
 
-@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+@pytest.mark.parametrize(
+    "change", [pytest.param(c, id=i, marks=[] if i in QUICK else pytest.mark.long) for i, c in CHANGES.items()]
+)
 def test_bytes_counted_by_hand_are_those_measured(change: dict[str, Any]) -> None:
     model = ModelConfig(patch_size=8, width=64, depth=4, heads=2, pixel_depth=2, num_classes=3)
     model = dataclasses.replace(model, **change)

@@ -250,6 +250,7 @@ if __name__ == "__main__":
 """`data_prep`, killed within its second file."""
 
 
+@pytest.mark.long
 def test_a_kill_ends_in_the_same_bytes(
     shards_32: Path, teacher_folder: Path, stored: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -248,6 +248,7 @@ def check_parts(n: dict) -> None:
     assert n["parts"]["unexplained"]["share"] < 0.5
 
 
+@pytest.mark.long
 def test_beside_plain_eager(tmp_path: Path) -> None:
     out = tmp_path / "step.json"
     options = ["tiny", "--repeats", "2", "--warmup", "1", "--micro-batch", "1", "--out", str(out)]

@@ -80,6 +80,7 @@ def test_images_have_the_prompts_in_turns(first: Path, model: Path, text_encoder
         assert found.std() > 1
 
 
+@pytest.mark.long
 def test_two_ranks_and_a_repetition_say_the_same(
     first: Path, model: Path, stats: Path, prompts: Path, tmp_path: Path, text_encoder: Path
 ) -> None:
