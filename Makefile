@@ -43,7 +43,7 @@ quickstart-t2i: $(VENV)/.installed-t2i
 	./launch.sh $(if $(RANKS),--ranks $(RANKS) )t2i-tiny --data.path $(PAIRS) --validation.path $(PAIRS)-held-out \
 	  --validation.every 12000 --out $(T2I)
 	@echo "== 4/4  samples: captions that were held out, from the EMA"
-	$(BIN)/megapix sample $(T2I) --prompts $(PAIRS)-held-out --count 20 --per-prompt 8 --batch 16 \
+	$(BIN)/megapix sample $(T2I) --prompts $(PAIRS)-held-out --count 12 --per-prompt 6 --batch 12 \
 	  --out $(T2I)/samples.png
 	@echo
 	@echo "run folder   $(T2I)"

@@ -28,7 +28,7 @@ from megapix.data.locate import locate
 from megapix.data.read import ShardReader
 from megapix.extractors import EfficientNetLite0
 
-CAPTIONS, BATCH, SHUFFLES = 200, 50, 1000
+CAPTIONS, BATCH, SHUFFLES = 200, 20, 1000
 
 
 def real(folder: Path) -> tuple[Tensor, list[int]]:

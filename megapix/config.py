@@ -499,7 +499,7 @@ def t2i_tiny() -> Config:
         text=TextConfig(max_tokens=32, dtype="fp32", scale=1.0),
         data=DataConfig(image_size=64, flip=False, workers=1),
         optim=OptimConfig(
-            global_batch=32, lr=2e-3, lr_after=2e-4, lr_step_at=19_200, end_at=24_000, beta2=0.99, ema_decay=0.995
+            global_batch=32, lr=2e-3, lr_after=2e-4, lr_step_at=19_200, end_at=24_000, beta2=0.99, ema_decay=0.99
         ),
         machine=MachineConfig(pixel_checkpointing="none"),
         checkpoint=CheckpointConfig(every=8_000),
