@@ -96,6 +96,7 @@ def train(data: Path, out: Path, policy: str, precision: str, steps: int) -> tup
         *("--optim.global-batch", str(batch), "--optim.warmup", "0", "--optim.end-at", str(steps * batch)),
         *("--checkpoint.every", str(steps * batch), "--log.every", str(batch), "--log.samples-every", "never"),
         *("--log.blocks-every", "never", "--data.workers", "1", "--machine.pixel-checkpointing", policy),
+        *("--machine.watchdog", "600"),  # a step takes a minute here
     )
     command = [str(part) for part in (ROOT / "launch.sh", "--ranks", "2", "t2i-1024-ms", *options)]
     process = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"PYTHON": sys.executable})
@@ -116,16 +117,18 @@ def main() -> None:
     parser.add_argument("--stamps", type=Path, help="folder of PNG images with texts beside them")
     parser.add_argument("--work", type=Path, default=Path("runs/megapixel"))
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
-    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--policies", nargs="+", choices=POLICIES, default=POLICIES)
+    parser.add_argument("--steps", type=int, default=2)
     options = parser.parse_args()
     work = options.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
     data = shards(work, options.stamps, options.encoder)
     index = json.loads((data / "index.json").read_text())
     rows = []
-    for policy in POLICIES:
+    for policy in options.policies:
         peak, losses, seconds = train(data, work / "run", policy, options.precision, options.steps)
         rows.append(f"| {policy} | {peak:.2f} | {seconds:.1f} | {' '.join(f'{loss:.4f}' for loss in losses)} |")
+        print(rows[-1], flush=True)
     sizes = len(index["image_policy"]["buckets"])
     print(f"\n{index['samples']} images of 1024 x 1024 pixels, {sizes} size(s), {options.precision}, 2 ranks\n")
     print("| pixel_checkpointing | GiB in all | s a step | losses |\n|---|---|---|---|")
