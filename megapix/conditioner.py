@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -153,10 +154,13 @@ class StoredText:
 
     def told(self, subjects: Sequence[int]) -> Condition:
         """Features of the first captions of those samples."""
-        assert self._drawn, "given where images are drawn"
-        reader = TextFeatureReader(self._drawn)
-        text = padded([reader.read(sample, 0) for sample in subjects])
+        text = padded([self._reader.read(sample, 0) for sample in subjects])
         return Condition(tuple(part.to(self._device) for part in text), self._nothing)
+
+    @cached_property
+    def _reader(self) -> TextFeatureReader:
+        assert self._drawn, "given where images are drawn"
+        return TextFeatureReader(self._drawn)
 
 
 def of_run(c: Config, source: Speech, world: World, device: torch.device, folder: Path | None = None) -> Conditioner:

@@ -19,7 +19,7 @@ from megapix.config import Config
 from megapix.dist import World
 from megapix.errors import InputError
 from megapix.watchdog import EXIT_LOST, PATIENCE, Peer, Watchdog, Word
-from tests.launch import ROOT, free_port
+from tests.launch import ROOT, environment, free_port, of_ranks
 from tests.runs import SMALL, arguments
 
 SECONDS = 3.0
@@ -39,25 +39,16 @@ class Ended:
 
 
 def start(ranks: int, command: list[str]) -> list[subprocess.Popen[str]]:
-    shared = os.environ | {
-        "WORLD_SIZE": str(ranks),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-        "DS_ACCELERATOR": "cpu",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONWARNINGS": "ignore",
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-    }
     return [
         subprocess.Popen(
             [sys.executable, "-m", *command],
-            env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            env=rank,
             cwd=ROOT,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
-        for rank in range(ranks)
+        for rank in of_ranks(environment(free_port()), ranks)
     ]
 
 
