@@ -26,7 +26,7 @@ import psutil
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(__file__).resolve().parent.parent
-POLICIES = ("full", "selective", "selective_modulation", "offload")
+POLICIES = ("chunked", "full", "selective_modulation", "selective", "offload")
 NARROW = (
     *("--model.width", "256", "--model.depth", "4", "--model.heads", "4", "--model.pixel-depth", "2"),
     *("--model.pixel-attention-width", "0", "--model.pixel-heads", "0"),
@@ -96,7 +96,6 @@ def train(data: Path, out: Path, policy: str, precision: str, steps: int) -> tup
         *("--optim.global-batch", str(batch), "--optim.warmup", "0", "--optim.end-at", str(steps * batch)),
         *("--checkpoint.every", str(steps * batch), "--log.every", str(batch), "--log.samples-every", "never"),
         *("--log.blocks-every", "never", "--data.workers", "1", "--machine.pixel-checkpointing", policy),
-        *("--machine.watchdog", "600"),  # a step takes a minute here
     )
     command = [str(part) for part in (ROOT / "launch.sh", "--ranks", "2", "t2i-1024-ms", *options)]
     process = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"PYTHON": sys.executable})

@@ -25,6 +25,7 @@ CASES: list[tuple[PixelPolicy, str | int]] = [
     ("selective", "none"),
     ("selective_modulation", "none"),
     ("full", "none"),
+    ("chunked", "none"),
     ("offload", "none"),
     ("none", 4),
     ("none", 2),

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megapix.config import MachineConfig, ModelConfig, recomputed_blocks
+from megapix.config import CHUNK, MachineConfig, ModelConfig, recomputed_blocks
 from megapix.flops import CHANNELS, TIMESTEP_CHANNELS, ffn_width
 
 FLOAT = 4
@@ -83,20 +83,23 @@ def on_host(model: ModelConfig, size: int, width: int, machine: MachineConfig) -
     return _pixel_pathway(model, s, "none", kernels) - _pixel_pathway(model, s, "offload", kernels)
 
 
-def remade(model: ModelConfig, size: int, width: int, machine: MachineConfig, tokens: int = 0) -> int:
-    """Bytes of one image that come back for a moment in backward: what one block would have kept under 'none'."""
-    s, kernels = _sizes(model, size, width, tokens), machine.pixel_kernels
-    pit = _pit_block(model, s, "none", kernels) - _pit_block(model, s, machine.pixel_checkpointing, kernels)
-    again = recomputed_blocks(machine.patch_checkpointing, model.depth)
-    return max([pit, *(_patch_block(model, s, n) - _patch_block(model, s, n, again=True) for n in again)])
+def backward(model: ModelConfig, size: int, width: int, machine: MachineConfig, tokens: int, images: int) -> int:
+    """Bytes that the backward pass of one block needs for a moment, in a micro batch of `images` images.
 
-
-def working(model: ModelConfig, size: int, width: int) -> int:
-    """Bytes of one image that the backward pass of a PiT block needs beside all that: gradients and temporaries.
-
-    Twelve tensors of pixel tokens; 9 to 11.6 were measured with plain kernels, for all policies, in bf16 and fp32.
+    That is what the block would have kept under 'none' and makes again, and for a PiT block its gradients and
+    temporaries: twelve tensors of pixel tokens (9 to 11.6 were measured with plain kernels, in bf16 and fp32). With
+    'chunked' both are those of a chunk, beside four tensors of all pixel tokens: gradients of the block's output and
+    input, and of what attention gives and gets.
     """
-    return 12 * _sizes(model, size, width).pixels.all
+    s, kernels, policy = _sizes(model, size, width, tokens), machine.pixel_kernels, machine.pixel_checkpointing
+    again = recomputed_blocks(machine.patch_checkpointing, model.depth)
+    patch = max((_patch_block(model, s, n) - _patch_block(model, s, n, again=True) for n in again), default=0)
+    pit = _pit_block(model, s, "none", kernels) - _pit_block(model, s, policy, kernels)
+    at_once: float = images
+    whole = 0
+    if policy == "chunked":
+        at_once, whole = min(images, CHUNK / (size // model.patch_size) ** 2), 4 * images
+    return round(max(at_once * pit, images * patch) + (12 * at_once + whole) * s.pixels.all)
 
 
 def _sizes(model: ModelConfig, size: int, width: int, tokens: int = 0) -> _Sizes:
@@ -172,6 +175,9 @@ def _pit_block(model: ModelConfig, s: _Sizes, policy: str, kernels: str) -> int:
     """Its output and what it keeps; its input is the output of the one before."""
     if policy in ("full", "offload"):
         return s.pixels.all
+    if policy == "chunked":
+        # Its input, what attention reads and gives: [L, P, d]; compacted, qkv, q, k, attention, its projection: [L, A].
+        return 3 * s.pixels.all + 8 * s.compact.all + 3 * s.compact.head_statistics
     post, fused = model.modulation == "post", kernels == "triton"
     # compacted, qkv, attention, its projection: [L, A]; expanded, and x: [L, P, d]; fc1 and fc2, unless they are fused
     kept = 6 * s.compact.all + (1 + 1 + 5 * (not fused)) * s.pixels.all + s.compact.head_statistics

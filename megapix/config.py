@@ -30,7 +30,7 @@ Images = int | str
 
 Sampler = Literal["euler", "heun", "ab2"]
 
-PixelPolicy = Literal["none", "selective", "selective_modulation", "full", "offload"]
+PixelPolicy = Literal["none", "selective", "selective_modulation", "full", "chunked", "offload"]
 """What the pixel pathway keeps for its backward pass (`recompute.py`)."""
 
 T = TypeVar("T")
@@ -227,7 +227,8 @@ class MachineConfig:
     pixel_checkpointing: PixelPolicy = _machine("full")
     """What backward finds of the pixel pathway: 'none' keeps all activations, 'selective' results of matrix products,
     'selective_modulation' those but the pixel-wise modulation, 'full' each PiT block's input; the rest is computed
-    again. 'offload' keeps all in host memory."""
+    again. 'chunked' keeps what goes into attention and comes out, and computes the rest again for some patches at a
+    time, so backward takes the least. 'offload' keeps all in host memory."""
     patch_checkpointing: Literal["none", "full"] | int = _machine("none")
     """What backward finds of the patch pathway: 'none' keeps all activations, 'full' each block's input, a number k
     that of every k-th block and all of the others; the rest is computed again."""
@@ -576,6 +577,10 @@ def batch_layout(config: Config, ranks: int) -> BatchLayout:
     return BatchLayout(micro, accumulation, ranks)
 
 
+CHUNK = 512
+"""Patches that the policy 'chunked' computes at a time."""
+
+
 def recomputed_blocks(patch_checkpointing: str | int, depth: int) -> range:
     """Numbers of the patch blocks, counted from 1, that `machine.patch_checkpointing` computes again in backward."""
     if patch_checkpointing == "none":
@@ -694,6 +699,11 @@ def validate(config: Config) -> None:
         raise InputError(
             f"machine.pixel_kernels = 'triton' with model.pixel_width = {m.pixel_width}: expected 'plain', or a width "
             "that is a power of two and at least 16"
+        )
+    if config.machine.pixel_kernels == "triton" and config.machine.pixel_checkpointing == "chunked":
+        raise InputError(
+            "machine.pixel_checkpointing = 'chunked' with machine.pixel_kernels = 'triton': the fused kernels take all "
+            "patches at once; expected machine.pixel_kernels = 'plain', or another policy, such as 'full'"
         )
     need(config.checkpoint.keep >= 0, "checkpoint.keep", "0 (all) or more")
     need(config.checkpoint.keep_best >= 0, "checkpoint.keep_best", "0 (none) or more")

@@ -64,13 +64,17 @@ def recomputed(model: ModelConfig, size: int, pixel_policy: str, patch_policy: s
     """FLOPs that activation checkpointing computes again for one image: work of the machine that no MFU counts.
 
     Args:
-        pixel_policy: 'full' repeats the PiT blocks, 'selective_modulation' its modulation; the others no product.
+        pixel_policy: 'full' repeats the PiT blocks, 'chunked' their modulation, MLP and output layer,
+            'selective_modulation' their modulation; the others no product.
         patch_policy: 'full' repeats the patch blocks, a number k every k-th of them.
         tokens: as of `forward`.
     """
     L = _patches(model, size)
+    modulation, mlp = _linear(L, model.width, modulation_width(model)), _pixel_mlp(model, L)
+    colours = _linear(L * model.patch_size**2, model.pixel_width, CHANNELS)
     pixel = {
-        "selective_modulation": model.pixel_depth * _linear(L, model.width, modulation_width(model)),
+        "selective_modulation": model.pixel_depth * modulation,
+        "chunked": model.pixel_depth * (modulation + mlp) + colours,
         "full": model.pixel_depth * _pit_block(model, L),
     }.get(pixel_policy, 0)
     again = recomputed_blocks(patch_policy, model.depth)
@@ -106,7 +110,11 @@ def _pit_block(model: ModelConfig, L: int) -> int:
     compaction = 2 * _linear(L, P * d, A)  # from the pixels of a patch to one token, and back
     attention = _linear(L, A, 3 * A) + _attention(L, A) + _linear(L, A, A)  # qkv, proj
     modulation = _linear(L, model.width, modulation_width(model))
-    return modulation + compaction + attention + 2 * _linear(L * P, d, 4 * d)
+    return modulation + compaction + attention + _pixel_mlp(model, L)
+
+
+def _pixel_mlp(model: ModelConfig, L: int) -> int:
+    return 2 * _linear(L * model.patch_size**2, model.pixel_width, 4 * model.pixel_width)
 
 
 def _attention(rows: int, width: int) -> int:

@@ -4,6 +4,8 @@
     selective             inputs and results of matrix products; the cheap rest is computed again
     selective_modulation  as selective, but the pixel-wise modulation, a PiT block's largest result, is computed again
     full                  the block's input alone
+    chunked               what goes in and out of attention, and what attention saves; the rest is computed again, and
+                          some patches at a time (`chunked.py`)
     offload               nothing on the device: what autograd saves waits in host memory
 
 A policy takes the place of a block's `forward`; parameters, names and results stay as they are.
@@ -19,6 +21,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from megapix.chunked import chunked
 from megapix.config import MachineConfig, recomputed_blocks
 from megapix.model import PixelDiT
 from megapix.offload import offloaded
@@ -55,12 +58,19 @@ def apply(network: PixelDiT, machine: MachineConfig) -> None:
 
 
 def _prepare(block: nn.Module, policy: str, compiled: bool) -> None:
+    if policy == "chunked":
+        block.forward = chunked(block, _compiled if compiled else lambda part: part)
+        return
     forward: Any = MethodType(RECOMPUTING.get(policy, type(block).forward), block)
     if compiled:
-        forward = torch.compile(forward, fullgraph=True)
+        forward = _compiled(forward)
     if policy == "offload":
         forward = offloaded(block, forward)
     block.forward = forward
+
+
+def _compiled(forward: Any) -> Any:
+    return torch.compile(forward, fullgraph=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

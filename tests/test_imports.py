@@ -53,7 +53,8 @@ ALLOWED = {
     "megapix.flops": {"megapix.config"},
     "megapix.activations": {"megapix.config", "megapix.flops"},
     "megapix.offload": set(),
-    "megapix.recompute": {"megapix.config", "megapix.model", "megapix.offload"},
+    "megapix.chunked": {"megapix.config", "megapix.model"},
+    "megapix.recompute": {"megapix.chunked", "megapix.config", "megapix.model", "megapix.offload"},
     "megapix.profiling": {"megapix.dist"},
     "megapix.parameters": {"megapix.config", "megapix.flops"},
     "megapix.sizing": {

@@ -66,6 +66,11 @@ def test_a_width_that_no_matrix_product_has_is_bad_input(width: int) -> None:
         config.validate(asking(width))
 
 
+def test_kernels_of_all_patches_are_not_for_chunks_of_them() -> None:
+    with pytest.raises(InputError, match=r"= 'chunked' with machine.pixel_kernels = 'triton': .*expected"):
+        config.validate(config.replace(asking(16), "machine.pixel_checkpointing", "chunked"))
+
+
 def test_cpus_without_the_interpreter_are_bad_input(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(InputError, match=r"machine\.pixel_kernels = 'triton': .* expected 'plain' on CPUs"):

@@ -104,6 +104,8 @@ def test_recomputed_products_by_hand() -> None:
     assert flops.recomputed(xl, 256, "selective", "none") == 0
     assert flops.recomputed(xl, 256, "full", "none") / 1e9 == pytest.approx(4 * 22.6, abs=0.3)
     assert flops.recomputed(xl, 256, "selective_modulation", "none") / 1e9 == pytest.approx(4 * 14.5, abs=0.1)
+    mlp = 2 * 2 * 256 * 256 * 16 * 64 / 1e9
+    assert flops.recomputed(xl, 256, "chunked", "none") / 1e9 == pytest.approx(4 * (14.5 + mlp), abs=0.1)
     assert flops.recomputed(xl, 256, "none", "full") / 1e9 == pytest.approx(220, abs=1)
     assert flops.recomputed(xl, 256, "none", 2) * 2 == flops.recomputed(xl, 256, "none", "full")
     whole = flops.recomputed(xl, 256, "full", "full")
@@ -209,6 +211,13 @@ def test_the_policy_asked_for_is_planned(asked: str | int) -> None:
     found = [x.config.machine for x in choose.candidates(c, 8, 1, H100)]
     assert sum(all(getattr(m, key) == value for key, value in own.items()) for m in found) == 1
     assert len({x.ds_config for x in found}) == 3
+
+
+def test_fused_kernels_are_not_planned_with_chunks() -> None:
+    for kernels, planned in (("plain", True), ("triton", False)):
+        c = config.replace(config.preset("xl-256"), "machine.pixel_kernels", kernels)
+        found = {x.config.machine.pixel_checkpointing for x in choose.candidates(c, 8, 1, H100)}
+        assert ("chunked" in found) == planned
 
 
 def test_defaults_of_a_gpu_and_what_offload_takes_on_the_host() -> None:

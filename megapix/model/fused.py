@@ -227,7 +227,7 @@ class FusedPiTBlock(PiTBlock):
             normed = self.norm1(x_NPd)  # [N, P, d]
         else:
             normed, x_NPd, modulation_NPM = _NormModulate.apply(x_NPd, self.norm1.weight, modulation_NPM)  # type: ignore[no-untyped-call]
-        attended = self._attend(normed, s_BLD, rope)  # [N, P, d]
+        attended = self.attend(normed, s_BLD, rope)  # [N, P, d]
         fc1, fc2 = self.mlp.fc1, self.mlp.fc2
         weights = (self.norm2.weight, fc1.weight, fc1.bias, fc2.weight, fc2.bias)
         return _tail(x_NPd, attended, modulation_NPM, *weights, self.post)  # [N, P, d]

@@ -277,18 +277,27 @@ class PiTBlock(nn.Module):
     def forward(self, x_NPd: Tensor, s_BLD: Tensor, rope: Rope) -> Tensor:
         modulation = self.adaLN_modulation(s_BLD)  # [B, L, P·chunks·d]
         parts = modulation.view(*x_NPd.shape[:-1], -1).chunk(self.chunks, dim=-1)  # chunks × [N, P, d]
-        if self.post:
-            scale1, shift1, scale2, shift2 = parts
-            x_NPd = x_NPd + modulate(self._attend(self.norm1(x_NPd), s_BLD, rope), shift1, scale1)
-            return x_NPd + modulate(self.mlp(self.norm2(x_NPd)), shift2, scale2)
-        shift1, scale1, gate1, shift2, scale2, gate2 = parts
-        attended = self._attend(self.norm1.modulated(x_NPd, shift1, scale1), s_BLD, rope)
-        x_NPd = torch.addcmul(x_NPd, gate1, attended)
-        return torch.addcmul(x_NPd, gate2, self.mlp(self.norm2.modulated(x_NPd, shift2, scale2)))
+        attended = self.attend(self.before(x_NPd, *parts[:-4]), s_BLD, rope)  # [N, P, d]
+        return self.after(x_NPd, attended, *parts[-4:])
 
-    def _attend(self, x_NPd: Tensor, s_BLD: Tensor, rope: Rope) -> Tensor:
+    def before(self, x_NPd: Tensor, *modulation: Tensor) -> Tensor:
+        """What attention gets of the pixels: their norm, with pre-modulation shifted and scaled."""
+        return self.norm1.modulated(x_NPd, *modulation) if modulation else self.norm1(x_NPd)
+
+    def attend(self, x_NPd: Tensor, s_BLD: Tensor, rope: Rope) -> Tensor:
+        """Attention over patches, there and back; of s only the shape counts."""
         compact = self.compress_to_attn(x_NPd.view(*s_BLD.shape[:2], -1))  # [B, L, attention width]
         return self.expand_from_attn(self.attn(compact, rope)).view_as(x_NPd)  # [N, P, d]
+
+    def after(self, x_NPd: Tensor, attended_NPd: Tensor, *modulation: Tensor) -> Tensor:
+        """The pixels with what attention gives, and the MLP; the four last parts of the modulation."""
+        if self.post:
+            scale1, shift1, scale2, shift2 = modulation
+            x_NPd = x_NPd + modulate(attended_NPd, shift1, scale1)
+            return x_NPd + modulate(self.mlp(self.norm2(x_NPd)), shift2, scale2)
+        gate1, shift2, scale2, gate2 = modulation
+        x_NPd = torch.addcmul(x_NPd, gate1, attended_NPd)
+        return torch.addcmul(x_NPd, gate2, self.mlp(self.norm2.modulated(x_NPd, shift2, scale2)))
 
 
 class FinalLayer(nn.Module):

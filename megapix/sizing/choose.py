@@ -78,8 +78,10 @@ def candidates(c: Config, ranks: int, nodes: int, m: Machine) -> list[Candidate]
         places += [(name, read_knobs(name)) for name in OTHERS if name != c.machine.ds_config]
     asked_for = c.machine.patch_checkpointing
     patch_policies = [*PATCH_POLICIES, *([asked_for] if asked_for not in PATCH_POLICIES else [])]
+    fused = c.machine.pixel_kernels == "triton"
+    pixel_policies = [policy for policy in PIXEL_POLICIES if not (fused and policy == "chunked")]
     found = []
-    for (name, knobs), pixel, patch in product(places, PIXEL_POLICIES, patch_policies):
+    for (name, knobs), pixel, patch in product(places, pixel_policies, patch_policies):
         asked = replace(replace(c, "machine.pixel_checkpointing", pixel), "machine.patch_checkpointing", patch)
         asked = replace(asked, "machine.ds_config", name)
         found.append(_largest(asked, knobs, ranks, nodes, micros, m))

@@ -87,7 +87,7 @@ def of_rank(
     # AdamW's square root of the second moment, or before it the fp64 copy of a gradient whose norm is taken.
     root = 0 if c.machine.fused_adamw else fp32
     stepping = on_device * max(root, 8 * min(parameters.largest(c.model), share))
-    held, backward = micro * _held(c), micro * _backward(c)
+    held, backward = micro * _held(c), activations.backward(*_network(c), c.machine, c.text.max_tokens, micro)
     encoder = round(text_encoder * WIDTH[c.text.dtype])
     states = weights + on_device * 4 * fp32 + encoder
     # The gradients' partition exists as backward starts if a micro batch has been added to it before.
@@ -136,12 +136,6 @@ def _held(c: Config) -> int:
     kept = activations.per_image(*_network(c), c.machine, c.text.max_tokens)
     text = TEXT_COPIES * c.text.max_tokens * c.model.text_width
     return sum(kept.values()) + (IMAGE_COPIES * 3 * c.data.image_size**2 + text) * 4
-
-
-def _backward(c: Config) -> int:
-    """Of an image: what one block, the largest, has to make again, and what its backward pass needs beside it."""
-    remade = activations.remade(*_network(c), c.machine, c.text.max_tokens)
-    return remade + activations.working(*_network(c))
 
 
 def _network(c: Config) -> tuple[ModelConfig, int, int]:
