@@ -18,7 +18,7 @@ from megapix import config, dist
 from megapix.config import Config
 from megapix.dist import World
 from megapix.errors import InputError
-from megapix.watchdog import EXIT_LOST, PATIENCE, Peer, Watchdog, Word
+from megapix.watchdog import EXIT_LOST, PATIENCE, USUAL, Peer, Watchdog, Word
 from tests.launch import ROOT, environment, free_port, of_ranks
 from tests.runs import SMALL, arguments
 
@@ -256,14 +256,34 @@ def test_a_word_older_than_the_others_moves_is_no_hang(moves: bool, monkeypatch:
 
 
 def test_words_say_how_far_a_rank_is() -> None:
-    """Turns count phases within a step; the same phase again is no progress in order, and the first step is long."""
+    """Turns count phases within a step; the same phase again is no progress in order; the first two steps are long."""
     watch = Watchdog(World(), SECONDS, {"data": 7.0})
     seen = []
-    for step, phase in [(4, "data"), (4, "step"), (4, "data"), (4, "sample"), (4, "sample"), (5, "data"), (5, "save")]:
+    for step, phase in [
+        *((4, "data"), (4, "step"), (4, "data"), (4, "sample"), (4, "sample")),
+        *((5, "data"), (6, "data"), (6, "save"), (7, "step")),
+    ]:
         watch.note(step, phase)
         seen.append((watch._word.step, watch._word.turn, watch._word.patience))
     long = SECONDS * PATIENCE
     assert seen == [
-        (4, 0, long + 7.0), (4, 1, long), (4, 2, long + 7.0), (4, 3, long), (4, 3, long), (5, 0, SECONDS + 7.0),
-        (5, 1, long),
-    ]  # fmt: skip
+        *((4, 0, long + 7.0), (4, 1, long), (4, 2, long + 7.0), (4, 3, long), (4, 3, long)),
+        *((5, 0, long + 7.0), (6, 0, SECONDS + 7.0), (6, 1, long), (7, 0, SECONDS)),
+    ]
+
+
+def test_a_phase_that_took_longer_than_the_limit_in_the_second_step_may_do_so_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Twice in the second step, the longer of which counts; the first step's, which compiles, does not."""
+    now = 1000.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    watch = Watchdog(World(), SECONDS)
+    for step, took in ((1, 50.0), (2, 5.0), (2, 4.0), (3, 0.0)):
+        watch.note(step, "backward")
+        now += took
+        watch.note(step, "step")
+    watch.note(4, "backward")
+    assert watch._word.patience == USUAL * 5.0
+    watch.note(4, "step")
+    assert watch._word.patience == SECONDS
