@@ -44,6 +44,7 @@ POLICIES: list[tuple[config.PixelPolicy, str | int]] = [
     ("selective", "none"),
     ("selective_modulation", "none"),
     ("full", "none"),
+    ("chunked", "none"),
     ("offload", "none"),
     ("full", 2),
     ("full", "full"),
@@ -102,6 +103,8 @@ def ways(fused: bool) -> Iterator[tuple[str, MachineConfig]]:
     """How blocks can be run, as written first."""
     for kernels, compiled in itertools.product(("plain", "triton") if fused else ("plain",), (False, True)):
         for pixel, patch in POLICIES:
+            if kernels == "triton" and pixel == "chunked":
+                continue  # the fused kernels take all patches at once
             torch.compiler.reset()  # graphs of the way before would count as compiled too often
             name = f"pixel {pixel}, patch {patch}{', fused' * (kernels == 'triton')}{', compiled' * compiled}"
             yield (

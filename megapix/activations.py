@@ -88,8 +88,9 @@ def backward(model: ModelConfig, size: int, width: int, machine: MachineConfig, 
 
     That is what the block would have kept under 'none' and makes again, and for a PiT block its gradients and
     temporaries: twelve tensors of pixel tokens (9 to 11.6 were measured with plain kernels, in bf16 and fp32). With
-    'chunked' both are those of a chunk, beside four tensors of all pixel tokens: gradients of the block's output and
-    input, and of what attention gives and gets.
+    'chunked' both are those of a chunk, beside four tensors of all pixel tokens (gradients of the block's output and
+    input, and of what attention gives and gets), and the modulation's weight for the part after attention, a copy and
+    its gradient of a chunk and, in fp32, of all.
     """
     s, kernels, policy = _sizes(model, size, width, tokens), machine.pixel_kernels, machine.pixel_checkpointing
     again = recomputed_blocks(machine.patch_checkpointing, model.depth)
@@ -98,8 +99,10 @@ def backward(model: ModelConfig, size: int, width: int, machine: MachineConfig, 
     at_once: float = images
     whole = 0
     if policy == "chunked":
-        at_once, whole = min(images, CHUNK / (size // model.patch_size) ** 2), 4 * images
-    return round(max(at_once * pit, images * patch) + (12 * at_once + whole) * s.pixels.all)
+        at_once = min(images, CHUNK / (size // model.patch_size) ** 2)
+        weight = model.patch_size**2 * 4 * model.pixel_width * model.width
+        whole = 4 * images * s.pixels.all + (FLOAT + 2 * width) * weight
+    return round(max(at_once * pit, images * patch) + 12 * at_once * s.pixels.all) + whole
 
 
 def _sizes(model: ModelConfig, size: int, width: int, tokens: int = 0) -> _Sizes:

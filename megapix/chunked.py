@@ -4,13 +4,13 @@ All that a PiT block does beside attention it does to each pixel by itself. So t
 after it keep their inputs alone, and both passes take a chunk of patches from the input to the output, or from the
 output's gradient to the input's, before the next. Attention keeps what autograd saves; it is not computed again.
 
-Each part takes its columns of the modulation, so none is computed twice in a pass.
+Of the modulation each part computes the columns that it needs, and none is computed by both.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -22,27 +22,44 @@ from torch.autograd.function import once_differentiable
 from megapix.config import CHUNK
 from megapix.model.layers import FinalLayer, PiTBlock, Rope, wide
 
-Wrap = Callable[[Callable[..., Tensor]], Callable[..., Tensor]]
+Run = Callable[..., Tensor]
+Wrap = Callable[[Run], Run]
 
 
-def chunked(block: nn.Module, wrap: Wrap) -> Callable[..., Tensor]:
+def chunked(block: nn.Module, wrap: Wrap) -> Run:
     """The `forward` of a PiT block or the output layer in chunks.
 
     Args:
         wrap: what becomes of each part of it: torch.compile, or nothing.
     """
-    if isinstance(block, FinalLayer):
-        return _Part(wrap(MethodType(FinalLayer.forward, block)), 1, list(block.parameters()))
-    assert isinstance(block, PiTBlock)
-    before = _Part(wrap(MethodType(_before, block)), 1 if block.post else 2, [block.norm1.weight])
-    after = _Part(wrap(MethodType(_after, block)), 3, [block.norm2.weight, *block.mlp.parameters()])
-    attend = wrap(MethodType(PiTBlock.attend, block))
+    return MethodType(_output_layer(wrap) if isinstance(block, FinalLayer) else _pit_block(wrap), block)
 
-    def forward(x_NPd: Tensor, s_BLD: Tensor, rope: Rope) -> Tensor:
+
+def _output_layer(wrap: Wrap) -> Run:
+    run = wrap(FinalLayer.forward)
+
+    def forward(layer: FinalLayer, x_NPd: Tensor) -> Tensor:
+        return _in_chunks(partial(run, layer), [x_NPd], [], [*layer.parameters()])  # [N, P, C]
+
+    return forward
+
+
+def _pit_block(wrap: Wrap) -> Run:
+    before, attend, after = wrap(_before), wrap(PiTBlock.attend), wrap(_after)
+
+    def forward(block: PiTBlock, x_NPd: Tensor, s_BLD: Tensor, rope: Rope) -> Tensor:
         s_ND = s_BLD.flatten(0, 1)
-        *first, second = zip(*(_columns(block, p) for p in block.adaLN_modulation[0].parameters()), strict=True)
-        normed = before(x_NPd, s_ND, *first[0]) if first else before(x_NPd)  # [N, P, d]
-        return after(x_NPd, attend(normed, s_BLD, rope), s_ND, *second)  # [N, P, d]
+        if block.adaLN_modulation._forward_hooks:  # somebody watches it (`blocks.py`)
+            with torch.no_grad():
+                for start in range(0, len(s_ND), CHUNK):
+                    block.adaLN_modulation(s_ND[start : start + CHUNK])
+        weight, bias = block.adaLN_modulation.parameters()
+        *first, second = zip(_columns(block, weight), _columns(block, bias), strict=True)
+        rows = [x_NPd, s_ND] if first else [x_NPd]
+        normed = _in_chunks(partial(before, block), rows, [t for two in first for t in two], [block.norm1.weight])
+        rows = [x_NPd, attend(block, normed, s_BLD, rope), s_ND]  # [N, P, d], [N, P, d], [N, D]
+        own = [block.norm2.weight, *block.mlp.parameters()]
+        return _in_chunks(partial(after, block), rows, second, own)  # [N, P, d]
 
     return forward
 
@@ -67,53 +84,51 @@ def _after(block: PiTBlock, x_NPd: Tensor, attended_NPd: Tensor, *modulation: Te
     return block.after(x_NPd, attended_NPd, *_modulation(x_NPd, *modulation))
 
 
-@dataclass(frozen=True)
-class _Part:
-    """A function whose first `rows` tensors, and whose result, have a row for each patch; of the others it needs all.
+def _in_chunks(run: Run, rows: Any, others: Any, own: Any) -> Tensor:
+    """`run` of some rows at a time; nothing but its inputs is kept.
 
-    Beside them it reads the parameters `own`.
+    Args:
+        run: its result has a row for each patch.
+        rows: its first arguments, with a row for each patch.
+        others: the rest, which it needs whole.
+        own: parameters that it reads beside them.
     """
-
-    run: Callable[..., Tensor]
-    rows: int
-    own: list[nn.Parameter]
-
-    def __call__(self, *tensors: Tensor) -> Tensor:
-        return _InChunks.apply(self, *tensors, *self.own)  # type: ignore[no-untyped-call]
+    return _InChunks.apply(run, len(rows), len(own), *rows, *others, *own)  # type: ignore[no-untyped-call]
 
 
 class _InChunks(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, part: _Part, *tensors: Tensor) -> Tensor:
-        ctx.part = part
-        tensors = tensors[: len(tensors) - len(part.own)]
-        ctx.save_for_backward(*tensors)
-        rows, others = tensors[: part.rows], [t.contiguous() for t in tensors[part.rows :]]
-        return torch.cat([part.run(*chunk, *others) for chunk in _cut(rows)])
+    def forward(ctx: Any, run: Run, rows: int, own: int, *tensors: Tensor) -> Tensor:
+        ctx.run, ctx.rows, ctx.own = run, rows, tensors[len(tensors) - own :]
+        ctx.save_for_backward(*tensors[: len(tensors) - own])
+        others = [t.contiguous() for t in tensors[rows : len(tensors) - own]]
+        starts = range(0, len(tensors[0]), CHUNK)
+        return torch.cat([run(*(t[n : n + CHUNK] for t in tensors[:rows]), *others) for n in starts])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        part, tensors = ctx.part, ctx.saved_tensors
-        rows, others = tensors[: part.rows], [_leaf(t.contiguous()) for t in tensors[part.rows :]]
-        whole = [*others, *part.own]
-        d_rows = [torch.empty_like(t) for t in rows]
-        d_whole = [torch.zeros_like(wide(t.detach())) for t in whole]  # chunks are added up in fp32
-        for (g,), d_chunk, chunk in zip(_cut(grads), _cut(d_rows), _cut(rows), strict=True):
-            leaves = [_leaf(t) for t in chunk]
+        saved, rows, needed = ctx.saved_tensors, ctx.rows, ctx.needs_input_grad[3:]
+        whole = [*(_leaf(t.contiguous(), need) for t, need in zip(saved[rows:], needed[rows:], strict=False)), *ctx.own]
+        others = whole[: len(saved) - rows]
+        totals = [torch.empty_like(t) for t in saved[:rows]]
+        totals += [torch.zeros(t.shape, dtype=wide(t[:0]).dtype, device=t.device) for t in whole]
+        for start in range(0, len(grads[0]), CHUNK):
+            here = slice(start, start + CHUNK)
+            cut = [_leaf(t[here], need) for t, need in zip(saved[:rows], needed, strict=False)]
             with torch.enable_grad():
-                out = part.run(*leaves, *others)
-            found = torch.autograd.grad(out, [*leaves, *whole], g)
-            for d, t in zip(d_chunk, found, strict=False):
-                d.copy_(t)
-            for d, t in zip(d_whole, found[part.rows :], strict=True):
-                d.add_(t)
-        return (None, *d_rows, *(d.to(t.dtype) for d, t in zip(d_whole, whole, strict=True)))
+                out = ctx.run(*cut, *others)
+            wanted = [t for t in (*cut, *whole) if t.requires_grad]
+            found = iter(torch.autograd.grad(out, wanted, grads[0][here]))
+            for number, total in enumerate(totals):
+                if needed[number] and number < rows:
+                    total[here] = next(found)
+                elif needed[number]:
+                    total += next(found)  # of all chunks, in fp32
+            del out, found  # before the next chunk's are made
+        tensors = zip(totals, (*saved[:rows], *whole), needed, strict=True)
+        return None, None, None, *(total.to(t.dtype) if need else None for total, t, need in tensors)
 
 
-def _cut(rows: Any) -> list[tuple[Tensor, ...]]:
-    return list(zip(*(t.split(CHUNK) for t in rows), strict=True))
-
-
-def _leaf(t: Tensor) -> Tensor:
-    return t.detach().requires_grad_()
+def _leaf(t: Tensor, need: bool) -> Tensor:
+    return t.detach().requires_grad_(need)

@@ -228,7 +228,7 @@ class MachineConfig:
     """What backward finds of the pixel pathway: 'none' keeps all activations, 'selective' results of matrix products,
     'selective_modulation' those but the pixel-wise modulation, 'full' each PiT block's input; the rest is computed
     again. 'chunked' keeps what goes into attention and comes out, and computes the rest again for some patches at a
-    time, so backward takes the least. 'offload' keeps all in host memory."""
+    time, so backward takes the least of large images. 'offload' keeps all in host memory."""
     patch_checkpointing: Literal["none", "full"] | int = _machine("none")
     """What backward finds of the patch pathway: 'none' keeps all activations, 'full' each block's input, a number k
     that of every k-th block and all of the others; the rest is computed again."""

@@ -42,10 +42,10 @@ LONG = ("start", "save", "load", "score", "profile")
 """Phases that are long and say nothing new meanwhile: building, loading and compiling; writing a checkpoint; going back
 to one; scoring images on rank 0; writing a trace."""
 PATIENCE = 10.0
-"""`seconds` times this may pass without news in the phases of LONG, and in the first two steps: the first compiles, and
-the second shows how long each phase takes."""
+"""`seconds` times this may pass without news in the phases of LONG, in the first step, which compiles, and in every
+other phase the first time that it is seen after that, which shows how long it takes."""
 USUAL = 3.0
-"""What a phase took in the second step, times this, may pass later on, where that is more than `seconds`."""
+"""What a phase took then, times this, may pass later on, where that is more than `seconds`."""
 GRACE = 2.0
 """Seconds that the others have to end by themselves once a rank has ended in order with an error."""
 CALL_AGAIN = 0.1
@@ -139,7 +139,7 @@ class Watchdog:
         self._host = socket.gethostname()
         self._word = Word(patience=seconds * PATIENCE)
         self._first: int | None = None
-        self._took: dict[str, float] = {}  # phase -> the longest of the second step
+        self._took: dict[str, float] = {}  # phase -> seconds, the first time after the first step
         self._peers: dict[int, Peer] = {}
         self._leaving: dict[str, Any] | None = None
         self._failed: tuple[float, int, str] | None = None
@@ -156,10 +156,10 @@ class Watchdog:
         last, now = self._word, time.monotonic()
         if self._first is None:
             self._first = step
-        if last.step == self._first + 1:
-            self._took[last.phase] = max(self._took.get(last.phase, 0.0), now - last.at)
+        elif last.step != self._first:
+            self._took.setdefault(last.phase, self._idle(last, now))
         turn = 0 if step != last.step else last.turn + (phase != last.phase)
-        long = phase in LONG or step <= self._first + 1
+        long = phase in LONG or step == self._first or phase not in self._took
         patience = max(self._seconds * (PATIENCE if long else 1.0), USUAL * self._took.get(phase, 0.0))
         patience += self._longer.get(phase, 0.0)
         self._word = Word(step, phase, turn, patience, at=now)  # one assignment: the thread never sees half a word

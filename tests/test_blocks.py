@@ -15,6 +15,7 @@ from tests.runs import STEP_BATCH, arguments, scalars
     [
         pytest.param(1, "fp32", "post", "none", marks=pytest.mark.long),
         (2, "fp32", "pre", "full"),
+        (1, "fp32", "pre", "chunked"),
         pytest.param(2, "bf16", "post", "full", marks=pytest.mark.long),
     ],
 )

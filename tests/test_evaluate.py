@@ -60,8 +60,13 @@ class Files:
 def files(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Files:
     folder = tmp_path_factory.mktemp("evaluate")
     export(folder / "net.safetensors", SMALL.model)
-    assert data_prep.cli.main(["stats", str(shards), "--out", str(folder / "stats.npz"), "--workers", "1"]) == 0
-    return Files(folder / "net.safetensors", folder / "stats.npz")
+    return Files(folder / "net.safetensors", stats_of(shards, folder / "stats.npz"))
+
+
+def stats_of(shards: Path, out: Path) -> Path:
+    """The reference of shards, written to `out`."""
+    assert data_prep.cli.main(["stats", str(shards), "--out", str(out), "--workers", "1"]) == 0
+    return out
 
 
 def export(path: Path, model: ModelConfig, seed: int = 0) -> None:

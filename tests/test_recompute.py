@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import typing
@@ -88,6 +89,28 @@ def test_a_few_patches_at_a_time_give_the_same_but_for_the_order_of_sums(
     for name, gradient in expected.items():
         scale = float(gradient.abs().max())
         torch.testing.assert_close(found[name].grad, gradient, rtol=1e-5, atol=5e-6 * scale, msg=name)
+
+
+@pytest.mark.parametrize("frozen", ["norm1", "norm2", "mlp", "adaLN_modulation"])
+def test_chunks_leave_what_is_frozen_alone(frozen: str) -> None:
+    net = with_policies(SMALL, "chunked", "none")
+    for name, p in net.named_parameters():
+        p.requires_grad = f".{frozen}." not in name
+    net(*inputs()).square().mean().backward()
+    for name, gradient in gradients(SMALL, "none", "none").items():
+        p = net.get_parameter(name)
+        assert (p.grad is None) == (f".{frozen}." in name), name
+        if p.grad is not None:
+            torch.testing.assert_close(p.grad, gradient, rtol=1e-5, atol=5e-6 * float(gradient.abs().max()), msg=name)
+
+
+def test_a_copy_of_a_network_in_chunks_has_its_own_weights() -> None:
+    net = with_policies(SMALL, "chunked", "none")
+    expected, other = net(*inputs()), copy.deepcopy(net)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.zero_()
+    assert torch.equal(other(*inputs()), expected)
 
 
 class Largest(TorchDispatchMode):
@@ -292,20 +315,20 @@ class Peak(TorchDispatchMode):
 @pytest.mark.parametrize("modulation", ["pre", "post"])
 @pytest.mark.parametrize("images", [1, 2])
 def test_backward_takes_no_more_than_is_planned(modulation: Literal["pre", "post"], images: int) -> None:
-    """Of the pixel pathway at 512 pixels: two chunks an image. Hundreds of patches make its weights' bytes small."""
-    model = ModelConfig(width=32, depth=1, heads=2, pixel_depth=2, num_classes=3, modulation=modulation)
+    """Of the pixel pathway at 512 pixels: two chunks an image; with as many weights as make a difference."""
+    model = ModelConfig(width=256, depth=1, heads=2, pixel_depth=2, num_classes=3, modulation=modulation)
     peaks = {}
     for policy in ("full", "chunked"):
         machine = MachineConfig(pixel_checkpointing=policy)
         net = with_policies(model, policy, "none")
-        x, s = torch.randn(images, 3, 512, 512), torch.randn(images, 1024, 32, requires_grad=True)
+        x, s = torch.randn(images, 3, 512, 512), torch.randn(images, 1024, 256, requires_grad=True)
         net.pixel_pathway(x, s)  # position tables are made once, before the count
         with Peak() as peak:
             net.pixel_pathway(x, s).square().mean().backward()
         peaks[policy] = peak.bytes
         held = images * activations.per_image(model, 512, 4, machine)["pixel"]
         assert 0.6 < (peak.bytes - held) / activations.backward(model, 512, 4, machine, 0, images) < 1, policy
-    assert peaks["chunked"] < (0.85 if images == 1 else 0.6) * peaks["full"]
+    assert peaks["chunked"] < (0.85 if images == 1 else 0.65) * peaks["full"]
 
 
 def test_bytes_of_xl_at_256_pixels() -> None:

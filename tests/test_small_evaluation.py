@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 
-import data_prep.cli
 from megapix import cli, config
 from megapix.checkpoint import PARTS
 from megapix.config import Config
@@ -25,6 +24,7 @@ from megapix.reference import Reference, read_reference, write_reference
 from tests.launch import FreshLaunch, Rank, start, succeed, succeeded
 from tests.runs import ENDLESS, SMALL, STEP_BATCH, arguments, asked_to_stop, counters, flat_vectors, saved, scalars
 from tests.subjects import Subject
+from tests.test_evaluate import stats_of
 
 COUNT, BATCH = 10, 4
 """Three blocks, the last of which is not full: of two ranks the second has nothing to draw in the second turn."""
@@ -39,11 +39,6 @@ def stats(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def measure(subject: Subject, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The reference of what the subject trains on."""
     return stats_of(subject.shards, tmp_path_factory.mktemp("measure") / "stats.npz")
-
-
-def stats_of(shards: Path, out: Path) -> Path:
-    assert data_prep.cli.main(["stats", str(shards), "--out", str(out), "--workers", "1"]) == 0
-    return out
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ import pytest
 import torch
 from PIL import Image
 
-import data_prep.cli
 from megapix import cli, sample, speech, weights
 from megapix.condition import Condition
 from megapix.evaluation.manifest import Scored, read_scores
@@ -20,7 +19,7 @@ from tests import text_encoders
 from tests.launch import succeed
 from tests.runs import SMALL, refused
 from tests.subjects import TEXT, text_model
-from tests.test_evaluate import export
+from tests.test_evaluate import export, stats_of
 
 PROMPTS = ("a red mat", "two small dog", "the cat")
 COUNT, BATCH = 7, 4
@@ -46,9 +45,7 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def stats(text_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("stats") / "stats.npz"
-    assert data_prep.cli.main(["stats", str(text_shards), "--out", str(out), "--workers", "1"]) == 0
-    return out
+    return stats_of(text_shards, tmp_path_factory.mktemp("stats") / "stats.npz")
 
 
 def command(model: Path, stats: Path, prompts: Path, out: Path, *more: str | Path) -> list[str]:

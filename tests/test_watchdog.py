@@ -256,34 +256,36 @@ def test_a_word_older_than_the_others_moves_is_no_hang(moves: bool, monkeypatch:
 
 
 def test_words_say_how_far_a_rank_is() -> None:
-    """Turns count phases within a step; the same phase again is no progress in order; the first two steps are long."""
+    """Turns count phases within a step; the same phase again is no progress in order. The first step is long, and so is
+    a phase the first time that it is seen after that."""
     watch = Watchdog(World(), SECONDS, {"data": 7.0})
     seen = []
     for step, phase in [
         *((4, "data"), (4, "step"), (4, "data"), (4, "sample"), (4, "sample")),
-        *((5, "data"), (6, "data"), (6, "save"), (7, "step")),
+        *((5, "data"), (6, "data"), (6, "save"), (7, "step"), (8, "save"), (8, "step")),
     ]:
         watch.note(step, phase)
         seen.append((watch._word.step, watch._word.turn, watch._word.patience))
     long = SECONDS * PATIENCE
     assert seen == [
         *((4, 0, long + 7.0), (4, 1, long), (4, 2, long + 7.0), (4, 3, long), (4, 3, long)),
-        *((5, 0, long + 7.0), (6, 0, SECONDS + 7.0), (6, 1, long), (7, 0, SECONDS)),
+        *((5, 0, long + 7.0), (6, 0, SECONDS + 7.0), (6, 1, long), (7, 0, long), (8, 0, long), (8, 1, SECONDS)),
     ]
 
 
-def test_a_phase_that_took_longer_than_the_limit_in_the_second_step_may_do_so_again(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Twice in the second step, the longer of which counts; the first step's, which compiles, does not."""
+def test_a_phase_may_take_three_times_what_it_took_the_first_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first step's, which compiles, do not count, nor later ones, nor time in which the process was stopped."""
     now = 1000.0
     monkeypatch.setattr("time.monotonic", lambda: now)
     watch = Watchdog(World(), SECONDS)
-    for step, took in ((1, 50.0), (2, 5.0), (2, 4.0), (3, 0.0)):
+    for step, stopped, took in ((1, 0.0, 50.0), (2, 80.0, 5.0), (2, 0.0, 9.0), (3, 0.0, 0.0)):
         watch.note(step, "backward")
+        watch._resumed = now = now + stopped
         now += took
         watch.note(step, "step")
     watch.note(4, "backward")
     assert watch._word.patience == USUAL * 5.0
     watch.note(4, "step")
     assert watch._word.patience == SECONDS
+    watch.note(4, "sample")
+    assert watch._word.patience == SECONDS * PATIENCE

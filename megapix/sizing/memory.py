@@ -48,7 +48,7 @@ class Bytes:
     """What AdamW, or the gradient's norm, needs for a moment."""
     activations: int
     backward: int
-    """Recomputed activations of one block, its gradients and temporaries."""
+    """Recomputed activations of one block, or of a chunk of it, its gradients and temporaries."""
     peak: int
     """The most at once: as backward starts, as a bucket is reduced, or in the optimizer's step."""
     host: int
