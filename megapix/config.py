@@ -480,7 +480,11 @@ def tiny() -> Config:
 
 
 def t2i_tiny() -> Config:
-    """A text network of a few million parameters for the embedded image set with its Unicode names, 64 pixels."""
+    """A text network of a few million parameters for the embedded image set with its Unicode names, 64 pixels.
+
+    Tuned for a quarter of an hour on two CPU cores. From as many images, smaller batches learn more, by the held-out
+    loss; below 16 images the reduction of each step's gradients takes too much of the time.
+    """
     return Config(
         precision="fp32",
         model=ModelConfig(
@@ -500,7 +504,7 @@ def t2i_tiny() -> Config:
         text=TextConfig(max_tokens=32, dtype="fp32", scale=1.0),
         data=DataConfig(image_size=64, flip=False, workers=1),
         optim=OptimConfig(
-            global_batch=32, lr=2e-3, lr_after=2e-4, lr_step_at=19_200, end_at=24_000, beta2=0.99, ema_decay=0.99
+            global_batch=16, lr=2.5e-3, lr_after=2.5e-4, lr_step_at=19_200, end_at=24_000, beta2=0.99, ema_decay=0.99
         ),
         machine=MachineConfig(pixel_checkpointing="none"),
         checkpoint=CheckpointConfig(every=8_000),
