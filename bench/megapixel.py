@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -88,7 +89,7 @@ class Memory:
 
 
 def train(data: Path, out: Path, policy: str, precision: str, steps: int) -> tuple[float, list[float], float]:
-    """(peak GiB of all processes, losses, seconds of a step) of a run of `steps` steps on two ranks."""
+    """(peak GiB of all processes, losses, seconds of a step after the first) of `steps` steps on two ranks."""
     shutil.rmtree(out, ignore_errors=True)
     batch = 2
     options = (
@@ -106,7 +107,7 @@ def train(data: Path, out: Path, policy: str, precision: str, steps: int) -> tup
     events.Reload()
     losses = [event.value for event in events.Scalars("loss/train")]
     speed = [event.value for event in events.Scalars("speed/images_per_s")][1:]
-    return memory.peak / 2**30, losses, batch * len(speed) / sum(speed)
+    return memory.peak / 2**30, losses, batch * len(speed) / sum(speed) if speed else math.nan
 
 
 def main() -> None:
@@ -123,14 +124,12 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
     data = shards(work, options.stamps, options.encoder)
     index = json.loads((data / "index.json").read_text())
-    rows = []
+    sizes = len(index["image_policy"]["buckets"])
+    print(f"{index['samples']} images of 1024 x 1024 pixels, {sizes} size(s), {options.precision}, 2 ranks\n")
+    rows = ["| pixel_checkpointing | GiB in all | s a step | losses |", "|---|---|---|---|"]
     for policy in options.policies:
         peak, losses, seconds = train(data, work / "run", policy, options.precision, options.steps)
         rows.append(f"| {policy} | {peak:.2f} | {seconds:.1f} | {' '.join(f'{loss:.4f}' for loss in losses)} |")
-        print(rows[-1], flush=True)
-    sizes = len(index["image_policy"]["buckets"])
-    print(f"\n{index['samples']} images of 1024 x 1024 pixels, {sizes} size(s), {options.precision}, 2 ranks\n")
-    print("| pixel_checkpointing | GiB in all | s a step | losses |\n|---|---|---|---|")
     print("\n".join(rows))
 
 

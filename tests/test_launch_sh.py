@@ -140,7 +140,9 @@ def test_the_ranks_code_comes_through(played: int, code: int, train: list[str], 
     assert finish(start(tmp_path, f"exit {played}", *train))[0] == code
 
 
-@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
+@pytest.mark.parametrize(
+    "sent", [signal.SIGTERM, *(pytest.param(s, marks=pytest.mark.long) for s in (signal.SIGUSR1, signal.SIGHUP))]
+)
 def test_a_signal_becomes_a_stop_file(sent: signal.Signals, train: list[str], tmp_path: Path) -> None:
     stop = tmp_path / "run" / "stop"
     process = start(tmp_path, f"echo up; until [ -e {stop} ]; do sleep 0.1; done; exit 75", *train)

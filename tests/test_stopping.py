@@ -33,7 +33,7 @@ ASKS = {
 
 
 @pytest.mark.parametrize(
-    "how", ["SIGTERM to every process", pytest.param("SIGUSR1 to one rank", marks=pytest.mark.long), "a file"]
+    "how", ["SIGTERM to every process", *(pytest.param(how, marks=pytest.mark.long) for how in list(ASKS)[1:])]
 )
 def test_asked_to_stop(how: str, shards: Path, tmp_path: Path) -> None:
     """With a worker on each rank, which gets the signal too; once, 3 more steps, against a run of the same length."""
