@@ -97,6 +97,7 @@ def train(data: Path, out: Path, policy: str, precision: str, steps: int) -> tup
         *("--optim.global-batch", str(batch), "--optim.warmup", "0", "--optim.end-at", str(steps * batch)),
         *("--checkpoint.every", str(steps * batch), "--log.every", str(batch), "--log.samples-every", "never"),
         *("--log.blocks-every", "never", "--data.workers", "1", "--machine.pixel-checkpointing", policy),
+        *("--machine.watchdog", "600"),  # in bf16, which not every CPU multiplies by itself, a pass takes many minutes
     )
     command = [str(part) for part in (ROOT / "launch.sh", "--ranks", "2", "t2i-1024-ms", *options)]
     process = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"PYTHON": sys.executable})
