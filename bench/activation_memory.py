@@ -58,11 +58,15 @@ class LiveStorages(TorchDispatchMode):
                 self._seen[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
         return out
 
+    def alive(self) -> dict[int, int]:
+        """Bytes of each of them that is still alive; the others are forgotten."""
+        self._seen = {key: seen for key, seen in self._seen.items() if not seen[0].expired()}
+        return {key: size for key, (_, size) in self._seen.items()}
+
     def held(self) -> Held:
         """Of those that are still alive."""
         gc.collect()
-        moved = {m.copy._cdata for m in gc.get_objects() if type(m) is InHostMemory}
-        alive = {key: size for key, (reference, size) in self._seen.items() if not reference.expired()}
+        moved, alive = {m.copy._cdata for m in gc.get_objects() if type(m) is InHostMemory}, self.alive()
         host = sum(size for key, size in alive.items() if key in moved)
         return Held(sum(alive.values()) - host, host)
 

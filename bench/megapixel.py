@@ -119,7 +119,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/megapixel"))
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--policies", nargs="+", choices=POLICIES, default=POLICIES)
-    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=2, help="of a run; the first is not timed")
     options = parser.parse_args()
     work = options.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
@@ -127,11 +127,11 @@ def main() -> None:
     index = json.loads((data / "index.json").read_text())
     sizes = len(index["image_policy"]["buckets"])
     print(f"{index['samples']} images of 1024 x 1024 pixels, {sizes} size(s), {options.precision}, 2 ranks\n")
-    rows = ["| pixel_checkpointing | GiB in all | s a step | losses |", "|---|---|---|---|"]
+    print("| pixel_checkpointing | GiB in all | s a step | losses |\n|---|---|---|---|", flush=True)
     for policy in options.policies:
         peak, losses, seconds = train(data, work / "run", policy, options.precision, options.steps)
-        rows.append(f"| {policy} | {peak:.2f} | {seconds:.1f} | {' '.join(f'{loss:.4f}' for loss in losses)} |")
-    print("\n".join(rows))
+        row = f"| {policy} | {peak:.2f} | {seconds:.1f} | {' '.join(f'{loss:.4f}' for loss in losses)} |"
+        print(row, flush=True)  # at once: a later policy may need more memory than there is
 
 
 if __name__ == "__main__":

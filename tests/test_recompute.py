@@ -12,11 +12,10 @@ from typing import Any, Literal
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from bench.activation_memory import Held, held_by, patch_pathway, pixel_pathway
+from bench.activation_memory import Held, LiveStorages, held_by, patch_pathway, pixel_pathway
 from bench.made_up import told
 from megapix import activations, chunked, recompute
 from megapix.config import MachineConfig, ModelConfig, PixelPolicy, pixeldit_xl
@@ -293,22 +292,16 @@ def test_bytes_counted_by_hand_are_those_measured(change: dict[str, Any]) -> Non
         assert activations.per_image(model, 32, 2, machine, 7)["patch"] == patch_pathway(model, machine, 32, 7).device
 
 
-class Peak(TorchDispatchMode):
+class Peak(LiveStorages):
     """The most bytes alive at once of the storages made inside it."""
 
     def __init__(self) -> None:
         super().__init__()
         self.bytes = 0
-        self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        out = func(*args, **(kwargs or {}))
-        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
-        for storage in (t.untyped_storage() for t in tree_leaves(out) if isinstance(t, Tensor)):
-            if storage._cdata not in given:
-                self._alive[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
-        self._alive = {key: value for key, value in self._alive.items() if not value[0].expired()}
-        self.bytes = max(self.bytes, sum(size for _, size in self._alive.values()))
+        out = super().__torch_dispatch__(func, types, args, kwargs)
+        self.bytes = max(self.bytes, sum(self.alive().values()))
         return out
 
 
