@@ -136,9 +136,13 @@ def train(arguments: list[str], world: World) -> int:
 def doctor(arguments: list[str], world: World) -> int:
     """Look for what would make training fail, on this rank and with all others; with --parity, compare ZeRO-2."""
     if "--parity" in arguments:
-        from megapix import parity
+        from megapix import engine, parity
 
-        return parity.main([a for a in arguments if a != "--parity"], world)
+        try:
+            return parity.main([a for a in arguments if a != "--parity"], world)
+        except dist.Agreed as error:
+            _complain(error, world.main)
+            return engine.leave(world, 2)
     if not arguments or arguments[0] in ("-h", "--help"):
         return _print_usage(DOCTOR_USAGE, arguments)
     asked = parse_run([a for a in arguments if not a.startswith("--local_rank=")], world, "doctor")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import ctypes
 import fcntl
+import hashlib
 import logging
 import os
 import resource
@@ -35,8 +36,8 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import deepspeed
-import deepspeed.comm
 from deepspeed.accelerator import get_accelerator
+from deepspeed.constants import default_pg_timeout
 from deepspeed.utils import logger as deepspeed_logger
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state, safe_set_full_fp32_param
 
@@ -49,7 +50,11 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
 
 
 def start(world: World) -> torch.device:
-    """Join the process group (NCCL on GPUs, gloo on CPUs) and return this rank's device."""
+    """Join the process group (NCCL on GPUs, gloo on CPUs) and return this rank's device.
+
+    Raises:
+        Agreed: DeepSpeed's CPU communication op cannot be had on some rank.
+    """
     deepspeed_logger.setLevel(logging.WARNING)
     # It warns of every optimizer that is not its own; ours is proven by the parity and EMA tests.
     deepspeed_logger.addFilter(lambda record: "untested optimizer" not in record.getMessage())
@@ -62,10 +67,12 @@ def start(world: World) -> torch.device:
     warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)
     _allow_connections()
     get_accelerator().set_device(world.local_rank)
+    backend = get_accelerator().communication_backend_name()
     if get_accelerator().device_name() == "cpu":
         _keep_freed_memory()
-        _load_comm_op()
-    deepspeed.init_distributed(get_accelerator().communication_backend_name(), auto_mpi_discovery=False, verbose=False)
+        torch.distributed.init_process_group(backend, timeout=default_pg_timeout)  # DeepSpeed takes it as it is
+        together(world, lambda: load_comm_op(world))
+    deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
     return torch.device(get_accelerator().current_device_name())
 
 
@@ -86,28 +93,57 @@ def _keep_freed_memory() -> None:
             libc.mallopt(option, value)
 
 
-def _load_comm_op() -> None:
-    """Compile (once on a machine) and load DeepSpeed's CPU communication op before anything waits for it.
+def extensions() -> Path:
+    """The folder in which torch builds extensions: TORCH_EXTENSIONS_DIR, or in torch's cache one of this environment.
+
+    A build keeps the paths of its headers, so two environments in one folder would build each other's again and again.
+    """
+    if asked := os.environ.get("TORCH_EXTENSIONS_DIR"):
+        return Path(asked)
+    environment = [sys.prefix, sys.version, torch.__version__, *torch.__path__]
+    environment += [deepspeed.__version__, *deepspeed.__path__]
+    name = hashlib.sha256("\n".join(environment).encode()).hexdigest()[:8]
+    return Path(torch.utils.cpp_extension.get_default_build_root()) / f"megapix-{name}"
+
+
+def load_comm_op(world: World) -> None:
+    """Compile (once for an environment) and load DeepSpeed's CPU communication op.
 
     torch guards its build folder with a file that a killed process leaves behind, and every later run would wait for it
     for ever. Our own lock ends with its process, and whoever holds it knows that such a file is a leftover.
+
+    Raises:
+        InputError: its folder cannot be written, or holds a damaged build.
     """
     builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
     if builder is None:
         return
+    root = extensions()
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(root)
     # torch calls ninja, which is installed beside the interpreter; another one would build everything again.
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    folder = Path(torch.utils.cpp_extension._get_build_directory(builder.name, verbose=False))
-    with open(folder.parent / f".{builder.name}.flock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        (folder / "lock").unlink(missing_ok=True)
-        builder.load(verbose=False)
+    folder, what = root / builder.name, "DeepSpeed's CPU communication op"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(root / f".{builder.name}.flock", "w") as lock:
+            if not (folder / f"{builder.name}.so").exists():
+                world.say(f"building {what} in {folder}, once for this environment: about a minute")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            (folder / "lock").unlink(missing_ok=True)
+            builder.load(verbose=False)
+    except OSError as error:
+        raise InputError(
+            f"{what} cannot be built in {str(folder)!r}: {error.strerror or error}; "
+            "expected a folder that can be written, this or another one in TORCH_EXTENSIONS_DIR"
+        ) from error
+    except ImportError as error:
+        raise InputError(f"{what} cannot be loaded: {error}; remove {str(folder)!r} to have it built again") from error
 
 
 def stop() -> None:
     """Wait for every rank and leave the process group; a rank that exits while others talk would abort."""
     if torch.distributed.is_initialized():
-        deepspeed.comm.barrier()
+        torch.distributed.barrier()
         torch.distributed.destroy_process_group()
 
 

@@ -99,10 +99,6 @@ def train(asked: Config, world: World) -> None:
         Trouble: the run diverged, or a checkpoint could not be written; on every rank.
         StopRequested: all ranks have agreed to stop, and all is saved.
     """
-    if not torch.cuda.is_available():
-        world.say(
-            "joining CPU ranks (the first time on a machine, DeepSpeed compiles a communication op: about a minute)"
-        )
     device = engine.start(world)
     dist.together(world, lambda: config.validate(asked))
     stop = StopRequest(Path(asked.out), world)

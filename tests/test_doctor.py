@@ -195,9 +195,9 @@ def test_a_gpu_that_fails_is_told_after_the_ranks_have_met(monkeypatch: pytest.M
 def test_no_compiler_or_no_ninja(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     compiler = shutil.which("g++")
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert software.communication_op().detail.startswith("no g++")
+    assert software.communication_op(World()).detail.startswith("no g++")
     (tmp_path / "g++").symlink_to(str(compiler))
-    verdict = software.communication_op()
+    verdict = software.communication_op(World())
     assert (verdict.status, verdict.detail.partition(":")[0]) == ("fail", "no ninja on the PATH")
 
 

@@ -35,7 +35,7 @@ def examine(asked: Config, world: World) -> int:
 
     hosts = dist.gather(world, socket.gethostname())
     here = hosts.count(hosts[world.rank])
-    op = tried("op build", software.communication_op)
+    op = tried("op build", lambda: software.communication_op(world))
     gpus = tried("GPU", lambda: software.gpus(asked, parameters, world))
     verdicts = [
         met,

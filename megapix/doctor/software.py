@@ -62,8 +62,8 @@ def _source() -> str:
     return digest.hexdigest()[:12]
 
 
-def communication_op() -> Verdict:
-    """DeepSpeed compiles its CPU communication op at the first use; GPUs need none."""
+def communication_op(world: World) -> Verdict:
+    """DeepSpeed compiles its CPU communication op at an environment's first use; GPUs need none."""
     if torch.cuda.is_available():
         return Verdict("op build", "ok", "GPUs need no op of DeepSpeed's")
     if shutil.which("g++") is None:
@@ -75,8 +75,9 @@ def communication_op() -> Verdict:
     if not header.is_file():
         return Verdict("op build", "fail", f"no {header}: the op needs Python's headers (apt install python3-dev)")
     start = time.monotonic()
-    engine._load_comm_op()
-    return Verdict("op build", "ok", f"DeepSpeed's CPU communication op is there, {time.monotonic() - start:.0f} s")
+    engine.load_comm_op(world)
+    seconds = time.monotonic() - start
+    return Verdict("op build", "ok", f"DeepSpeed's CPU communication op is in {engine.extensions()}, {seconds:.0f} s")
 
 
 def shared_memory(config: Config, layout: BatchLayout, ranks_here: int) -> Verdict:
