@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ from data_prep.plan import Options
 from data_prep.sources.image_folder import ImageFolder
 from data_prep.write import write
 from megapix.images import Policy
+from tests.support import programs
 
 if TYPE_CHECKING:
     from tests.subjects import Subject
@@ -26,6 +28,20 @@ OPTIONS = Options(Policy.make("crop", 16), samples_per_shard=16)
 # Preparation's and the loader's workers share one server process in a test run: what the loader needs is loaded there.
 multiprocessing.get_context("forkserver").set_forkserver_preload(["megapix.data.loader"])
 CLASSES = ("blue", "green", "red")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if hidden := os.environ.get(programs.HIDDEN):
+        scratch = tempfile.TemporaryDirectory(prefix="megapix-path-")
+        config.add_cleanup(scratch.cleanup)
+        programs.hide(hidden.split(","), Path(scratch.name))
+
+
+@pytest.hookimpl(tryfirst=True)  # before fixtures, which would look for the program
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    for mark in item.iter_markers("optional_programs"):
+        if reason := programs.lacking(mark.args):
+            pytest.skip(reason)
 
 
 @pytest.fixture(autouse=True)

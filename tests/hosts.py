@@ -15,19 +15,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.launch import ROOT
+import pytest
 
-MISSING = [name for name in ("ip", "sshd", "ssh-keygen", "pdsh", "unshare", "nsenter") if not shutil.which(
-    name, path=f"{os.environ['PATH']}{os.pathsep}/usr/sbin"
-)]  # fmt: skip
-UNABLE = (
-    "needs root, for network namespaces"
-    if os.geteuid()
-    else f"needs {', '.join(MISSING)} (Debian: openssh-server, pdsh, iproute2, util-linux)"
-    if MISSING
-    else ""
-)
-"""Why this machine cannot make hosts, or nothing."""
+from tests.launch import ROOT
+from tests.support import programs
+
+MARKS = [
+    programs.needs("ip", "sshd", "ssh-keygen", "pdsh", "unshare", "nsenter", "mount"),
+    pytest.mark.skipif(os.geteuid() != 0, reason="needs root, for network namespaces"),
+]
+"""Of the tests that make hosts."""
 
 SSHD = """\
 HostKey {folder}/key
@@ -69,7 +66,7 @@ class Host:
     def popen(self, command: Sequence[str | Path], **environment: str) -> subprocess.Popen[str]:
         """Start a command there, in the repository, with this interpreter's environment."""
         enter = ["nsenter", "-t", str(self.init), "-m", "-u", "-n", "-p", "--"]
-        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}{os.pathsep}/usr/sbin"
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         base = {"PYTHON": sys.executable, "PYTHONWARNINGS": "ignore", "GLOO_SOCKET_IFNAME": "eth0", "PATH": path}
         return subprocess.Popen(
             [*enter, "sh", "-c", f'cd {ROOT} && exec "$@"', "sh", *map(str, command)],
@@ -86,9 +83,7 @@ class Host:
 
 
 def _run(*command: str | Path) -> None:
-    subprocess.run(
-        command, check=True, capture_output=True, env=os.environ | {"PATH": os.environ["PATH"] + ":/usr/sbin"}
-    )
+    subprocess.run(command, check=True, capture_output=True)
 
 
 @contextmanager
@@ -97,7 +92,7 @@ def hosts(names: Sequence[str], folder: Path) -> Iterator[list[Host]]:
     tag = f"megapix{os.getpid()}"
     switch, spaces, booted = f"{tag}-switch", [f"{tag}-{name}" for name in names], []
     addresses = [f"10.77.0.{number + 1}" for number in range(len(names))]
-    sshd = shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin")
+    sshd = shutil.which("sshd")  # it wants to be started by its whole path
     (folder / "ssh").mkdir()
     _run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / "key")
     (folder / "sshd_config").write_text(SSHD.format(folder=folder))
@@ -123,7 +118,6 @@ def hosts(names: Sequence[str], folder: Path) -> Iterator[list[Host]]:
                 ["ip", "netns", "exec", space, *unshare, "sh", "-c", script],
                 stderr=subprocess.PIPE,
                 text=True,
-                env=os.environ | {"PATH": os.environ["PATH"] + ":/usr/sbin"},
             )
             booted.append(process)
             assert process.stderr

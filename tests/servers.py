@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 import threading
@@ -61,20 +60,13 @@ class Nginx:
         return [(path, ranges) for method, path, ranges in lines if method == "GET" and path.endswith(ending)]
 
 
-def nginx_program() -> str | None:
-    """Where nginx is installed; Debian puts it where a user's PATH does not look."""
-    return shutil.which("nginx", path=os.environ["PATH"] + ":/usr/sbin")
-
-
 @contextmanager
 def nginx(root: Path, folder: Path) -> Iterator[Nginx]:
     """nginx serving `root`, with /forbidden/ (403), /broken/ (500) and /slow/ (the files, at 8 KiB a second)."""
-    program = nginx_program()
-    assert program
     port = free_port()
     user = "user root; " if os.getuid() == 0 else ""
     (folder / "nginx.conf").write_text(NGINX.format(folder=folder, root=root, port=port, user=user))
-    process = subprocess.Popen([program, "-c", str(folder / "nginx.conf")], stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(["nginx", "-c", str(folder / "nginx.conf")], stderr=subprocess.DEVNULL)
     try:
         _wait_for(f"http://127.0.0.1:{port}/", process)
         yield Nginx(f"http://127.0.0.1:{port}", folder)

@@ -10,6 +10,7 @@ import pytest
 from bench import compare
 from bench.compare import Sample, verdict
 from megapix.errors import InputError
+from tests.support.programs import needs
 
 COMMAND = "python bench.py {out}"
 PROGRAM = """
@@ -29,7 +30,7 @@ TIMES = {
 }
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", params=[pytest.param("git", marks=needs("git"))])
 def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A branch for each of TIMES; `log` beside it tells in what order they were run."""
     folder = tmp_path_factory.mktemp("repository")

@@ -26,6 +26,7 @@ from megapix.saver import Saver
 from tests.launch import start, succeed
 from tests.runs import SMALL, STEP_BATCH, arguments, counters, flat_vectors, saved, scalars
 from tests.subjects import Subject
+from tests.support.programs import needs
 
 FIRST, SECOND = f"images-{10 * STEP_BATCH:012d}", f"images-{20 * STEP_BATCH:012d}"
 
@@ -324,7 +325,7 @@ def test_the_global_batch_may_not_change(shards: Path, run: Path) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
+@pytest.fixture(params=[pytest.param("tmpfs", marks=needs("mount", "umount"))])
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 8 MiB: room for some checkpoints of the small run."""
     folder = tmp_path / "disk"
@@ -468,10 +469,11 @@ def test_a_rollback_leaves_what_is_marked_or_being_read(run: Path) -> None:
     assert not (parent / f"{SECOND}.gone").exists()
 
 
+@needs("chattr")
 def test_a_checkpoint_that_cannot_be_removed_ends_no_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     parent = run / "checkpoints"
     command = ["chattr", "+i", str(rank_file(parent / FIRST))]
-    if shutil.which("chattr") is None or subprocess.run(command, capture_output=True).returncode:
+    if subprocess.run(command, capture_output=True).returncode:
         pytest.skip("no file here can be made immutable")
     try:
         retention.prune(run, parent / SECOND, config.CheckpointConfig(keep=1))

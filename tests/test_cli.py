@@ -372,6 +372,7 @@ def test_launcher_help_and_errors(own_shards: Path, tmp_path: Path) -> None:
         ("g++", None, "no g++: DeepSpeed compiles its CPU communication op"),
         ("df", "echo Avail; echo 64", "/dev/shm has 64 MiB free, 2 CPU ranks need 132"),
         ("ninja", None, "no ninja beside"),
+        ("pdsh", None, "no pdsh: --hostfile starts the nodes with it (Debian: apt install pdsh); or --no-ssh"),
     ],
 )
 def test_launcher_says_what_the_machine_lacks(
@@ -392,7 +393,10 @@ def test_launcher_says_what_the_machine_lacks(
     wrapper = python / "python"
     wrapper.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
     wrapper.chmod(0o755)
-    done = launch(tmp_path, *arguments(own_shards, tmp_path / "run")[1:], PATH=str(tools), PYTHON=str(wrapper))
+    (tmp_path / "hostfile").write_text("node01 slots=2\nnode02 slots=2\n")
+    options = ["--hostfile", "hostfile"] if tool == "pdsh" else []
+    command = [*options, *arguments(own_shards, tmp_path / "run")[1:]]
+    done = launch(tmp_path, *command, PATH=str(tools), PYTHON=str(wrapper))
     assert done.returncode == 2
     assert done.stderr.startswith("launch.sh: error: ")
     assert words in done.stderr

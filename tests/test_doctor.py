@@ -19,6 +19,7 @@ from megapix.doctor.verdict import Findings, Verdict, table
 from megapix.errors import InputError
 from tests.launch import ROOT, Rank, free_port, start
 from tests.runs import SMALL, arguments
+from tests.support.programs import needs
 
 CHECKS = ["hosts", "names", "clock", "versions", "op build", "GPU", "shared memory", "run folder", "disk", "shards"]
 CHECKS += ["command", "all-reduce"]
@@ -64,7 +65,7 @@ def test_alone_and_without_a_launcher(shards: Path, tmp_path: Path) -> None:
     assert "the run would work; look at the warnings" in rank.out
 
 
-@pytest.fixture
+@pytest.fixture(params=[pytest.param("mount", marks=needs("unshare", "mount"))])
 def mounts() -> None:
     if subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode:
         pytest.skip("mounting another file system for one rank needs root")

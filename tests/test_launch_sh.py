@@ -92,7 +92,17 @@ def test_a_line_of_the_hostfile_is_named(tmp_path: Path) -> None:
     assert f"--hostfile {hostfile}: line 'node02 8': expected 'HOST slots=RANKS'" in err
 
 
+def play_pdsh(folder: Path, played: str) -> None:
+    """A script as pdsh, for `start`."""
+    program = folder / "bin" / "pdsh"
+    program.parent.mkdir(exist_ok=True)
+    program.write_text(f"#!/bin/sh\n{played}\n")
+    program.chmod(0o755)
+
+
+@pytest.mark.optional_programs  # pdsh, which is played
 def test_what_deepspeeds_launcher_is_asked(train: list[str], tmp_path: Path) -> None:
+    play_pdsh(tmp_path, "exit 9")  # launch.sh only looks whether it is there
     hostfile = tmp_path / "hostfile"
     hostfile.write_text("node01 slots=2\nnode02 slots=2\n")
     ours = {"GLOO_SOCKET_IFNAME": "eth7", "MASTER_PORT": "4242"}
@@ -183,13 +193,12 @@ def test_int_or_a_second_signal_ends_at_once(sent: list[signal.Signals], train: 
     assert not (tmp_path / "run" / "stop").exists()
 
 
+@pytest.mark.optional_programs
 def test_lost_nodes_are_given_up(train: list[str], tmp_path: Path) -> None:
     """One node is done, the other never: pdsh says so, and waits. The patience is shortened in a copy of the script."""
-    hostfile, bin_ = tmp_path / "hostfile", tmp_path / "bin"
+    play_pdsh(tmp_path, f'echo "$@" >{tmp_path}/asked')
+    hostfile = tmp_path / "hostfile"
     hostfile.write_text("node01 slots=1\nnode02 slots=1\n")
-    bin_.mkdir()
-    (bin_ / "pdsh").write_text(f'#!/bin/sh\necho "$@" >{tmp_path}/asked\n')
-    (bin_ / "pdsh").chmod(0o755)
     copy = tmp_path / "launch.sh"
     text = (ROOT / "launch.sh").read_text()
     assert "\npatience=40 " in text

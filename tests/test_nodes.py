@@ -15,11 +15,11 @@ import pytest
 
 from megapix import checkpoint
 from megapix.watchdog import EXIT_LOST
-from tests.hosts import UNABLE, Host, hosts
+from tests.hosts import MARKS, Host, hosts
 from tests.launch import ROOT
 from tests.runs import arguments, scalars
 
-pytestmark = [pytest.mark.long, pytest.mark.skipif(bool(UNABLE), reason=UNABLE)]
+pytestmark = [pytest.mark.long, *MARKS]
 
 SECONDS = 10.0
 """The watchdog's, in these tests."""

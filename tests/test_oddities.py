@@ -20,6 +20,7 @@ from data_prep import cli
 from megapix.shards import read_index
 from tests.launch import start, succeed
 from tests.runs import arguments, scalars
+from tests.support.programs import needs
 from tests.test_data_prep import hashes
 from tests.test_images import encoded, photo
 
@@ -136,6 +137,7 @@ def test_buckets_are_written_one_to_a_shard(tmp_path: Path, capsys: pytest.Captu
     assert hashes(tmp_path / "out") == hashes(again)
 
 
+@needs("mount", "umount")
 @pytest.mark.long
 def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path) -> None:
     """On a tmpfs with room for some of the shards; with more room the same command goes on to the same bytes."""

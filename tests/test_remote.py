@@ -25,17 +25,16 @@ from megapix.shards import ShardEntry, read_index
 from megapix.storage import Access, Remote, Unreachable
 from tests.launch import start, succeed
 from tests.runs import arguments, scalars
-from tests.servers import Faults, Nginx, faulty, nginx, nginx_program, s3
+from tests.servers import Faults, Nginx, faulty, nginx, s3
+from tests.support.programs import needs
 
 QUICK = Access(timeout=0.5, retries=3)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", params=[pytest.param("nginx", marks=needs("nginx"))])
 def web(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nginx]:
     """nginx over the folder of the `shards` fixture."""
     pytest.importorskip("aiohttp")
-    if not nginx_program():
-        pytest.skip("nginx is not installed (Debian: apt install nginx-light)")
     with nginx(shards, tmp_path_factory.mktemp("nginx")) as server:
         yield server
 
@@ -346,6 +345,7 @@ def test_training_from_a_url(web: Nginx, shards: Path, tmp_path: Path) -> None:
         assert all(value > 0 for value in scalars(tmp_path / "local", name).values())
 
 
+@needs("mount", "umount")
 def test_a_full_disk_ends_the_run_in_one_line(web: Nginx, shards: Path, tmp_path: Path) -> None:
     if os.getuid() != 0:
         pytest.skip("mounting a tmpfs needs root")

@@ -25,6 +25,7 @@ from megapix import checkpoint
 from megapix.metrics import LAYOUT, Writer
 from tests.launch import free_port, succeed
 from tests.runs import STEP_BATCH, arguments, scalars
+from tests.support.programs import needs
 
 DEADLINE = 120.0
 """Seconds in which the server has to show what it was started for."""
@@ -147,6 +148,7 @@ def test_values_groups_and_a_picture_over_http(interrupted: Path) -> None:
         assert scalar_tags - shown == {"schedule/lr", "schedule/images_seen"}, "logged, but on no chart"
 
 
+@needs("mount", "umount")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # of TensorBoard's own thread
 def test_a_full_disk_costs_rows_and_not_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A file system of 256 KiB that fills up and is cleared again; the writer goes on in another file."""

@@ -21,6 +21,7 @@ from megapix.errors import InputError
 from megapix.watchdog import EXIT_LOST, PATIENCE, USUAL, Peer, Watchdog, Word
 from tests.launch import ROOT, environment, free_port, of_ranks
 from tests.runs import SMALL, arguments
+from tests.support.programs import needs
 
 SECONDS = 3.0
 """The watchdog's, in these tests."""
@@ -107,6 +108,7 @@ def test_time_in_which_all_were_stopped_does_not_count() -> None:
     assert [(rank.code, rank.err) for rank in end(processes)] == [(0, "")] * 3
 
 
+@needs("ip", "unshare")
 @pytest.mark.long
 def test_more_ranks_than_the_kernel_lets_wait_at_the_door() -> None:
     """A network namespace in which one connection may wait to be accepted, and eight ranks that call at once."""
