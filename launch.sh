@@ -255,7 +255,7 @@ end_now() {
 # shellcheck disable=SC2329 # called by the traps below
 end_soon() {
   if [[ $asked || -z $run ]]; then
-    echo "launch.sh: ending the ranks; the same command goes on from the last checkpoint" >&2 || true
+    echo "launch.sh: ending the ranks; the same command resumes from the last checkpoint" >&2 || true
     end_now 130
   else
     asked=1

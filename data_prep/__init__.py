@@ -1,1 +1,7 @@
-"""Preparation of WebDataset shards: sources/ (what can be read) -> plan.py -> shard.py -> write.py."""
+"""Preparation of data, before a run: what it reads is `megapix.shards`' contract on disk.
+
+sources/    what shards can be made of, a kind of source each
+writing/    from a source, or from tar files that exist, to a finished folder with an index
+passes/     over a finished folder: verify, inspect, statistics, features of images and captions
+options.py, cli.py    the commands
+"""

@@ -1,8 +1,9 @@
 """megapix: pretraining of PixelDiT, the pixel-space diffusion transformer, on DeepSpeed.
 
 net = megapix.load_model("runs/quickstart")                    # the EMA, in eval mode
-told = megapix.condition.classes(labels, num_classes=5)
-images = megapix.sample.generate(net, noise, told, steps=50, guidance=2.0)
+images = megapix.sample.generate(net, noise, labels, steps=50, guidance=2.0)   # labels [B] int64
+
+For a network that takes text, or a callable of your own, give a `megapix.condition.Condition` in place of the labels.
 """
 
 from __future__ import annotations
@@ -10,11 +11,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from megapix import condition as condition
-    from megapix import sample as sample
-    from megapix.weights import load_model as load_model
+    from megapix.diffusion import condition as condition
+    from megapix.weights.read import load_model as load_model
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
+"""pyproject.toml reads it here."""
 __all__ = ["condition", "load_model", "sample"]
 
 
@@ -23,7 +24,9 @@ def __getattr__(name: str) -> Any:
     import importlib
 
     if name == "load_model":
-        return importlib.import_module("megapix.weights").load_model
-    if name in ("condition", "sample"):
-        return importlib.import_module(f"megapix.{name}")
+        return importlib.import_module("megapix.weights.read").load_model
+    if name == "condition":
+        return importlib.import_module("megapix.diffusion.condition")
+    if name == "sample":
+        return importlib.import_module("megapix.sample")
     raise AttributeError(f"module 'megapix' has no attribute {name!r}")

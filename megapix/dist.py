@@ -1,7 +1,8 @@
-"""Rank and world as a plain value, messages from rank 0, and the question "does anyone object?"."""
+"""Rank and world as a plain value, messages from rank 0, collectives of small objects, and how a rank ends."""
 
 from __future__ import annotations
 
+import atexit
 import os
 import socket
 import sys
@@ -51,8 +52,8 @@ def _print(line: str, file: TextIO) -> None:
     file.flush()
 
 
-class Agreed(InputError):
-    """An InputError that every rank has raised together, so that all can leave in order."""
+class CollectiveInputError(InputError):
+    """An InputError that every rank has raised, so that all can leave in order."""
 
 
 def from_environment() -> World:
@@ -69,28 +70,32 @@ def from_environment() -> World:
 
 
 def agree(world: World, problem: str | None = None, group: Any = None) -> None:
-    """Meet all ranks; if any brings a problem, raise the same error on every one, so that none hangs.
+    """Sync all ranks; if any reports a problem, raise the same error on every one, so that none hangs.
 
     Args:
         group: a process group of all ranks for use in a thread of its own (`host_group`); None is the default one.
 
     Raises:
-        Agreed: the first problem, with the rank and host that brought it where not every rank has the same.
+        CollectiveInputError: the first problem, with the rank and host that reported it unless all have the same.
     """
     if world.size == 1:
         if problem:
-            raise Agreed(problem)
+            raise CollectiveInputError(problem)
         return
     problems = gather(world, (problem, socket.gethostname()), group)
     bad = [(rank, host, text) for rank, (text, host) in enumerate(problems) if text]
     if bad:
         rank, host, text = bad[0]
         everyone = len(bad) == world.size and len({text for _, _, text in bad}) == 1
-        raise Agreed(text if everyone else f"rank {rank} on {host}: {text}")
+        raise CollectiveInputError(text if everyone else f"rank {rank} on {host}: {text}")
 
 
-def together(world: World, work: Callable[[], T], group: Any = None) -> T:
-    """Run `work` on every rank and return its value, or raise Agreed on all if it raised InputError on any."""
+def on_all_ranks(world: World, work: Callable[[], T], group: Any = None) -> T:
+    """Run `work` on every rank and return its value.
+
+    Raises:
+        CollectiveInputError: on every rank, if `work` raised InputError on any.
+    """
     value, problem = None, None
     try:
         value = work()
@@ -122,16 +127,16 @@ def gather_on_main(world: World, value: Any) -> list[Any] | None:
     return values
 
 
-def turns(world: World, count: int) -> Iterator[int | None]:
-    """Numbers below `count` in turns of one for each rank: this rank's, and None where the last turn has none for it.
-    Every rank has equally many turns."""
+def round_robin(world: World, count: int) -> Iterator[int | None]:
+    """This rank's share of the numbers below `count`, dealt out round robin; None where the last round has none left
+    for it. Every rank gets equally many rounds."""
     for first in range(0, count, world.size):
         number = first + world.rank
         yield number if number < count else None
 
 
-def in_order(shares: list[list[T]]) -> list[T]:
-    """What the ranks have made of their numbers in `turns`, in the numbers' order; `shares` are in rank order."""
+def merge_round_robin(shares: list[list[T]]) -> list[T]:
+    """Results of the ranks' `round_robin` shares in the order of the numbers; `shares` are in rank order."""
     return [shares[number % len(shares)][number // len(shares)] for number in range(sum(map(len, shares)))]
 
 
@@ -145,7 +150,7 @@ def total(world: World, numbers: torch.Tensor) -> list[float]:
 
 
 def host_group(world: World) -> Any:
-    """A gloo group of all ranks, for a thread that must not meet the training's collectives. Collective."""
+    """A gloo group of all ranks, for a thread that must stay out of training's collectives. Collective."""
     if world.size == 1:
         return None
     import torch.distributed
@@ -156,3 +161,50 @@ def host_group(world: World) -> Any:
 def barrier(world: World) -> None:
     """Wait until every rank is here."""
     gather(world, None)
+
+
+def stop() -> None:
+    """Wait for every rank and leave the process group; a rank that exits while others talk would abort."""
+    if joined():
+        import torch.distributed
+
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
+def leave(world: World, code: int) -> int:
+    """End this rank with `code` when all ranks do; return it if it has joined no process group. Every rank calls it.
+
+    A process that has joined a group ends here, after Python's own exit handlers: threads that gloo has left behind can
+    abort the interpreter's teardown ("terminate called without an active exception"), and a launcher would take a
+    finished run for a failed one.
+    """
+    several = world.size > 1 and joined()
+    stop()
+    if several:
+        _exit(code)
+    return code
+
+
+def abandon(world: World, code: int) -> int:
+    """End this rank alone with `code`: others may wait in a collective, until the launcher sees the code and ends them.
+    Before it has joined them, return the code."""
+    if world.size > 1 and joined():
+        _exit(code)
+    return code
+
+
+def joined() -> bool:
+    """Whether this rank has joined the process group."""
+    if "torch" not in sys.modules:
+        return False
+    import torch.distributed
+
+    return torch.distributed.is_initialized()
+
+
+def _exit(code: int) -> None:
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -11,11 +11,15 @@ class InputError(Exception):
     """
 
 
-class Trouble(Exception):
-    """A run that cannot go on though its input was right: it diverged, or a checkpoint could not be written.
+class RunError(Exception):
+    """A run that cannot continue though its input was right: it diverged, or a checkpoint could not be written.
 
-    Raised on every rank together. The command line prints it without a traceback and exits with code 1.
+    Raised on every rank. The command line prints it without a traceback and exits with code 1.
     """
+
+
+class RankLost(RunError):
+    """Another rank has ended. Each remaining rank prints its message; the command line exits with 69."""
 
 
 def one_of(name: str, names: list[str] | tuple[str, ...]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,19 +15,20 @@ import pytest
 import torch
 from PIL import Image
 
-from data_prep.plan import Options
 from data_prep.sources.image_folder import ImageFolder
-from data_prep.write import write
-from megapix.images import Policy
+from data_prep.writing.plan import Options
+from data_prep.writing.write import write
+from megapix.shards.image_policy import Policy
 from tests.support import programs
 
 if TYPE_CHECKING:
-    from tests.subjects import Subject
+    from tests.support.trained import Subject
 
 OPTIONS = Options(Policy.make("crop", 16), samples_per_shard=16)
 """Those of the `shards` fixture."""
 # Preparation's and the loader's workers share one server process in a test run: what the loader needs is loaded there.
 multiprocessing.get_context("forkserver").set_forkserver_preload(["megapix.data.loader"])
+torch.set_num_threads(1)  # the tests' matrices are small, and several processes share the cores
 CLASSES = ("blue", "green", "red")
 
 
@@ -53,15 +55,6 @@ def _environment() -> Iterator[None]:
     os.environ.update(before)
 
 
-@pytest.fixture(scope="module")
-def one_thread() -> Iterator[None]:
-    """Matrices as small as some tests' are not worth a second thread, least of all on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="session")
 def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """40 PNG images of 16 pixels in three class folders: a gradient of the class's colour, with noise."""
@@ -80,7 +73,7 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def text_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small random BERT with its tokenizer."""
-    from tests import text_encoders  # late: transformers, which most tests do not need
+    from tests.support import text_encoders  # late: transformers, which most tests do not need
 
     return text_encoders.make(tmp_path_factory.mktemp("encoder"), "bert")
 
@@ -88,15 +81,15 @@ def text_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def text_shards(text_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """36 images of three shapes with one or two captions each, and these captions' features."""
-    from tests import subjects
+    from tests.support import trained
 
-    return subjects.text_shards(tmp_path_factory.mktemp("text"), text_encoder)
+    return trained.text_shards(tmp_path_factory.mktemp("text"), text_encoder)
 
 
 @pytest.fixture(scope="module", params=["classes", "text"])
 def subject(request: pytest.FixtureRequest) -> Subject:
     """What a test trains: classes on square images, and text on images of several shapes."""
-    from tests.subjects import Subject
+    from tests.support.trained import Subject
 
     name = {"classes": "shards", "text": "text_shards"}[request.param]
     return Subject(request.param, request.getfixturevalue(name))
@@ -108,3 +101,9 @@ def shards(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     out = tmp_path_factory.mktemp("shards") / "small"
     write(ImageFolder.open(image_folder), out, OPTIONS, workers=1, progress=False)
     return out
+
+
+@pytest.fixture
+def own_shards(shards: Path, tmp_path: Path) -> Path:
+    """A copy of `shards` that a test may damage."""
+    return Path(shutil.copytree(shards, tmp_path / "shards"))

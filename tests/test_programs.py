@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch import ROOT, start
 from tests.support import programs
+from tests.support.launch import ROOT, start
 
 
 def test_what_needs_hidden_programs_is_skipped_and_says_so() -> None:
     """A pytest on all files that ask for programs, with those of this machine hidden; long tests are skipped, too."""
-    users = re.compile(r"^from tests\.(support\.programs|hosts) import", re.M)
+    users = re.compile(r"^from tests\.support\.(programs|hosts) import", re.M)
     files = [path for path in sorted((ROOT / "tests").rglob("test_*.py")) if users.search(path.read_text())]
     asked = ["-m", "optional_programs", "-rs", "-p", "no:cacheprovider", *files]
     (rank,) = start(1, "pytest", asked, **{programs.HIDDEN: ",".join(programs.PACKAGES)})

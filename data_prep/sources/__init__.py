@@ -8,8 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from data_prep.captions import CaptionKeys
-from data_prep.source import Source
+from data_prep.sources.base import Source
+from data_prep.sources.captions import CaptionKeys
 from megapix.errors import InputError, one_of
 
 CAPTIONED = ("parquet", "image-text", "shards")

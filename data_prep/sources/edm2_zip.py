@@ -11,7 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from data_prep.source import Item, check_label, is_image
+from data_prep.sources.base import Item, check_label, is_image
 from megapix.errors import InputError
 
 

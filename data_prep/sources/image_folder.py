@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data_prep.captions import packed
-from data_prep.source import Item, is_image
-from megapix.captions import Caption
+from data_prep.sources.base import Item, is_image
+from data_prep.sources.captions import packed
 from megapix.errors import InputError
+from megapix.shards.captions import Caption
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data_prep.captions import CaptionKeys, captions_of, check_found, packed, recorded
-from data_prep.source import UNCLASSED, Item
+from data_prep.sources.base import UNCLASSED, Item
+from data_prep.sources.captions import CaptionKeys, captions_of, check_found, packed, recorded
 from data_prep.sources.image_folder import FileReader, images_below
 from megapix.errors import InputError
 

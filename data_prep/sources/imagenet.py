@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data_prep.source import Item, is_image
+from data_prep.sources.base import Item, is_image
 from data_prep.sources.tars import TarReader, members
 from megapix.errors import InputError
 

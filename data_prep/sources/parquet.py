@@ -1,4 +1,8 @@
-"""Parquet files with the images' bytes inside, as Hugging Face data sets have them. Needs the extra `parquet`."""
+"""Parquet files with the images' bytes inside, as Hugging Face data sets have them. Needs the extra `parquet`.
+
+Labels and captions are read when the rows are listed; captions are columns of texts, of lists of texts with or without
+weights, or of lists of structs. An image is read when it is asked for, with its whole row group.
+"""
 
 from __future__ import annotations
 
@@ -8,16 +12,19 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from data_prep.captions import CaptionKeys, packed, recorded
-from data_prep.source import UNCLASSED, Item, check_label
-from data_prep.sources.parquet_captions import caption_columns, captions_of_rows, names_of
-from megapix.captions import Caption
+from data_prep.sources.base import UNCLASSED, Item, check_label
+from data_prep.sources.captions import CaptionKeys, captions_in, packed, recorded
 from megapix.errors import InputError
+from megapix.shards.captions import Caption
 
 IMAGE_COLUMNS = ("image", "img", "jpg", "png", "webp")
 LABEL_COLUMNS = ("label", "cls", "fine_label")
+CAPTION_COLUMNS = ("caption", "text", "txt", "captions")
+"""The first of these that there is holds the captions, without --captions."""
+WEIGHT_COLUMN = "caption_weights"
+"""Lists of weights, for the captions of a column of lists of texts."""
 KIND = "parquet"
 HELD_BYTES = 1 << 29
 """Bytes of row groups that one process keeps (two groups at least); the plan lays a group's samples near each other."""
@@ -122,17 +129,17 @@ def _rows(root: Path, file: Path, keys: CaptionKeys) -> tuple[list[Item], tuple[
         if image is None:
             raise InputError(f"{file}: no column of images ({', '.join(IMAGE_COLUMNS)}); it has {schema.names}")
         label = _column(schema.names, LABEL_COLUMNS)
-        columns = caption_columns(schema, file, keys)
+        columns = _caption_columns(schema, file, keys)
         name = file.relative_to(root).as_posix() if root.is_dir() else file.name
         classes = _class_names(schema, label)
         named = [packed([Caption(one.replace("_", " "))]) for one in classes or ()]
         items = []
         for group in range(opened.num_row_groups):
-            table = opened.read_row_group(group, [*([label] if label else []), *names_of(columns)])
+            table = opened.read_row_group(group, [*([label] if label else []), *_caption_names(columns)])
             count = opened.metadata.row_group(group).num_rows
             labels = table.column(label).to_pylist() if label else [0] * count
             where, chunk = f"{file}: row group {group}", f"{name}/{group}"
-            captions = captions_of_rows(table, columns, where) if columns else []
+            captions = _captions_of_rows(table, columns, where) if columns else []
             for row, number in enumerate(labels):
                 check_label(number, f"{where}, row {row}: {label}")
                 if classes and number >= len(classes):
@@ -159,3 +166,89 @@ def _files(path: Path) -> list[Path]:
     if path.is_dir():
         return sorted(path.rglob("*.parquet"))
     return [path] if path.suffix == ".parquet" else []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Captions
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class _CaptionColumn(NamedTuple):
+    """One column of captions."""
+
+    name: str
+    weight: float
+    """Of its captions, from --captions."""
+    weights: str = ""
+    """Column of their own weights; empty if there is none."""
+
+
+def _caption_columns(schema: Any, file: Path, keys: CaptionKeys) -> list[_CaptionColumn]:
+    """Those that `keys` names, or the first that is known by its name; none if there is no such column.
+
+    Raises:
+        InputError: a column of `keys` is not there, or it is open whose captions have the weights.
+    """
+    for key, _ in keys:
+        if key not in schema.names:
+            raise InputError(f"{file}: --captions names column {key!r}, which is not there; it has {schema.names}")
+    known = [(name, 1.0) for name in CAPTION_COLUMNS if name in schema.names][:1]
+    columns = [_CaptionColumn(name, weight) for name, weight in keys or known]
+    if WEIGHT_COLUMN not in schema.names:
+        return columns
+    lists = [column.name for column in columns if _holds_lists_of_texts(schema.field(column.name).type)]
+    if len(lists) > 1:
+        raise InputError(
+            f"{file}: column {WEIGHT_COLUMN!r} gives the weights of one column of lists, but --captions names {lists}"
+        )
+    return [column._replace(weights=WEIGHT_COLUMN if column.name in lists else "") for column in columns]
+
+
+def _holds_lists_of_texts(kind: Any) -> bool:
+    from pyarrow import types
+
+    is_list = types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
+    return is_list and (types.is_string(kind.value_type) or types.is_large_string(kind.value_type))
+
+
+def _caption_names(columns: list[_CaptionColumn]) -> list[str]:
+    """The columns to read, with those of weights."""
+    return [name for column in columns for name in (column.name, column.weights) if name]
+
+
+def _captions_of_rows(table: Any, columns: list[_CaptionColumn], where: str) -> list[str]:
+    """The packed captions of each row.
+
+    Args:
+        where: file and row group, for messages.
+
+    Raises:
+        InputError: a cell that holds no captions, or a weight that is not a finite number above 0.
+    """
+    cells = {name: _cells(table, name, where) for name in _caption_names(columns)}
+    found = []
+    for row in range(table.num_rows):
+        captions = []
+        for name, weight, weights in columns:
+            value = cells[name][row]
+            try:
+                if weights and value and cells[weights][row] is not None:
+                    value = _weighted(value, cells[weights][row])
+                captions += captions_in(value, weight)
+            except ValueError as error:
+                raise InputError(f"{where}, row {row}: {name}: {error}") from error
+        found.append(packed(captions))
+    return found
+
+
+def _cells(table: Any, name: str, where: str) -> list[Any]:
+    try:
+        return table.column(name).to_pylist()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{where}: column {name!r} holds a text that is not UTF-8: {error}") from error
+
+
+def _weighted(texts: list[Any], weights: list[Any]) -> list[dict[str, Any]]:
+    if len(texts) != len(weights):
+        raise ValueError(f"{len(texts)} captions, but {len(weights)} in {WEIGHT_COLUMN}; expected as many")
+    return [{"text": text, "weight": weight} for text, weight in zip(texts, weights, strict=True)]

@@ -1,4 +1,4 @@
-"""Existing WebDataset shards, to be written anew: an image under each key, with its class number or captions."""
+"""Existing WebDataset shards, to be written again: an image under each key, with its class number or captions."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data_prep.captions import CaptionKeys, check_found, recorded
-from data_prep.samples import TarSample, labels_of, samples_of
-from data_prep.source import UNCLASSED, Item
+from data_prep.sources.base import UNCLASSED, Item
+from data_prep.sources.captions import CaptionKeys, check_found, recorded
+from data_prep.sources.tar_samples import TarSample, labels_of, samples_of
 from data_prep.sources.tars import TarReader, members
 from megapix.errors import InputError
-from megapix.shards import read_index
+from megapix.shards.index import read_index
 
 KIND = "WebDataset shards"
 

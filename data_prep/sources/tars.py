@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from data_prep.source import Item
+from data_prep.sources.base import Item
 from megapix.errors import InputError
-from megapix.shards import TAR_BLOCK
+from megapix.shards.index import TAR_BLOCK
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,1 @@
-"""`megapix bench`: how fast this machine takes the steps of a run, how near its limit that is, and where time goes."""
+"""`megapix bench`: how fast this machine takes a run's steps, how near its peak that is, and where the time goes."""

@@ -11,24 +11,24 @@ from megapix.config import Config, DataConfig, FlowConfig, MachineConfig, ModelC
 from megapix.errors import InputError
 
 RUN = ("seed", "precision", "model", "flow", "data", "optim", "text", "machine")
-"""What is taken from a run's configuration, with its options; the rest has no part in a step."""
+"""Sections of a run's configuration that take part in a step."""
 
 
 @dataclass(frozen=True)
 class StepOptions:
     """Time whole training steps of a configuration on this machine, on one rank or on those of a launcher: MFU against
-    the matmul peak measured beside it, and the parts of a step. Images are made up unless --data.path is given; REPA
-    has no part in it."""
+    the matmul peak measured beside it, and the parts of a step. Images are synthetic unless --data.path is given; REPA
+    is left out."""
 
     micro_batch: int = 4
     """Images in one forward pass of one rank, without accumulation; 0 takes the configuration's own batch."""
     repeats: int = 7
     """Steps that are timed."""
     warmup: int = 2
-    """Steps before them that are not: compiling, first allocations."""
+    """Steps before them that are not timed: compilation, first allocations."""
     save: Path | None = None
-    """Folder, shared by all nodes, in which checkpoints are written and removed, to time how long training waits for
-    one."""
+    """Folder, shared by all nodes, in which checkpoints are written and removed,
+    to time how long training waits for one."""
     out: Path | None = None
     """JSON file of all numbers."""
     seed: int = 0
@@ -51,7 +51,7 @@ class StepOptions:
         """The run whose step is timed; a folder for it is not needed.
 
         Raises:
-            InputError: an option of the benchmark itself that cannot be honoured.
+            InputError: an option of the benchmark itself that cannot be used.
         """
         for name, least in (("micro_batch", 0), ("repeats", 1), ("warmup", 0)):
             if (value := getattr(self, name)) < least:
@@ -64,17 +64,17 @@ class StepOptions:
         return dataclasses.replace(run, optim=optim, machine=machine)
 
 
-def check_batch(asked: StepOptions, default: StepOptions) -> None:
-    """Refuse a batch that is asked for twice.
+def check_batch(options: StepOptions, default: StepOptions) -> None:
+    """Refuse a batch that is set twice.
 
     Raises:
         InputError: a run's own batch options beside --micro-batch, which would take their place.
     """
     for key in ("optim.global_batch", "machine.micro_batch"):
         section, name = key.split(".")
-        value = getattr(getattr(asked, section), name)
-        if asked.micro_batch and value != getattr(getattr(default, section), name):
+        value = getattr(getattr(options, section), name)
+        if options.micro_batch and value != getattr(getattr(default, section), name):
             raise InputError(
-                f"{key} = {value} has no effect beside --micro-batch {asked.micro_batch}: expected --micro-batch "
+                f"{key} = {value} has no effect beside --micro-batch {options.micro_batch}: expected --micro-batch "
                 "alone, or --micro-batch 0 for the run's own batch"
             )

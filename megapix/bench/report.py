@@ -1,4 +1,4 @@
-"""What the benchmark of a step says: its numbers as JSON, and the same as a table."""
+"""The result of the benchmark: its numbers for JSON, and the same as a table."""
 
 from __future__ import annotations
 
@@ -10,34 +10,35 @@ from typing import Any
 
 import torch
 
-from megapix import config, flops
-from megapix.bench.peak import Product
+from megapix import config
+from megapix.bench.peak import Matmul
 from megapix.bench.step import PARTS
 from megapix.bench.stopwatch import Spread
 from megapix.config import BatchLayout, Config
+from megapix.costs import flops
 
 
 @dataclass(frozen=True)
 class Saves:
-    """Checkpoints in the background, a number for each."""
+    """Background saves, one number each."""
 
     stalls: list[float]
-    """Seconds that training has waited for it."""
+    """Seconds that training waited for it."""
     written: list[float]
-    """Seconds until it was whole on the disk, a step meanwhile."""
+    """Seconds until it was whole on disk, with a step meanwhile."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What rank 0 has measured."""
+    """Measurements of rank 0."""
 
     config: Config
     layout: BatchLayout
     device: torch.device
     steps: list[dict[str, float]]
-    """Seconds of each of PARTS, for each step."""
-    products: dict[Product, float]
-    """TFLOP/s of matrix products."""
+    """Seconds of each of PARTS, per step."""
+    matmuls: dict[Matmul, float]
+    """TFLOP/s per matmul."""
     saves: Saves | None = None
 
 
@@ -50,8 +51,8 @@ def numbers(measured: Measured) -> dict[str, Any]:
     whole = [sum(parts.values()) for parts in measured.steps]
     step = Spread.of(whole)
     cost, images_per_s = flops.of_run(c), layout.total / step.median
-    best = max(measured.products, key=lambda product: measured.products[product])
-    peak, data_sheet = measured.products[best], flops.peak_of(c, measured.device)
+    best = max(measured.matmuls, key=lambda matmul: measured.matmuls[matmul])
+    peak, data_sheet = measured.matmuls[best], flops.peak_of(c, measured.device)
 
     def part(name: str) -> dict[str, float]:
         seconds = [parts[name] for parts in measured.steps]
@@ -79,7 +80,7 @@ def numbers(measured: Measured) -> dict[str, Any]:
             "tflops": peak,
             "product": str(best),
             "data_sheet_tflops": data_sheet,
-            "products": {str(product): tflops for product, tflops in measured.products.items()},
+            "products": {str(matmul): tflops for matmul, tflops in measured.matmuls.items()},
         },
         "mfu": speed(peak)["speed/mfu"],
         "mfu_of_data_sheet": speed(data_sheet).get("speed/mfu"),
@@ -89,7 +90,7 @@ def numbers(measured: Measured) -> dict[str, Any]:
 
 
 def table(n: dict[str, Any]) -> str:
-    """`numbers` as text: what was timed, its speed, its share of the peak, and a line for each part of a step."""
+    """`numbers` as text: what was timed, its speed, its share of the peak, and one line per part of a step."""
     c, machine, batch, peak = n["configuration"], n["machine"], n["batch"], n["peak"]
     step, repeats = _spread(n["step"]), len(n["step"]["each"])
     checkpointing = f"checkpointing pixel {c['machine']['pixel_checkpointing']}, patch "
@@ -97,15 +98,15 @@ def table(n: dict[str, Any]) -> str:
     of_sheet = n["mfu_of_data_sheet"]
     sheet = f"{100 * of_sheet:.1f} % of {peak['data_sheet_tflops']:g} TFLOP/s" if of_sheet else "not known"
     lines = [
-        f"machine   {machine['device']}, ranks: {machine['ranks']}, threads of each: {machine['threads']}; "
+        f"machine   {machine['device']}, ranks: {machine['ranks']}, threads per rank: {machine['threads']}; "
         f"torch {machine['torch']}, deepspeed {machine['deepspeed']}",
         f"step      {BatchLayout(batch['micro'], batch['accumulation'], batch['ranks'])}; "
         f"{c['data']['image_size']} pixels, {c['precision']}, {checkpointing}, "
         f"{'compiled' if c['machine']['compile'] else 'not compiled'}; images "
-        f"{'of ' + c['data']['path'] if c['data']['path'] else 'made up'}",
+        f"{'of ' + c['data']['path'] if c['data']['path'] else 'synthetic'}",
         f"time      {step.text()}, median of {repeats} steps: {n['images_per_s']:.4g} images/s, "
-        f"{n['tflops_per_rank']:.4g} TFLOP/s a rank at {n['flops_per_image'] / 1e12:.4g} TFLOP an image",
-        f"peak      {peak['tflops']:.4g} TFLOP/s, the best matrix product here: {peak['product']}",
+        f"{n['tflops_per_rank']:.4g} TFLOP/s per rank at {n['flops_per_image'] / 1e12:.4g} TFLOP per image",
+        f"peak      {peak['tflops']:.4g} TFLOP/s, the best matmul here: {peak['product']}",
         f"MFU       {100 * n['mfu']:.1f} % of that peak; of the data sheet's: {sheet}",
         "",
         f"{'part of a step':44} {'median':>9} {'min':>9} {'max':>9} {'share':>7}",

@@ -6,13 +6,16 @@ from collections.abc import Iterator
 
 import torch
 
-from megapix import consensus, engine, flow
 from megapix.bench.stopwatch import Stopwatch
-from megapix.conditioner import Conditioner
+from megapix.conditioning.conditioner import Conditioner
 from megapix.config import BatchLayout, Config
-from megapix.data.loader import Batch
+from megapix.data.batch import Batch
+from megapix.diffusion import flow
 from megapix.dist import World
-from megapix.errors import Trouble
+from megapix.engine import zero2
+from megapix.engine.network import build_network
+from megapix.errors import RunError
+from megapix.resilience import agreement
 
 PARTS = {
     "data_wait": "waiting for data, copying it to the device",
@@ -23,14 +26,14 @@ PARTS = {
     "gradient_reduce": "gradients into buckets, reduction",
     "optimizer": "norm, clipping, AdamW, weights gathered",
     "ema": "EMA",
-    "agree": "meeting all ranks",
+    "agree": "sync of all ranks",
     "unexplained": "none of these",
 }
 """Parts of a step, in order; docs/performance.md says what each takes in."""
 
 
 class TrainingStep:
-    """Takes steps as `loop.train` does, without REPA, logging and saving, and says how long each part has taken.
+    """Takes steps as `loop.train` does, without REPA, logging and saving, and times each part.
 
     Wrapped are the network's two pathways, `backward` and `step` of the engine, ZeRO-2's gradient hook and epilogue,
     and the optimizer's EMA.
@@ -38,7 +41,7 @@ class TrainingStep:
     Args:
         config: resolved.
         batches: endless micro batches of this rank.
-        conditioner: what the network is told of them.
+        conditioner: makes their conditions.
     """
 
     def __init__(
@@ -50,12 +53,12 @@ class TrainingStep:
         world: World,
         device: torch.device,
     ) -> None:
-        network = engine.build_network(config.model, config.seed, config.machine)
-        self.layout, self.engine = layout, engine.build(config, layout, network)
+        network = build_network(config.model, config.seed, config.machine)
+        self.layout, self.engine = layout, zero2.build(config, layout, network)
         self._config, self._batches, self._conditioner = config, batches, conditioner
         self._world, self._device = world, device
         self._watch = Stopwatch(device)
-        zero = self.engine.optimizer
+        zero = self.engine.deepspeed.optimizer
         for owner, method, part in (
             (network, "patch_pathway", "patch_forward"),
             (network, "pixel_pathway", "pixel_forward"),
@@ -63,7 +66,7 @@ class TrainingStep:
             (self.engine, "step", "optimizer"),
             (zero, "process_gradients", "gradient_reduce"),
             (zero, "overlapping_partition_gradients_reduce_epilogue", "gradient_reduce"),
-            (zero.optimizer, "update_ema", "ema"),
+            (self.engine.optimizer, "update_ema", "ema"),
         ):
             setattr(owner, method, self._watch.timed(part, getattr(owner, method)))
 
@@ -71,9 +74,9 @@ class TrainingStep:
         """Take one step; seconds of each of PARTS.
 
         Raises:
-            Trouble: DeepSpeed has skipped the step, whose gradient is not finite; on every rank.
+            RunError: DeepSpeed has skipped the step, because its gradient is not finite; on every rank.
         """
-        c, e, watch = self._config, self.engine, self._watch
+        c, engine, watch = self._config, self.engine, self._watch
         with watch.part("unexplained"):
             step_loss = torch.zeros((), device=self._device)
             for _ in range(self.layout.accumulation):
@@ -82,14 +85,14 @@ class TrainingStep:
                     images = batch.images.to(self._device, non_blocking=True)
                     condition = self._conditioner.of(batch)
                 with watch.part("objective"):
-                    loss, _ = flow.training_loss(e, images, condition, batch.positions, c.seed, c.flow)
+                    loss, _ = flow.training_loss(engine, images, condition, batch.positions, c.seed, c.flow)
                     loss = loss.mean()
-                e.backward(loss)
-                e.step()
+                engine.backward(loss)
+                engine.step()
                 step_loss += loss.detach() / self.layout.accumulation
             with watch.part("agree"):
-                consensus.after_step(self._world, step_loss, e.get_global_grad_norm(), False, False)
+                agreement.after_step(self._world, step_loss, engine.grad_norm, False, False)
         seconds = watch.read()
-        if not e.was_step_applied():
-            raise Trouble("a step was skipped, as its gradient is not finite: there is nothing to time")
+        if not engine.applied:
+            raise RunError("a step was skipped, as its gradient is not finite: there is nothing to time")
         return {part: seconds[part] for part in PARTS}

@@ -1,4 +1,4 @@
-"""Where the time of a step goes: marks on the device's own clock, put around functions from outside."""
+"""A stopwatch for the parts of a step: marks on the device's own clock, around functions wrapped from outside."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class Stopwatch:
 
 @dataclass(frozen=True)
 class Spread:
-    """Repeats of one number: their median, and how far they lie apart."""
+    """Repeats of one number: their median and range."""
 
     median: float
     low: float

@@ -26,8 +26,8 @@ from queue import Queue
 from threading import Thread
 
 from megapix.errors import InputError
-from megapix.shards import ShardEntry
-from megapix.storage import Remote
+from megapix.shards.index import ShardEntry
+from megapix.shards.storage import Remote
 
 POLL = 0.05
 """Seconds between looks for room while other processes fill it."""

@@ -9,22 +9,12 @@ from pathlib import Path
 import numpy as np
 
 from megapix.config import DataConfig
-from megapix.data.table import open_table
 from megapix.errors import InputError
-from megapix.images import Policy
-from megapix.shards import (
-    CAPTIONS_NAME,
-    INDEX_NAME,
-    TABLE_NAME,
-    TAR_BLOCK,
-    Index,
-    check_table,
-    missing_shards,
-    read_index,
-    sha256_of,
-    write_atomic,
-)
-from megapix.storage import Access, Remote, is_url
+from megapix.files import sha256_of, write_atomic
+from megapix.shards.image_policy import Policy
+from megapix.shards.index import INDEX_NAME, TABLE_NAME, TAR_BLOCK, Index, missing_shards, read_index
+from megapix.shards.storage import Access, Remote, is_url
+from megapix.shards.table import Table, check_table, hashes
 
 
 @dataclass(frozen=True)
@@ -78,7 +68,7 @@ def locate(config: DataConfig) -> Located:
 
 def _check_records(folder: Path, index: Index) -> None:
     """Check that every record points into its shard and at a class that there is, and the image policy."""
-    table = open_table(folder, index)
+    table = Table(folder, index).columns
     entry = np.repeat(np.arange(len(index.shards)), [shard.samples for shard in index.shards])
     ends = np.array([shard.bytes for shard in index.shards], np.uint64)[entry]
     # Offsets are unsigned: they are compared by what is left of the shard, so that no sum can wrap around.
@@ -103,7 +93,7 @@ def _mirrored(config: DataConfig) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomic(folder / INDEX_NAME, data)
         index = read_index(folder)
-        for name, sha256 in ((TABLE_NAME, index.table_sha256), (CAPTIONS_NAME, index.captions_sha256)):
+        for name, sha256 in hashes(index).items():
             path = folder / name
             if not path.is_file() or sha256_of(path) != sha256:
                 write_atomic(path, remote.read(name, 0, remote.size(name)))

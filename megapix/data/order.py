@@ -1,6 +1,6 @@
 """Which sample stands at which position of a run: pure functions, no state.
 
-A run draws an endless sequence of positions 0, 1, 2, …. With n samples in the index, position p lies in epoch p // n.
+A run takes an endless sequence of positions 0, 1, 2, …. With n samples in the index, position p lies in epoch p // n.
 Each epoch is its own permutation of all samples: nothing is dropped at its end, and a global batch may span two epochs.
 
 An epoch permutes the shards, cuts them into windows of `window` shards, and permutes the samples inside each window.
@@ -10,8 +10,8 @@ and d (8 9), window = 2 and seed 0, the first epoch is
 
     shards  d a | b c        samples  1 8 0 9 2 | 7 4 5 3 6
 
-Reading groups (`groups` = G > 1) cut each epoch's line of shards into G equal parts and let position p draw from part
-p mod G; the windows are then those of each part. Every batch still draws from all parts, but a node that takes the
+Reading groups (`groups` = G > 1) cut each epoch's line of shards into G equal parts and let position p take from part
+p mod G; the windows are then those of each part. Every batch still takes from all parts, but a node that takes the
 positions of some groups reads the shards of those alone. G belongs to the order; the number of nodes, any divisor of
 G, does not. With the shards above, G = 2 and window = 0 the line d a | b c is cut in the middle, and the epoch takes
 from both halves in turn:
@@ -34,7 +34,7 @@ of the next step, and the (normally empty) list of skipped ranges.
 Buckets (images of several sizes): a step holds one bucket. Each bucket is an endless order of its own, as above, and
 step k belongs to the bucket whose turn it is: the j-th step of a bucket with n samples is due at time (j + 1/2) / n,
 and steps go by time. So at any moment every bucket has had its share of the steps, to within one, and which bucket step
-k draws from, and how many steps of it came before, is a function of k alone. Positions must then be whole steps.
+k takes from, and how many steps of it came before, is a function of k alone. Positions must then be whole steps.
 
 Sampling is not balanced over classes: every image is seen once an epoch, so classes are seen as often as they occur.
 """
@@ -49,15 +49,15 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from megapix import draws
+from megapix import rng
 from megapix.config import BatchLayout
-from megapix.draws import Purpose
 from megapix.errors import InputError
-from megapix.shards import ShardEntry
+from megapix.rng import Purpose
+from megapix.shards.index import ShardEntry
 
 Positions: TypeAlias = NDArray[np.int64]
 Skipped: TypeAlias = Sequence[tuple[int, int]]
-"""Sorted, disjoint half-open ranges [start, stop) of positions that are never drawn."""
+"""Sorted, disjoint half-open ranges [start, stop) of positions that are never used."""
 
 
 def take(position: int, count: int, skipped: Skipped) -> tuple[Positions, int]:
@@ -124,7 +124,7 @@ class SampleOrder:
             for w in np.unique(window_of).tolist():
                 some, start = window_of == w, epoch.windows[w]
                 stream, size = number * self.STREAMS + 1 + w, int(epoch.windows[w + 1] - start)
-                places[some] = start + draws.permuted(self.seed, stream, size, places[some] - start)
+                places[some] = start + rng.permuted(self.seed, stream, size, places[some] - start)
             rank = np.searchsorted(epoch.starts, places, "right") - 1
             out[inside] = self.first[epoch.shards[rank]] + places - epoch.starts[rank]
         return out
@@ -132,7 +132,7 @@ class SampleOrder:
     def _epoch(self, number: int) -> _Epoch:
         if number not in self._cached:
             count = len(self.sizes)
-            shards = draws.permuted(self.seed, number * self.STREAMS, count, np.arange(count))
+            shards = rng.permuted(self.seed, number * self.STREAMS, count, np.arange(count))
             starts = np.concatenate([[0], np.cumsum(self.sizes[shards])])
             group = np.arange(self.groups)
             # Positions in [first, first + n) that belong to each group: equal but for one.
@@ -198,7 +198,7 @@ class Order:
     def _seed(self, seed: int, bucket: int) -> int:
         if len(self.buckets) == 1:
             return seed
-        return int(draws.bits(seed, Purpose.BUCKET, np.array([bucket]))[0])
+        return int(rng.bits(seed, Purpose.BUCKET, np.array([bucket]))[0])
 
     def _find_turn(self, step: int) -> tuple[int, int]:
         """(place in `buckets`, number of the step among those of its bucket) of a step."""

@@ -1,18 +1,29 @@
-"""Random access to the images of an index: one read a sample, checked against its CRC."""
+"""Random access to the samples of an index: encoded images, their pixels, and first captions.
+
+Shards may come from strangers. The stock webdataset decoders would unpickle `.pyd` and `.pth` members and decode an
+image of any size; here nothing but the indexed image is read, checked against its CRC, and its size is known before its
+pixels are decoded.
+"""
 
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import overload
+
+import numpy as np
 
 from megapix.config import DataConfig
 from megapix.data.cache import CachedShards, DamagedShard
 from megapix.data.locate import Located, access_of
-from megapix.data.table import open_table
 from megapix.errors import InputError
-from megapix.shards import TAR_BLOCK, SampleRecord, ShardEntry
-from megapix.storage import Local, Remote
+from megapix.shards.image_policy import Policy, decode_indexed
+from megapix.shards.index import TAR_BLOCK, Index, ShardEntry
+from megapix.shards.pixels import Pixels
+from megapix.shards.storage import Local, Remote
+from megapix.shards.table import Captions, SampleRecord, Table
 
 
 class DamagedSample(InputError):
@@ -34,7 +45,7 @@ class ShardReader:
 
     def __init__(self, located: Located, config: DataConfig) -> None:
         self.located, self.config = located, config
-        self.table = open_table(located.folder, located.index)
+        self.table = Table(located.folder, located.index)
         self.cache: CachedShards | None = None
         self._files: Local | Remote = Local(Path(located.base))
         if located.remote:
@@ -75,7 +86,7 @@ class ShardReader:
         return f"{self._files.where(shard.name)}: sample {sample}" + (f" (key {key})" if key else "")
 
     def _record(self, sample: int) -> tuple[SampleRecord, ShardEntry]:
-        record = SampleRecord(*self.table[sample].tolist())
+        record = self.table[sample]
         return record, self.located.index.shards[record.shard]
 
     def _bytes(self, shard: ShardEntry, offset: int, size: int) -> bytes:
@@ -87,3 +98,38 @@ class ShardReader:
             raise DamagedShard(f"{self._files.where(shard.name)} is missing") from error
         except OSError as error:  # of this machine: says nothing about the shard
             raise InputError(f"{self._files.where(shard.name)}: cannot be read: {error.strerror or error}") from error
+
+
+class Decoder:
+    """Decodes the images of one index."""
+
+    def __init__(self, index: Index) -> None:
+        self.policy = Policy.from_dict(index.image_policy)
+        self._prepared = index.prepared
+
+    def __call__(self, data: bytes, bucket: int) -> Pixels:
+        """The image: uint8 [3, H, W], of its bucket's size.
+
+        Raises:
+            ValueError: not an image, damaged, of another size than prepared ones have, or refused by the policy.
+        """
+        pixels = decode_indexed(data, self.policy, bucket, self._prepared)
+        return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+class FirstCaptions(Sequence[str]):
+    """The first caption of every sample of an index, read when it is asked for; arguments and errors of `Captions`."""
+
+    def __init__(self, folder: Path, index: Index) -> None:
+        self._captions, self._samples = Captions(folder, index), index.samples
+
+    def __len__(self) -> int:
+        return self._samples
+
+    @overload
+    def __getitem__(self, sample: int) -> str: ...
+    @overload
+    def __getitem__(self, sample: slice) -> tuple[str, ...]: ...
+    def __getitem__(self, sample: int | slice) -> str | tuple[str, ...]:
+        found = range(self._samples)[sample]
+        return self._captions.of(found)[0].text if isinstance(found, int) else tuple(self[n] for n in found)

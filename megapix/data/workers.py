@@ -1,4 +1,4 @@
-"""Processes of the loader: how they start, what they do not hear, and that none is left behind."""
+"""Processes of the loader: how they start, which signals they do not see, and that none is left behind."""
 
 from __future__ import annotations
 

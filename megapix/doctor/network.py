@@ -1,4 +1,4 @@
-"""Between the nodes: do all ranks meet, do they know each other's names, do clocks agree, how fast is a collective."""
+"""Checks between nodes: do all ranks connect, do names resolve, do clocks agree, how fast is an all-reduce."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ import torch
 import torch.distributed
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]  # torch leaves them out of __all__
 
-from megapix import dist
-from megapix.dist import World
+from megapix.dist import World, barrier, gather
 from megapix.doctor.verdict import Findings, Verdict, table
 from megapix.errors import InputError
 
@@ -25,18 +24,18 @@ MEET_SECONDS = 60
 TALK_SECONDS = 900
 """How long a collective may take: others may still be compiling DeepSpeed's op."""
 SKEW_SECONDS = 1.0
-"""Clocks that differ by more are told: names of event files and log lines are in their order."""
+"""Clocks that differ by more get a warning: event files and log lines are ordered by them."""
 ROUNDS = 5
 
 
 def meet(world: World, seconds: float = MEET_SECONDS) -> Verdict:
-    """Form the process group of all ranks, and say who is missing. Alone in the world there is none to form.
+    """Form the process group of all ranks, and say which are missing. A single rank needs none.
 
     Raises:
         InputError: the launcher's address is not in the environment.
     """
     if world.size == 1:
-        return Verdict("hosts", "ok", "one rank, nobody to reach")
+        return Verdict("hosts", "ok", "one rank, no other to reach")
     address, port = (_environment(name) for name in ("MASTER_ADDR", "MASTER_PORT"))
     start, host = time.monotonic(), socket.gethostname()
     try:
@@ -59,7 +58,7 @@ def meet(world: World, seconds: float = MEET_SECONDS) -> Verdict:
     except RuntimeError as error:
         try:
             missing = [key for key in keys if not here.check([key])]
-        except RuntimeError:  # rank 0 has given up first, and its store went with it
+        except RuntimeError:  # rank 0 has given up first, and its store is gone
             return Verdict("hosts", "fail", f"rank 0 at {address}:{port} is gone: {_line(error)}")
         return Verdict("hosts", "fail", f"{_ranks(missing)} did not appear within {seconds:g} s (at {address}:{port})")
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
@@ -81,7 +80,7 @@ def meet(world: World, seconds: float = MEET_SECONDS) -> Verdict:
 
 @contextmanager
 def _ends_after(seconds: float, world: World, host: str) -> Iterator[None]:
-    """End this rank with its verdict if what is inside takes longer: where packets are dropped, gloo waits long."""
+    """End this rank with its verdict if the block takes longer: where packets are dropped, gloo waits long."""
 
     def end() -> None:
         detail = f"all ranks appeared, but met no other within {seconds:g} s (firewall? GLOO_SOCKET_IFNAME?)"
@@ -98,7 +97,7 @@ def _ends_after(seconds: float, world: World, host: str) -> Iterator[None]:
 
 
 def names(hosts: list[str]) -> Verdict:
-    """Each host should resolve every other's name, as a hostfile and ssh will want."""
+    """Each host should resolve every other's name, which a hostfile and ssh need."""
     unknown = []
     for host in dict.fromkeys(hosts):
         try:
@@ -115,16 +114,16 @@ def names(hosts: list[str]) -> Verdict:
 def clock(world: World) -> Verdict:
     """How far this clock is from rank 0's. Every rank calls it.
 
-    Between two barriers every rank looks at its clock: rank 0 was certainly inside at that moment, so its times of
-    entering and leaving bound the difference. The shortest of some rounds is taken.
+    Between two barriers every rank reads its clock: rank 0 was certainly between them at that moment, so its
+    times before and after bound the difference. The shortest of some rounds is taken.
     """
     rounds = []
     for _ in range(ROUNDS):
         entered = time.time()
-        dist.barrier(world)
+        barrier(world)
         mine = time.time()
-        dist.barrier(world)
-        rounds.append(dist.gather(world, (entered, mine, time.time())))
+        barrier(world)
+        rounds.append(gather(world, (entered, mine, time.time())))
     entered, left = min(((r[0][0], r[0][2]) for r in rounds), key=lambda pair: pair[1] - pair[0])
     mine = next(r[world.rank][1] for r in rounds if r[0][0] == entered)
     low, high = mine - left, mine - entered
@@ -150,7 +149,7 @@ def bandwidth(world: World, device: torch.device, gradient: int) -> tuple[Verdic
         times = []
         for _ in range(ROUNDS + 1):  # the first one opens connections
             tensor.fill_(world.rank + 1)
-            dist.barrier(world)
+            barrier(world)
             start = time.perf_counter()
             torch.distributed.all_reduce(tensor)
             wrong |= bool((tensor != world.size * (world.size + 1) / 2).any())  # waits for the device, too

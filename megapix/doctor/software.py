@@ -1,4 +1,4 @@
-"""What is installed on a node, and what its devices are: versions, DeepSpeed's op, GPUs, shared memory."""
+"""Checks of a node: versions, DeepSpeed's op, GPUs, shared memory."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from pathlib import Path
 
 import torch
 
-from megapix import dist, engine
 from megapix.config import BatchLayout, Config
+from megapix.config.ds_config import read_knobs
 from megapix.data.loader import PREFETCH
-from megapix.dist import World
+from megapix.dist import World, gather
 from megapix.doctor.verdict import Verdict
-from megapix.ds_config import read_knobs
+from megapix.engine import comm_op
 from megapix.errors import InputError
-from megapix.features import read_manifest
+from megapix.shards.image_features import read_manifest
 
 SHM = Path("/dev/shm")
 OP_SHM = 66 * 2**20
@@ -34,7 +34,7 @@ def versions(world: World) -> Verdict:
     packages = {name: _version(name) for name in ("torch", "deepspeed", "megapix")}
     packages["megapix's source"] = _source()
     python = platform.python_version()
-    theirs, their_python = dist.gather(world, (packages, python))[0]
+    theirs, their_python = gather(world, (packages, python))[0]
     different = [f"{name} {v} (rank 0: {theirs[name]})" for name, v in packages.items() if v != theirs[name]]
     if different:
         return Verdict("versions", "fail", "; ".join(different))
@@ -52,7 +52,7 @@ def _version(package: str) -> str:
 
 def _source() -> str:
     """Hash of megapix's files, since a checkout that lags behind has the same version."""
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[1]
     digest = hashlib.sha256()
     try:
         for path in sorted(root.rglob("*.py")):
@@ -75,15 +75,15 @@ def communication_op(world: World) -> Verdict:
     if not header.is_file():
         return Verdict("op build", "fail", f"no {header}: the op needs Python's headers (apt install python3-dev)")
     start = time.monotonic()
-    engine.load_comm_op(world)
+    comm_op.load_comm_op(world)
     seconds = time.monotonic() - start
-    return Verdict("op build", "ok", f"DeepSpeed's CPU communication op is in {engine.extensions()}, {seconds:.0f} s")
+    return Verdict("op build", "ok", f"DeepSpeed's CPU communication op is in {comm_op.extensions()}, {seconds:.0f} s")
 
 
 def shared_memory(config: Config, layout: BatchLayout, ranks_here: int) -> Verdict:
     """/dev/shm holds the op's buffers and the batches on their way from the loader's workers."""
     features = 0
-    with suppress(InputError):  # what is wrong with them is said where the command is checked
+    with suppress(InputError):  # the check of the command reports it
         stored = read_manifest(config.repa.features) if config.repa.features else None
         features = max(map(stored.row_bytes, stored.files), default=0) if stored else 0
     batches = config.data.workers * PREFETCH * layout.micro * (3 * config.data.image_size**2 + features)
@@ -96,18 +96,18 @@ def shared_memory(config: Config, layout: BatchLayout, ranks_here: int) -> Verdi
 
 
 def gpus(config: Config, parameters: int, world: World) -> Verdict:
-    """A GPU for each rank, the same on all, free, and able to hold the states. Every rank calls it."""
-    there, name, broken = torch.cuda.is_available(), "", ""
+    """A GPU for each rank, the same on all, free, and large enough for the states. Every rank calls it."""
+    cuda, name, broken = torch.cuda.is_available(), "", ""
     try:
-        name = torch.cuda.get_device_name(world.local_rank) if there and _own_gpu(world) else ""
-    except Exception as error:  # to be told after the ranks have met
+        name = torch.cuda.get_device_name(world.local_rank) if cuda and _own_gpu(world) else ""
+    except Exception as error:  # reported after the gather, which all ranks take part in
         broken = str(error).strip() or type(error).__name__
-    first = dist.gather(world, (there, name))[0]
+    first = gather(world, (cuda, name))[0]
     if broken:
         return Verdict("GPU", "fail", broken.splitlines()[0])
-    if there != first[0]:
-        return Verdict("GPU", "fail", f"{'a GPU' if there else 'no GPU'} here, but rank 0 has {first[1] or 'none'}")
-    if not there:
+    if cuda != first[0]:
+        return Verdict("GPU", "fail", f"{'a GPU' if cuda else 'no GPU'} here, but rank 0 has {first[1] or 'none'}")
+    if not cuda:
         return Verdict("GPU", "ok", "none: CPU ranks with gloo")
     if not name:
         count = torch.cuda.device_count()

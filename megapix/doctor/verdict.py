@@ -1,4 +1,4 @@
-"""What a check found, and the table of all checks on all nodes."""
+"""The verdict of a check, and the table of all checks on all nodes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Literal
 Status = Literal["ok", "warn", "fail"]
 ORDER: tuple[Status, ...] = ("ok", "warn", "fail")
 NAMED = 3
-"""Nodes that a row of the table names; of more it says how many."""
+"""Nodes that a row of the table names; the rest is counted."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Verdict:
 
 
 def tried(check: str, work: Callable[[], Verdict]) -> Verdict:
-    """The verdict of `work`, or 'fail' with the error that it raised: what a check stumbles over, a run would too."""
+    """The verdict of `work`, or 'fail' with the error that it raised, which a run would meet, too."""
     try:
         return work()
     except Exception as error:
@@ -56,7 +56,7 @@ def table(everyone: list[Findings]) -> str:
             verdict = _of_node(check, [found for found in everyone if found.host == host])
             if verdict is None:
                 continue
-            # What is in order is told once, in the words of its first node.
+            # What is ok is listed once, with the detail of its first node.
             same = next((known for known in outcomes if known[0] == verdict.status == "ok"), None)
             outcomes.setdefault(same or (verdict.status, verdict.detail), []).append(host)
         for (status, detail), nodes in outcomes.items():

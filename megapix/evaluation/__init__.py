@@ -1,1 +1,1 @@
-"""`megapix evaluate`: images from weights, their scores against reference statistics, and a manifest to repeat it."""
+"""`megapix evaluate`: samples from weights, their scores against reference statistics, and a manifest to repeat it."""

@@ -1,6 +1,6 @@
-"""The images of an evaluation: which ones, in blocks that are drawn together, and what an extractor says of them.
+"""The samples of an evaluation, in blocks that are sampled together, and their features.
 
-An image depends on subject, seed, number, batch and device alone: whoever draws a block draws the same.
+An image depends on subject, seed, number, batch and device alone: a block is the same whichever rank samples it.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from megapix import sample
-from megapix.condition import Condition
 from megapix.config import SamplingConfig
-from megapix.extractors import Extractor
-from megapix.flow import Network
+from megapix.diffusion.condition import Condition
+from megapix.diffusion.flow import Network
+from megapix.diffusion.pictures import to_uint8
+from megapix.diffusion.sampler import generate_as, seeded_noise
+from megapix.encoders.scoring import Extractor
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,8 @@ class Images:
     batch: int
     subjects: Sequence[int]
     """Numbers of classes or captions; image number n has the one at n modulo their number."""
-    told: Callable[[Sequence[int]], Condition]
-    """What the network is told of such numbers."""
+    condition_of: Callable[[Sequence[int]], Condition]
+    """Such numbers -> the network's condition."""
     seed: int
     size: tuple[int, int]
     """Height and width in pixels."""
@@ -49,8 +50,8 @@ class Images:
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """A block."""
+class Samples:
+    """A block of samples."""
 
     pixels: NDArray[np.uint8]
     """[B, H, W, 3]"""
@@ -59,29 +60,29 @@ class Drawn:
     logits: NDArray[np.float32]
     """[B, K]"""
     finite: bool
-    """Whether the network's images held numbers alone."""
+    """Whether no pixel was NaN or infinite."""
 
 
-def draw(
+def generate_images(
     images: Images,
     block: int,
     net: Network,
     extractor: Extractor,
     device: torch.device,
     each_step: Callable[[], None] = lambda: None,
-) -> Drawn:
-    """Draw a block and have its features taken.
+) -> Samples:
+    """Sample a block and extract its features.
 
-    It is drawn as a whole batch, of which the last block's is kept in part, and its noise is always the CPU's.
+    A whole batch is sampled, of which the last block keeps a part, and its noise is always the CPU's.
 
     Args:
-        each_step: called before each step of the sampler; an exception from it ends the drawing.
+        each_step: called before each step of the sampler; an exception from it ends the sampling.
     """
     numbers = list(range(block * images.batch, (block + 1) * images.batch))
-    condition = images.told([images.subject(n) for n in numbers])
-    noise = sample.seeded_noise(images.seed, numbers, images.size, torch.device("cpu")).to(device)
-    drawn = sample.draw(net, noise, condition, images.sampling, each_step)
-    finite, pixels = bool(drawn.isfinite().all()), sample.to_uint8(drawn)
+    condition = images.condition_of([images.subject(n) for n in numbers])
+    noise = seeded_noise(images.seed, numbers, images.size, torch.device("cpu")).to(device)
+    samples = generate_as(net, noise, condition, images.sampling, each_step)
+    finite, pixels = bool(samples.isfinite().all()), to_uint8(samples)
     features, logits = extractor(torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous().to(device))
     kept = len(images.numbers(block))
-    return Drawn(pixels[:kept], features[:kept].float().cpu().numpy(), logits[:kept].float().cpu().numpy(), finite)
+    return Samples(pixels[:kept], features[:kept].float().cpu().numpy(), logits[:kept].float().cpu().numpy(), finite)

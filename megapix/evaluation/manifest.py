@@ -1,4 +1,4 @@
-"""What a score belongs to: everything that decides its value, with hashes, and the file that holds both."""
+"""The manifest of a score: everything that decides its value, with hashes; and the file that holds both."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 from megapix.config import SamplingConfig
 from megapix.errors import InputError
 from megapix.evaluation.options import Precision
-from megapix.shards import write_atomic
+from megapix.files import write_atomic
 
 FORMAT, VERSION = "megapix-score", 1
 PACKAGES = ("megapix", "torch", "numpy", "efficientnet_lite_pytorch", "torch-fidelity", "transformers", "tokenizers")
@@ -27,7 +27,7 @@ class Source:
     """A file or checkpoint that a score depends on."""
 
     path: str
-    """Where it was; not part of what it is."""
+    """Where it was; not part of the manifest's key."""
     sha256: str
     """Of weights: hash of names, shapes and values in fp32, the same for a checkpoint of any number of ranks and for an
     exported file. Of prompts: of their text, a JSON string a line. Of a text encoder: its digest. Else of the file."""
@@ -85,13 +85,13 @@ class Scored:
 
 def versions() -> dict[str, str]:
     """Versions of what computes a score."""
-    found = {"python": platform.python_version()}
+    installed = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
-            found[package] = version(package)
+            installed[package] = version(package)
         except PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 def write_scores(path: Path, scored: Scored) -> None:

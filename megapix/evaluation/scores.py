@@ -1,4 +1,4 @@
-"""Scores from features and logits alone, in float64 on the CPU, and in one thread, so that no core changes a bit.
+"""Scores from features and logits alone, in float64 and one CPU thread, so that the number of cores changes no bit.
 
 Fréchet distance        |μ₁ - μ₂|² + tr(Σ₁ + Σ₂ - 2 (Σ₁^½ Σ₂ Σ₁^½)^½)          Heusel et al. 2017
 inception score         exp of the mean KL divergence p(y|x) ‖ p(y)             Salimans et al. 2016
@@ -9,14 +9,14 @@ precision and recall    share of one set in the k-NN balls of the other, k = 3  
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from megapix.evaluation.threads import one_thread
-from megapix.reference import Moments, Reference, Sums
+from megapix.shards.statistics import Moments, Reference, Sums
 
 Features = NDArray[np.float32]
 """[N, D]"""
@@ -51,6 +51,17 @@ def score(features: Features, logits: NDArray[np.float32], reference: Reference)
         return dict(zip(names, (distance, *inception_score(logits), *by_pairs), strict=True))
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Let torch's CPU operators use one thread: matmuls sum in another order on several."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def evenly(rows: Features, count: int) -> Features:
     """`count` of the rows, evenly spread."""
     return rows[np.arange(count) * len(rows) // max(count, 1)]
@@ -80,16 +91,16 @@ def frechet_distance(a: Moments, b: Moments) -> float:
 
 
 def inception_score(logits: NDArray[np.float32], split: int = SPLIT) -> tuple[float, float]:
-    """Mean and standard deviation over parts of `split` images; what is left over at the end is left out, unless it is
-    all there is."""
-    found = []
+    """Mean and standard deviation over parts of `split` images; a smaller last part is left out, unless it is
+    the only one."""
+    scores = []
     for start in range(0, max(len(logits) - split, 0) + 1, split):
         log_p = torch.from_numpy(logits[start : start + split]).double().log_softmax(1)
         p = log_p.exp()
         # Where the mean is 0, p is: xlogy takes 0 · log 0 for 0, and -log p of the other term is finite.
         divergence = (p * log_p - torch.special.xlogy(p, p.mean(0))).sum(1)
-        found.append(divergence.mean().exp().item())
-    return float(np.mean(found)), float(np.std(found))
+        scores.append(divergence.mean().exp().item())
+    return float(np.mean(scores)), float(np.std(scores))
 
 
 def kid(x: Features, y: Features) -> float:

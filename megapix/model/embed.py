@@ -1,4 +1,4 @@
-"""What turns images, timesteps, classes and positions into numbers a block can use.
+"""Embedders of images, timesteps, classes and text, and the position tables.
 
 Shape suffixes: B batch, L patches, P pixels of a patch, D patch width, d pixel width, h channels of one head.
 """
@@ -76,7 +76,7 @@ class ClassEmbedder(nn.Module):
 
 
 class TextEmbedder(nn.Module):
-    """RMSNorm(linear(y)) of text features of C_text channels, taken as they come: y [B, T, C_text] -> [B, T, D]."""
+    """RMSNorm(linear(y)) of text features of C_text channels: y [B, T, C_text] -> [B, T, D]."""
 
     def __init__(self, in_features: int, width: int) -> None:
         super().__init__()
@@ -104,7 +104,7 @@ def timestep_frequencies(device: torch.device) -> Tensor:
 def rope_table(rows: int, cols: int, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Cosine and sine of the 2D rotary angles of a rows × cols grid of patches, each [L, head_dim / 2] float32.
 
-    Pair 2k turns by x·f_k and pair 2k+1 by y·f_k, f_k = 10000^(-4k/head_dim), x the column and y the row position,
+    Pair 2k is rotated by x·f_k and pair 2k+1 by y·f_k, f_k = 10000^(-4k/head_dim), x the column and y the row position,
     both `linspace(0, 16, n)`; patches row-major.
     """
     k = torch.arange(head_dim // 4, dtype=torch.float64)
@@ -120,7 +120,7 @@ def rope_table(rows: int, cols: int, head_dim: int, device: torch.device) -> tup
 def text_rope_table(tokens: int, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Cosine and sine of the rotary angles of text positions 0, 1, 2, …, each [T, head_dim / 2] float32.
 
-    Pair k turns by position·f_k, f_k = 10000^(-2k/head_dim).
+    Pair k is rotated by position·f_k, f_k = 10000^(-2k/head_dim).
     """
     k = torch.arange(head_dim // 2, dtype=torch.float64)
     angle = torch.arange(tokens, dtype=torch.float64)[:, None] * ROPE_THETA ** (-2.0 * k / head_dim)  # [T, h/2]

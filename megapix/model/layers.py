@@ -41,12 +41,12 @@ class RMSNorm(nn.Module):
         return _NormModulate.apply(x, self.weight, shift, scale)  # type: ignore[no-untyped-call]
 
     def rotated(self, x_BLHh: Tensor, rope: Rope) -> Tensor:
-        """norm(x), each pair of adjacent channels (a, b) turned to (a·cos - b·sin, a·sin + b·cos)."""
+        """norm(x), each pair of adjacent channels (a, b) rotated to (a·cos - b·sin, a·sin + b·cos)."""
         return _NormRotate.apply(x_BLHh, self.weight, *rope)  # type: ignore[no-untyped-call]
 
 
 def wide(x: Tensor) -> Tensor:
-    """fp32 of a half-precision tensor; fp32 and fp64 as they are."""
+    """A half-precision tensor in fp32; fp32 and fp64 as they are."""
     return x.float() if x.itemsize < 4 else x
 
 
@@ -59,7 +59,7 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 # Norm, modulation and rotation, each as one operation with a backward written out
 #
 # The chain rule op by op would keep up to five fp32 tensors of x's size for backward; these keep x itself, one number
-# for each row, and what lives elsewhere anyway (weights, modulation, position tables). All else is computed again.
+# for each row, and what lives elsewhere anyway (weights, modulation, position tables). All else is recomputed.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -133,18 +133,18 @@ class _NormRotate(torch.autograd.Function):
         x32 = wide(x_BLHh)
         rstd = _inverse_rms(x32)
         ctx.save_for_backward(x_BLHh, weight, cos, sin, rstd)
-        return _turn((x32 * rstd).mul_(wide(weight)), cos, sin).to(x_BLHh.dtype)
+        return _rotate((x32 * rstd).mul_(wide(weight)), cos, sin).to(x_BLHh.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
         x, weight, cos, sin, rstd = ctx.saved_tensors
-        g = _turn(wide(grads[0]), cos, -sin)  # back
+        g = _rotate(wide(grads[0]), cos, -sin)  # back
         d_x, d_weight = _norm_backward(g, wide(x) * rstd, rstd, weight)
         return d_x.to(x.dtype), d_weight, None, None
 
 
-def _turn(x_BLHh: Tensor, cos_Lh: Tensor, sin_Lh: Tensor) -> Tensor:
+def _rotate(x_BLHh: Tensor, cos_Lh: Tensor, sin_Lh: Tensor) -> Tensor:
     cos, sin = cos_Lh[:, None, :], sin_Lh[:, None, :]  # [L, 1, h/2]
     pairs = x_BLHh.view(*x_BLHh.shape[:-1], -1, 2)  # [B, L, H, h/2, 2]
     if torch.compiler.is_compiling():  # torch.compile fuses real numbers, and makes nothing of complex ones
@@ -152,8 +152,8 @@ def _turn(x_BLHh: Tensor, cos_Lh: Tensor, sin_Lh: Tensor) -> Tensor:
         return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2)
     # (a + ib)·(cos + i·sin) in one operation, where stack() copies number by number: a sixth of the time on CPUs.
     # Gradients of keys come transposed from attention that is not fused, and complex numbers have to lie side by side.
-    turned = torch.view_as_complex(pairs.contiguous()) * torch.complex(cos, sin)  # [B, L, H, h/2]
-    return torch.view_as_real(turned).flatten(-2)
+    rotated = torch.view_as_complex(pairs.contiguous()) * torch.complex(cos, sin)  # [B, L, H, h/2]
+    return torch.view_as_real(rotated).flatten(-2)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -164,7 +164,7 @@ def _turn(x_BLHh: Tensor, cos_Lh: Tensor, sin_Lh: Tensor) -> Tensor:
 def projected(
     x_BLD: Tensor, qkv: nn.Linear, q_norm: RMSNorm, k_norm: RMSNorm, rope: Rope, heads: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values of tokens, the first two normed on each head and turned: [B, L, H, h] each."""
+    """Queries, keys and values of tokens, the first two normed per head and rotated: [B, L, H, h] each."""
     q, k, v = qkv(x_BLD).view(*x_BLD.shape[:2], 3, heads, -1).unbind(2)  # [B, L, H, h]
     return q_norm.rotated(q, rope), k_norm.rotated(k, rope), v
 
@@ -181,7 +181,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
 
 
 class Attention(nn.Module):
-    """Self-attention over patches with QK-RMSNorm on each head and 2D RoPE: [B, L, D] -> [B, L, D]."""
+    """Self-attention over patches with QK-RMSNorm per head and 2D RoPE: [B, L, D] -> [B, L, D]."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -254,11 +254,11 @@ class PatchBlock(nn.Module):
 
 
 class PiTBlock(nn.Module):
-    """PiT block (section 3.2): pixel-wise AdaLN, pixel token compaction, MLP on each pixel: [N, P, d] -> [N, P, d].
+    """PiT block (section 3.2): pixel-wise AdaLN, pixel token compaction, MLP per pixel: [N, P, d] -> [N, P, d].
 
     Compaction: the P·d numbers of a patch go through a linear layer to the width of attention (D, or its own),
-    attention runs over the L patches, and a linear layer brings them back; so it costs what it costs in the patch
-    pathway, not (H·W)².
+    attention runs over the L patches, and a linear layer expands the result again; so it costs what it costs in the
+    patch pathway, not (H·W)².
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -281,16 +281,16 @@ class PiTBlock(nn.Module):
         return self.after(x_NPd, attended, *parts[-4:])
 
     def before(self, x_NPd: Tensor, *modulation: Tensor) -> Tensor:
-        """What attention gets of the pixels: their norm, with pre-modulation shifted and scaled."""
+        """Attention's input: the norm of the pixel tokens, with pre-modulation shifted and scaled."""
         return self.norm1.modulated(x_NPd, *modulation) if modulation else self.norm1(x_NPd)
 
     def attend(self, x_NPd: Tensor, s_BLD: Tensor, rope: Rope) -> Tensor:
-        """Attention over patches, there and back; of s only the shape counts."""
+        """Compaction, attention over patches, expansion; of s only the shape matters."""
         compact = self.compress_to_attn(x_NPd.view(*s_BLD.shape[:2], -1))  # [B, L, attention width]
         return self.expand_from_attn(self.attn(compact, rope)).view_as(x_NPd)  # [N, P, d]
 
     def after(self, x_NPd: Tensor, attended_NPd: Tensor, *modulation: Tensor) -> Tensor:
-        """The pixels with what attention gives, and the MLP; the four last parts of the modulation."""
+        """The residuals of attention and MLP; `modulation` is its last four parts."""
         if self.post:
             scale1, shift1, scale2, shift2 = modulation
             x_NPd = x_NPd + modulate(attended_NPd, shift1, scale1)

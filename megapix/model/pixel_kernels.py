@@ -1,14 +1,14 @@
-"""Triton kernels of the pixel pathway: what they read and write, row by row.
+"""Triton kernels of the pixel pathway, row by row.
 
 A row is one pixel of one patch: R = N·P rows of d numbers, and chunks·d numbers of modulation. Every kernel reads each
-input once and writes each output once. Inside, numbers are fp32; they are rounded to the tensors' type where the plain
-block rounds them (`layers.py`): the residual stream, the input of each linear layer and its output.
+input once and writes each output once. Inside, numbers are fp32; they are rounded to the tensors' dtype where the
+PyTorch block rounds them (`layers.py`): the residual stream, the input of each linear layer and its output.
 
 Sums over all rows, the weights' gradients, are taken in a fixed order: each program adds up the blocks of rows that
-fall to it and writes its sum as one row of `sums`, which `fused.py` adds. No atomics, and no launch is chosen by a
-timer (autotuning): a run that is repeated or resumed has to give the same bits.
+fall to it and writes its sum as one row of `sums`, which `fused_block.py` adds. No atomics, and no launch is chosen
+by a timer (autotuning): a run that is repeated or resumed has to give the same bits.
 
-D is d, a power of two and at least 16 (the shortest side of a matrix product on tensor cores); the hidden layer is 4·D
+D is d, a power of two and at least 16 (the shortest side of a matmul on tensor cores); the hidden layer is 4·D
 wide. CHUNKS is the modulation's, 6 ('pre') or 4 ('post').
 """
 
@@ -82,8 +82,8 @@ def norm_modulate_backward(
     D: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Writes d_x, g_rest (what x is owed from elsewhere) included, chunks 0 and 1 of d_modulation [R, 6·D], and this
-    program's part of the weight's gradient, a row of sums [programs, D]."""
+    """Writes d_x, g_rest (x's gradient from its other reader) included, chunks 0 and 1 of d_modulation [R, 6·D], and
+    this program's part of the weight's gradient, a row of sums [programs, D]."""
     column = tl.arange(0, D)[None, :]
     w = tl.load(weight + column).to(tl.float32)
     d_w = tl.zeros((BLOCK, D), dtype=tl.float32)

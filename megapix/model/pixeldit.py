@@ -1,7 +1,7 @@
 """PixelDiT: patch pathway for semantics, pixel pathway for texture (section 3); here conditioned on a class.
 
-What conditions the network reaches it in two places, which a subclass replaces (`text.py`): the layers that
-`add_condition` makes, and the way `through_blocks`.
+The condition enters the network in two places, which a subclass replaces (`pixeldit_t2i.py`): the layers that
+`add_condition` makes, and the blocks that `through_blocks` runs.
 
 Shape suffixes: B batch, C = 3 colours, L patches, P pixels of a patch, N = B·L, D patch width, d pixel width.
 """
@@ -34,7 +34,7 @@ class PixelDiT(nn.Module):
 
     Args:
         config: sizes and the two choices (patch FFN, pixel modulation).
-        pit_block: class of the pixel pathway's blocks, PiTBlock or `fused.FusedPiTBlock`.
+        pit_block: class of the pixel pathway's blocks, PiTBlock or `fused_block.FusedPiTBlock`.
     """
 
     def __init__(self, config: ModelConfig, pit_block: type[PiTBlock] = PiTBlock) -> None:
@@ -59,7 +59,7 @@ class PixelDiT(nn.Module):
         Args:
             x: noisy images [B, 3, H, W], any float dtype; H and W divisible by the patch size.
             t: time [B] float32 in [0, 1]; 0 is noise, 1 the image.
-            y: class indices [B] int64; num_classes, the null class, for none.
+            y: class indices [B] int64; num_classes is the null class.
 
         Returns:
             Velocity [B, 3, H, W] in the dtype of the weights.
@@ -75,7 +75,7 @@ class PixelDiT(nn.Module):
         """The velocity as `forward`, and the patch tokens [B, L, D] after block number `after`, counted from 1.
 
         Args:
-            condition: what `forward` takes after x and t.
+            condition: cond tensors, what `forward` takes after x and t.
         """
         patch, (height, width) = self.config.patch_size, x.shape[-2:]
         if height % patch or width % patch:

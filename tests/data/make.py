@@ -21,7 +21,7 @@ import numpy as np
 import webdataset
 from PIL import Image
 
-from tests import encoders, text_encoders
+from tests.support import image_encoders, text_encoders
 
 ROOT = Path(__file__).resolve().parents[2]
 WORK = Path("/tmp/megapix-0.1.0")
@@ -126,7 +126,7 @@ def prepare() -> None:
     run("write tars untouched --policy untouched --format original --samples-per-shard 9 --workers 1")
     run("index tars --out index-crop --size 16 --workers 1")
     run("index tars --out index-buckets --size 32 --policy buckets --bucket-step 8 --workers 1")
-    encoders.make(WORK / "dinov2")
+    image_encoders.make(WORK / "dinov2")
     text_encoders.make(WORK / "bert", "bert")
     run("embed-text text --encoder bert --max-tokens 12 --scale 1 --dtype fp32")
     run("features classes --encoder dinov2 --out features-fp32 --dtype fp32 --workers 1")

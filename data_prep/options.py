@@ -1,0 +1,236 @@
+"""The options of `data_prep`: a dataclass for each command, and for what several of them share.
+
+Their docstrings are the commands' `--help`; what each command does with its options is in `cli.py`.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+CPUS = os.cpu_count() or 1
+
+Folder = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FOLDER")]
+Out = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageOptions:
+    """How images are made."""
+
+    size: int = 0
+    """Height and width of the images in pixels; of aspect buckets, the square root of their area. Needed unless the
+    policy is untouched."""
+    policy: Literal["crop", "buckets", "untouched"] = "crop"
+    """ADM's centre crop to a square; the nearest of several sizes of equal area; or the image as it is."""
+    resize: Literal["exact", "fast"] = "exact"
+    """exact is Pillow's, bit for bit that of ADM's reference statistics; fast is torch's, within 50 dB of it."""
+    bucket_step: int = 0
+    """Sides of aspect buckets are multiples of this; 0 takes an eighth of the size, and above 512 pixels 64 where that
+    divides it."""
+    bucket_ratio: float = 2.0
+    """Largest ratio of the sides of an aspect bucket."""
+    background: str = "#ffffff"
+    """Colour on which transparent images are composited."""
+    min_side: int = 1
+    """Images whose shorter side has fewer pixels are rejected."""
+    max_rejected: float = 0.001
+    """Largest share of samples that may be left out because they cannot be used; more stop the run."""
+    workers: int = CPUS
+    """Processes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptionOptions:
+    """Where captions are."""
+
+    captions: Annotated[str, tyro.conf.arg(metavar="KEY[=WEIGHT],…")] = ""
+    """Parquet columns or JSON keys that hold the captions, such as 'long=0.7,short=0.3'; by default the usual ones."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RemoteOptions:
+    """How patient reads of remote shards are."""
+
+    timeout: float = 30.0
+    """Seconds without a byte after which a remote request is given up and tried again."""
+    retries: int = 5
+    """Further tries after a remote request that failed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardOptions(ImageOptions):
+    """How shards are written."""
+
+    format: Literal["png", "jpg", "webp", "original"] = "png"
+    """Image format in the shards: png is lossless; original keeps the bytes, with --policy untouched."""
+    quality: int = 95
+    """Quality of jpg and webp, 1 to 100."""
+    samples_per_shard: int = 1000
+    """Samples in one tar file."""
+    seed: int = 0
+    """Seed of the order in which samples are laid into shards."""
+    retry_rejected: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Write the shards that miss rejected samples again."""
+    dry_run: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Say what would be written, and write nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Write(ShardOptions, CaptionOptions):
+    """Shards from images: a folder of class folders, ImageNet's synset tars (in a folder or one tar), a zip in EDM2's
+    layout, parquet files, images with a text beside each, existing WebDataset shards, or a flat set with a label file.
+
+    The same command resumes after an interruption; samples that cannot be used are listed in OUT/rejected.jsonl.
+    """
+
+    source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="SOURCE")]
+    """Folder or file to read."""
+    out: Out
+    """Folder to write; what is finished in it is left as it is."""
+    kind: Annotated[
+        Literal["shards", "imagenet", "edm2-zip", "parquet", "image-text", "image-folder", "labelled"] | None,
+        tyro.conf.arg(name="source"),
+    ] = None
+    """Kind of source; by default it is recognised."""
+    labels: Path | None = None
+    """For a flat folder or tar of images: a text file with a line LABEL or NAME LABEL for each."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demo(ShardOptions):
+    """Shards of an embedded image set: OpenMoji's colour artwork (CC BY-SA 4.0), drawn at any size on white."""
+
+    name: tyro.conf.Positional[Literal["openmoji", "openmoji-text"]]
+    """The set: 901 pictures of 5 classes, or with more kinds of them and what people do 2,261 of 10, for text."""
+    out: Out
+    """Folder to write; what is finished in it is left as it is."""
+    split: Literal["train", "heldout", "all"] = "train"
+    """Seven eighths of the pictures for training, the eighth held out for classifiers, or both."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MakeIndex(ImageOptions, CaptionOptions, RemoteOptions):
+    """An index over WebDataset shards that exist already, local or remote, without rewriting a byte.
+
+    Each tar file is read once: hashed, its images decoded, its classes (cls) or captions (txt, json) listed. The image
+    policy is recorded and applied on loading. The same command resumes after an interruption.
+    """
+
+    shards: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SHARDS")]
+    """Folder, URL (http, https, s3, gs) or braces such as 'https://host/train-{0000..1023}.tar'."""
+    policy: Literal["crop", "buckets"] = "crop"
+    """ADM's centre crop to a square, or the nearest of several sizes of equal area."""
+    out: Annotated[Path, tyro.conf.arg(metavar="INDEX")]
+    """Folder for the index; give it to `megapix train` as --data.path."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verify(RemoteOptions):
+    """Read a whole shard folder and compare it with its index: sizes, hashes, members, records, classes, decoding."""
+
+    folder: Folder
+    """Shard folder."""
+    workers: int = CPUS
+    """Processes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inspect(RemoteOptions):
+    """Print counts, sizes, captions and the class histogram of a shard folder, and draw a contact sheet."""
+
+    folder: Folder
+    """Shard folder."""
+    sheet: Path | None = None
+    """PNG file for a contact sheet, a row for each class."""
+    columns: int = 12
+    """Images in a row of the sheet."""
+    rows: int = 16
+    """Classes on the sheet, at most."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stats(RemoteOptions):
+    """Reference statistics for `megapix evaluate`: mean and covariance of an extractor's features of all images, and
+    the features of some of them. On a GPU where there is one."""
+
+    shards: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="SHARDS")]
+    """Shard folder, or index over shards."""
+    out: Path
+    """File to write, such as stats.npz."""
+    extractor: Literal["effnet_lite0", "inception"] = "effnet_lite0"
+    """EfficientNet-Lite0, whose weights are a package (extra evaluate), or FID's Inception (extra fid)."""
+    extractor_weights: Path | None = None
+    """Weights file of the extractor inception."""
+    features: int = 10_000
+    """Images whose features are kept for KID, precision and recall, evenly spread."""
+    batch: int = 64
+    """Images that go through the extractor together."""
+    workers: int = CPUS
+    """Processes that read and decode."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MakeFeatures(RemoteOptions):
+    """A frozen encoder's features of every image, for `megapix train --repa.features`. On a GPU where there is one.
+
+    The same command resumes after an interruption: a file that is finished is not computed again.
+    """
+
+    shards: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="SHARDS")]
+    """Shard folder, or index over shards."""
+    encoder: str
+    """Folder or Hugging Face hub name of a DINOv2 (or with registers, or DINOv3 ViT), as in repa.encoder."""
+    out: Annotated[Path, tyro.conf.arg(metavar="FEATURES")]
+    """Folder for the features; give it to `megapix train` as --repa.features."""
+    dtype: Literal["bf16", "fp32"] = "bf16"
+    """dtype that the encoder computes in and its features are stored in; that of the run's repa.dtype."""
+    flip: tyro.conf.FlagCreatePairsOff[bool] = True
+    """Whether mirror images are computed too, for runs with data.flip; without them, half the time and disk."""
+    batch: int = 64
+    """Images that go through the encoder together."""
+    workers: int = CPUS
+    """Processes that read and decode."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbedText:
+    """A frozen text encoder's features of every caption, stored with the shards. On a GPU where there is one.
+
+    The same command resumes after an interruption: a file that is finished is not computed again.
+    """
+
+    shards: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="SHARDS")]
+    """Shard folder, or index over shards; the features are written into it."""
+    encoder: str
+    """Folder or Hugging Face hub name of a text encoder, as in text.encoder."""
+    max_tokens: int = 300
+    """Tokens of a caption that are kept, as in text.max_tokens."""
+    normalize: Literal["rms", "none"] = "rms"
+    """'rms' divides the features of each token by their root mean square, as in text.normalize."""
+    scale: float = 0.01
+    """Factor of the features, after that, as in text.scale."""
+    prefix: str = ""
+    """Instruction before each caption that is not empty, as in text.prefix."""
+    dtype: Literal["bf16", "fp32"] = "bf16"
+    """dtype that the encoder computes in, as in text.dtype; features are stored in bf16."""
+    batch: int = 64
+    """Captions that go through the encoder together."""
+    replace: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Remove features of another encoder, other options or other shards that are stored there."""
+
+
+Command = (
+    Annotated[Write, tyro.conf.subcommand("write", prefix_name=False)]
+    | Annotated[MakeIndex, tyro.conf.subcommand("index", prefix_name=False)]
+    | Annotated[Demo, tyro.conf.subcommand("demo", prefix_name=False)]
+    | Annotated[Verify, tyro.conf.subcommand("verify", prefix_name=False)]
+    | Annotated[Inspect, tyro.conf.subcommand("inspect", prefix_name=False)]
+    | Annotated[Stats, tyro.conf.subcommand("stats", prefix_name=False)]
+    | Annotated[MakeFeatures, tyro.conf.subcommand("features", prefix_name=False)]
+    | Annotated[EmbedText, tyro.conf.subcommand("embed-text", prefix_name=False)]
+)

@@ -1,0 +1,1 @@
+"""What goes over a finished folder or index: checks, reports, statistics, features."""

@@ -1,0 +1,134 @@
+"""Is a shard folder, or an index over tar files elsewhere, what its index says? Reads everything; changes nothing."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+from data_prep.passes.text_feature_report import text_faults
+from data_prep.sources.captions import parse_keys
+from data_prep.sources.tar_samples import TarSample, labels_of, samples_of
+from data_prep.sources.tars import members
+from data_prep.writing.index import local_copy
+from data_prep.writing.pool import check_workers, in_processes
+from megapix.errors import InputError
+from megapix.files import sha256_of
+from megapix.shards.captions import unpack
+from megapix.shards.image_policy import Policy, decode_indexed
+from megapix.shards.index import CAPTIONS_NAME, TABLE_NAME, Index, ShardEntry, read_index
+from megapix.shards.storage import Access, Local, open_storage
+from megapix.shards.table import SampleRecord, Table, check_table
+
+Rows = tuple[ShardEntry, int, int]
+"""An entry, its place in the index's list, and the number of its first sample."""
+
+
+def verify(folder: Path, workers: int, access: Access, progress: bool = True) -> Iterator[str]:
+    """Yield every fault found: sizes, hashes and members of shards, records, classes, captions, decoding.
+
+    Raises:
+        InputError: the index itself cannot be read, or a remote shard cannot be reached.
+    """
+    from tqdm import tqdm
+
+    check_workers(workers)
+    index = read_index(folder)
+    try:
+        check_table(folder, index)
+    except InputError as error:
+        yield str(error)
+        return
+    Policy.from_dict(index.image_policy)
+    files: dict[str, list[Rows]] = {}
+    first = 0
+    for place, entry in enumerate(index.shards):
+        files.setdefault(entry.name, []).append((entry, place, first))
+        first += entry.samples
+    counts = Counter(record.label for record in Table(folder, index).rows())
+    for label, listed in enumerate(index.classes):
+        if counts.pop(label, 0) != listed.samples:
+            yield f"class {listed.name!r} has another number of samples than the {listed.samples} that the index lists"
+    if counts:
+        yield f"{TABLE_NAME} has samples of class {min(counts)}, but there are {len(index.classes)} classes"
+    with tqdm(total=index.samples, unit="img", disable=not progress, mininterval=0.5) as bar:
+        jobs = list(files.values())
+        for rows, faults in in_processes(partial(_verify_file, folder, index, access), jobs, workers):
+            bar.update(sum(entry.samples for entry, _, _ in rows))
+            yield from faults
+    yield from text_faults(folder, index, progress)
+
+
+def _verify_file(folder: Path, index: Index, access: Access, rows: list[Rows]) -> list[str]:
+    storage, name = open_storage(index.base or str(folder), access), rows[0][0].name
+    if isinstance(storage, Local) and not (storage.base / name).is_file():
+        return [f"{storage.where(name)} is missing, but the index lists it"]
+    with tempfile.TemporaryDirectory() as temporary, local_copy(storage, name, Path(temporary)) as path:
+        return list(_faults(folder, index, storage.where(name), path, rows))
+
+
+def _faults(folder: Path, index: Index, shown: str, path: Path, rows: list[Rows]) -> Iterator[str]:
+    entry = rows[0][0]
+    if (size := path.stat().st_size) != entry.bytes:
+        yield f"{shown} has {size} bytes, but the index lists {entry.bytes}"
+        return
+    if sha256_of(path) != entry.sha256:
+        yield f"{shown}: sha256 differs from the index: the file was changed or damaged"
+        return
+    try:
+        # Shards that `write` made have our own keys, wherever their captions came from.
+        keys = parse_keys(str(index.source.get("captions", ""))) if index.base else ()
+        samples = samples_of(path, shown, keys)
+        labels = dict(zip((sample.offset for sample in samples), labels_of(samples, shown), strict=True))
+    except InputError as error:
+        yield str(error)
+        return
+    if not index.base:
+        listed = sum(entry.samples for entry, _, _ in rows)
+        if len(samples) != listed:
+            yield f"{shown}: holds {len(samples)} samples, the index lists {listed}"
+        if not _in_order(path, samples):
+            yield f"{shown}: the members are not KEY.cls, KEY.json and the image of each sample, in order"
+    by_offset = {sample.offset: sample for sample in samples}
+    policy, table = Policy.from_dict(index.image_policy), Table(folder, index)
+    with open(path, "rb") as file, open(folder / CAPTIONS_NAME, "rb") as captions:
+        for entry, place, first in rows:
+            for record in table.rows(first, first + entry.samples):
+                sample = by_offset.get(record.offset)
+                if sample is None or (record.shard, record.size) != (place, sample.size):
+                    yield f"{shown}: a record of {TABLE_NAME} points at byte {record.offset}, where no image begins"
+                    continue
+                data = os.pread(file.fileno(), record.size, record.offset)
+                caption = os.pread(captions.fileno(), record.caption_size, record.caption_offset)
+                for fault in _sample_faults(record, sample, labels[record.offset], data, caption):
+                    yield f"{shown}: sample {sample.key}: {fault}"
+                try:
+                    decode_indexed(data, policy, entry.bucket, index.prepared)
+                except ValueError as error:
+                    yield f"{shown}: sample {sample.key}: cannot be decoded: {error}"
+
+
+def _sample_faults(record: SampleRecord, sample: TarSample, label: int, data: bytes, caption: bytes) -> Iterator[str]:
+    if zlib.crc32(data) != record.crc:
+        yield "its bytes are not those that were indexed"
+    if sample.fault:
+        yield sample.fault
+        return
+    if label != record.label:
+        yield f"the class differs from {TABLE_NAME}"
+    if caption != sample.caption.encode():
+        yield f"the caption differs from {CAPTIONS_NAME}"
+    try:
+        unpack(caption.decode())
+    except ValueError as error:
+        yield f"its captions in {CAPTIONS_NAME} cannot be told apart: {error}"
+
+
+def _in_order(path: Path, samples: list[TarSample]) -> bool:
+    expected = [n for s in samples for n in sorted((f"{s.key}.cls", f"{s.key}.json", s.name))]
+    keys = [sample.key for sample in samples]
+    return [name for name, _, _ in members(path)] == expected and keys == sorted(keys)

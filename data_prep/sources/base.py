@@ -1,0 +1,78 @@
+"""What a source is: a list of samples in a fixed order, and a reader for any of them.
+
+Readers are small and are pickled into the worker processes, so they hold paths, not the list. Kinds of sources are in
+`sources/`, one file each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+from megapix.errors import InputError
+
+EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp")
+UNCLASSED = "images"
+"""Name of the one class of a source without classes."""
+LARGEST_LABEL = 999_999
+"""Class numbers above this are taken for a mistake."""
+
+
+class Item(NamedTuple):
+    """One sample of a source."""
+
+    name: str
+    """Unique, and independent of where the source lies; goes into the shard's JSON."""
+    label: int
+    """A place in the source's list of classes."""
+    caption: str
+    """One text, as `megapix.shards.captions` packs them: a single caption is its own text; empty if there is none."""
+    place: tuple[Any, ...] = ()
+    """Where the reader finds it, if the name is not enough."""
+    chunk: str = ""
+    """What must be read as a whole to read this sample, such as a parquet row group; the plan keeps a chunk's samples
+    together."""
+
+
+class Reader(Protocol):
+    """Reads the samples of one source, in any process."""
+
+    def read(self, item: Item, size: int) -> bytes:
+        """An encoded image (PNG, JPEG or WebP); a source of vectors draws it at `size`; ValueError or OSError."""
+
+
+class Source(Protocol):
+    """A listed source."""
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names by number."""
+
+    @property
+    def items(self) -> Sequence[Item]:
+        """Every sample, in a fixed order."""
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What the index records: kind, and licence and attribution where there are any."""
+
+    @property
+    def reader(self) -> Reader:
+        """Reads the items."""
+
+
+def is_image(name: str) -> bool:
+    """Whether a file name has an image's ending and is not hidden."""
+    return name.lower().endswith(EXTENSIONS) and not name.rpartition("/")[2].startswith(".")
+
+
+def check_label(label: object, where: str) -> int:
+    """A class number; InputError that names `where` if it is not one."""
+    if not isinstance(label, int) or not 0 <= label <= LARGEST_LABEL:
+        raise InputError(f"{where}: the class is {label!r}, expected a number, 0 to {LARGEST_LABEL}")
+    return label
+
+
+def as_utf8(text: str) -> str:
+    """The text with what UTF-8 cannot hold (lone surrogates, bytes of another encoding) spelled out."""
+    return text.encode("utf-8", "backslashreplace").decode()

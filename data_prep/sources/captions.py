@@ -1,0 +1,123 @@
+"""From what sources hold (texts, lists, weights, JSON) to the one text that an item keeps: that of `captions.pack`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeAlias
+
+from data_prep.sources.base import as_utf8
+from megapix.errors import InputError
+from megapix.shards.captions import Caption, pack
+
+CaptionKeys: TypeAlias = tuple[tuple[str, float], ...]
+"""The option --captions: columns or JSON keys, each with the weight of its captions; empty without it."""
+
+
+def parse_keys(option: str) -> CaptionKeys:
+    """Read --captions, such as 'long=0.7,short=0.3'; a key without a weight has 1.
+
+    Raises:
+        InputError: a key that is empty, not UTF-8 or named twice, or a weight that is not a finite number above 0.
+    """
+    keys: dict[str, float] = {}
+    for part in option.split(",") if option else ():
+        key, equals, written = part.rpartition("=") if "=" in part else (part, "", "")
+        key = key.strip()
+        if not key or key in keys or key != as_utf8(key):
+            fault = f"{key!r} is named twice" if key in keys else f"key {key!r} is " + ("not UTF-8" if key else "empty")
+            raise InputError(f"--captions {option!r}: {fault}; expected KEY, or KEY=WEIGHT, separated by commas")
+        try:
+            keys[key] = float(written) if equals else 1.0
+        except ValueError:
+            keys[key] = math.nan
+        if not 0 < keys[key] < math.inf:
+            raise InputError(
+                f"--captions {option!r}: the weight of {key!r} is {written!r}, expected a finite number above 0"
+            )
+    return tuple(keys.items())
+
+
+def recorded(keys: CaptionKeys) -> dict[str, str]:
+    """What plan and index record of --captions, `parse_keys` reads it again; nothing without the option."""
+    option = ",".join(key if weight == 1 and "=" not in key else f"{key}={weight!r}" for key, weight in keys)
+    return {"captions": option} if keys else {}
+
+
+def captions_in(value: Any, weight: float = 1.0) -> list[Caption]:
+    """The captions in a JSON value or a parquet cell; what is null or empty holds none.
+
+    Args:
+        value: a text, or a list of texts or of {"text": …, "weight": …}, where the weight may be missing.
+        weight: of all these captions; their own are multiplied by it.
+
+    Raises:
+        ValueError: something else, or a weight that is not a finite number above 0.
+    """
+    if not value:
+        return []
+    if isinstance(value, list):
+        return [caption for one in value for caption in _caption(one, weight)]
+    if isinstance(value, (int, float)):  # a caption that is a number, as a caption column of digits comes out
+        value = str(value)
+    return _caption(value, weight)
+
+
+def _caption(value: Any, weight: float) -> list[Caption]:
+    """One caption, or none where the text is null or empty: its weight may be anything then."""
+    own: Any = None
+    if isinstance(value, dict) and "text" in value:
+        value, own = value["text"], value.get("weight")
+    if value is None or value == "":
+        return []
+    if not isinstance(value, str):
+        raise ValueError(
+            f'a caption is {str(value)[:60]!r}, expected a text, or a list of texts or of {{"text": …, "weight": …}}'
+        )
+    return [Caption(value, weight if own is None else _checked(weight * _checked(own, value), value))]
+
+
+def _checked(weight: Any, text: str) -> float:
+    """The weight of the caption `text` as a float; ValueError if it is not a finite number above 0."""
+    try:
+        if not isinstance(weight, bool) and isinstance(weight, (int, float)) and 0 < float(weight) < math.inf:
+            return float(weight)
+    except OverflowError:  # JSON's integers have no end
+        weight = math.inf
+    raise ValueError(f"the weight of caption {text[:40]!r} is {weight!r}, expected a finite number above 0")
+
+
+def captions_of(about: dict[str, Any], text: str, keys: CaptionKeys) -> list[Caption]:
+    """The captions of a sample with the JSON `about` and `text` (empty if there is none).
+
+    With `keys`, what these hold. Else the first of these that holds any: "captions", the text, "caption".
+
+    Raises:
+        ValueError: as `captions_in`.
+    """
+    if keys:
+        return [caption for key, weight in keys for caption in captions_in(about.get(key), weight)]
+    return captions_in(about.get("captions")) or captions_in(text) or captions_in(about.get("caption"))
+
+
+def packed(captions: Sequence[Caption]) -> str:
+    """The captions as one UTF-8 text: blank ones are dropped among several, and the weight of a single one.
+
+    Raises:
+        ValueError: a weight that is not a finite number above 0.
+    """
+    if len(captions) > 1:
+        captions = [caption for caption in captions if caption.text.strip()]
+    if len(captions) == 1:
+        captions = [Caption(captions[0].text)]
+    return pack([Caption(as_utf8(text), weight) for text, weight in captions])
+
+
+def check_found(keys: CaptionKeys, found: Iterable[str], where: str) -> None:
+    """Check that each key of --captions was in the JSON of one sample at least.
+
+    Raises:
+        InputError: naming source and key.
+    """
+    if missing := [key for key, _ in keys if key not in set(found)]:
+        raise InputError(f"{where}: --captions names {missing[0]!r}, but not one sample has this key in its JSON")

@@ -1,0 +1,106 @@
+"""Work in processes: bounded queues, progress, and the budget of samples that may be left out."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from multiprocessing import get_context
+from pathlib import Path
+from typing import TypeVar
+
+from data_prep.writing.receipt import Rejected
+from megapix.errors import InputError
+
+J = TypeVar("J")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the main process gets of a part: the rest is in its receipt."""
+
+    samples: int
+    rejected: tuple[Rejected, ...]
+    caption_keys: tuple[str, ...] = ()
+    """Keys of --captions that it has."""
+
+
+@dataclass
+class Budget:
+    """Counts rejected samples and stops the run when they are too many of all samples."""
+
+    share: float
+    samples: int = 0
+    """All samples, or as many as are expected."""
+    rejected: int = 0
+    latest: Rejected | None = None
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.share <= 1.0:
+            raise InputError(f"--max-rejected = {self.share}: expected a share, 0 to 1")
+
+    def spend(self, rejected: tuple[Rejected, ...]) -> None:
+        """Count the rejected samples of a part.
+
+        Raises:
+            InputError: the budget is used up; names the latest sample and the reason.
+        """
+        self.rejected += len(rejected)
+        self.latest = rejected[-1] if rejected else self.latest
+        if self.latest and self.rejected > self.share * self.samples:
+            raise InputError(
+                f"{self.rejected} of {self.samples} samples cannot be used, --max-rejected allows {self.share:g} of "
+                f"them; the latest is {self.latest.source!r}: {self.latest.reason}"
+            )
+
+
+def check_workers(workers: int) -> None:
+    """Raise InputError for a number of processes that has no meaning."""
+    if workers < 1:
+        raise InputError(f"--workers = {workers}: expected at least 1")
+
+
+def in_processes(work: Callable[[J], R], jobs: Iterable[J], workers: int) -> Iterator[tuple[J, R]]:
+    """Run the jobs in processes, in order of completion, with no more of them queued than keeps the workers busy."""
+    with ProcessPoolExecutor(workers, get_context("forkserver")) as pool:
+        remaining = iter(jobs)
+        running: dict[Future[R], J] = {pool.submit(work, job): job for job in islice(remaining, 2 * workers)}
+        try:
+            while running:
+                done, _ = wait(running, return_when=FIRST_COMPLETED)
+                for future in done:
+                    job = running.pop(future)
+                    for following in islice(remaining, 1):
+                        running[pool.submit(work, following)] = following
+                    yield job, future.result()
+        except BrokenProcessPool as error:
+            raise InputError(
+                "a worker process was killed, perhaps for want of memory; expected room for --workers processes: give "
+                "the same command with fewer"
+            ) from error
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+
+
+@contextmanager
+def alone_in(out: Path) -> Iterator[None]:
+    """Hold the folder `out` for this process.
+
+    Raises:
+        InputError: another one holds it.
+    """
+    descriptor = os.open(out, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as error:
+        raise InputError(f"another data_prep is at work in {str(out)!r}") from error
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,128 @@
+"""One shard, written in a worker process: rendered samples, a tar file, and a receipt that says it is finished.
+
+The receipt is written before the tar file gets its name, so a shard under its name always has one, and a receipt
+without its shard means that the shard must be written again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tarfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+from data_prep.sources.base import Item, Reader
+from data_prep.writing import receipt
+from data_prep.writing.plan import Job, Options
+from data_prep.writing.pool import Outcome
+from data_prep.writing.receipt import Receipt, Rejected, Sample
+from megapix.errors import InputError
+from megapix.files import sha256_of
+from megapix.shards.captions import unpack
+from megapix.shards.index import ShardEntry, sample_key, shard_name
+
+
+def write_shard(reader: Reader, out: Path, options: Options, retry_rejected: bool, job: Job) -> Outcome:
+    """Write one shard, or find it finished. A sample that cannot be used is left out and listed.
+
+    The bytes depend on reader, options and job alone.
+
+    Raises:
+        InputError: the shard is there, but differs from its receipt.
+    """
+    made = _finished(out, job)
+    if made is None or (retry_rejected and made.rejected):
+        made = _write(reader, out, options, job)
+    return Outcome(len(job.items), made.rejected)
+
+
+def _finished(out: Path, job: Job) -> Receipt | None:
+    there = receipt.load(out, job.number)
+    for entry in there.entries if there else ():
+        shard = out / entry.name
+        if not shard.is_file():
+            return None
+        if shard.stat().st_size != entry.bytes or sha256_of(shard) != entry.sha256:
+            raise InputError(f"{shard} differs from what was written; delete it to have it written again")
+    return there
+
+
+def _write(reader: Reader, out: Path, options: Options, job: Job) -> Receipt:
+    from webdataset import TarWriter
+
+    name = shard_name(job.number)
+    temporary = out / f".{name}.tmp"
+    kept: list[tuple[Item, int]] = []
+    rejected: list[Rejected] = []
+    try:
+        with open(temporary, "wb") as file:
+            with TarWriter(file, user="megapix", group="megapix", mtime=0, encoder=False) as tar:
+                for number, item in enumerate(job.items, job.first):
+                    try:
+                        image, extension = _render(reader, item, options, job.bucket)
+                    except ValueError as error:
+                        rejected.append(Rejected.because(item.name, error))
+                        continue
+                    kept.append((item, zlib.crc32(image)))
+                    tar.write(
+                        {
+                            "__key__": sample_key(number),
+                            extension: image,
+                            "cls": str(item.label).encode(),
+                            "json": json.dumps(_about(item), ensure_ascii=False).encode(),
+                        }
+                    )
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        temporary.unlink(missing_ok=True)  # a full disk is not made fuller
+        raise
+    # A shard that is written again goes first, so that its old bytes never stand beside the new receipt.
+    (out / name).unlink(missing_ok=True)
+    made = _receipt(temporary, name, job.bucket, kept, rejected)
+    made.save(out, job.number)
+    if kept:
+        os.replace(temporary, out / name)
+    else:
+        temporary.unlink()
+    return made
+
+
+def _about(item: Item) -> dict[str, Any]:
+    """The sample's JSON member; `data_prep.sources.captions.captions_of` reads it back to the same captions."""
+    captions = unpack(item.caption)
+    if len(captions) == 1:
+        return {"source": item.name, "caption": captions[0].text}
+    return {"source": item.name, "captions": [caption._asdict() for caption in captions]}
+
+
+def _render(reader: Reader, item: Item, options: Options, bucket: int) -> tuple[bytes, str]:
+    from data_prep.writing.encode import encode
+    from megapix.shards.pixels import decode, kind_of
+
+    policy = options.policy
+    try:
+        data = reader.read(item, policy.size)
+    except OSError as error:  # the file went away, or cannot be read
+        raise ValueError(f"cannot be read: {error.strerror or error}") from error
+    pixels = policy.apply(decode(data, policy.background), bucket)
+    if options.format == "original":
+        kind = kind_of(data)
+        assert kind, "decode reads no other"
+        return data, kind
+    return encode(pixels, options.format, options.quality), options.format
+
+
+def _receipt(path: Path, name: str, bucket: int, kept: list[tuple[Item, int]], rejected: list[Rejected]) -> Receipt:
+    if not kept:
+        return Receipt((), (), tuple(rejected))
+    with tarfile.open(path) as written:
+        images = [member for member in written if not member.name.endswith((".cls", ".json"))]
+    samples = tuple(
+        Sample(0, member.size, member.offset_data, item.label, crc, item.caption)
+        for member, (item, crc) in zip(images, kept, strict=True)
+    )
+    entry = ShardEntry(name, len(kept), path.stat().st_size, sha256_of(path), bucket)
+    return Receipt((entry,), samples, tuple(rejected))

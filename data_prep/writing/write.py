@@ -1,0 +1,96 @@
+"""Shards from a source: plan, write in worker processes, then table and index.
+
+Everything written is a function of the source's list and the options, so any number of workers, and any number of
+interruptions, ends in the same bytes. A finished shard is checked by size and hash and not written again; the index
+comes last, so a folder with an index is complete.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+from data_prep.sources.base import Source
+from data_prep.writing import plan as planning
+from data_prep.writing.finish import finish
+from data_prep.writing.plan import Options
+from data_prep.writing.pool import Budget, alone_in, check_workers, in_processes
+from data_prep.writing.receipt import RECEIPTS
+from data_prep.writing.shard import write_shard
+from data_prep.writing.survey import buckets_of
+from megapix.errors import InputError
+from megapix.shards.index import INDEX_NAME, Index, missing_shards, read_index
+from megapix.shards.table import check_table
+
+POLICY_KEYS = ("format", "quality")
+"""Keys of the plan that go into the index's image policy beside those of `Policy`."""
+
+
+def write(
+    source: Source,
+    out: Path,
+    options: Options,
+    workers: int,
+    max_rejected: float = 0.0,
+    retry_rejected: bool = False,
+    progress: bool = True,
+) -> tuple[Index, bool]:
+    """Write `source` into the folder `out`, or resume it; return the index, and whether it was finished already.
+
+    Args:
+        workers: processes.
+        max_rejected: largest share of samples that may be left out because they cannot be used.
+        retry_rejected: write shards with rejected samples again.
+
+    Raises:
+        InputError: an option out of range, a folder of something else or of another plan, more rejected samples than
+            allowed, or a file that cannot be written; what is finished stays.
+    """
+    from tqdm import tqdm
+
+    options.check()
+    budget = Budget(max_rejected, len(source.items))
+    check_workers(workers)
+    plan = planning.describe(source, options)
+    try:
+        planning.settle(out, plan)
+        with alone_in(out):
+            if there := begin(out, retry_rejected):
+                return there, True
+            buckets = None
+            if len(options.policy.buckets) > 1:
+                buckets = buckets_of(source, out, options.policy, workers, progress)
+            parts = 0
+            work = partial(write_shard, source.reader, out, options, retry_rejected)
+            with tqdm(total=len(source.items), unit="img", disable=not progress, mininterval=0.5) as bar:
+                for _, outcome in in_processes(work, planning.jobs(source.items, options, buckets), workers):
+                    parts += 1
+                    budget.spend(outcome.rejected)
+                    bar.update(outcome.samples)
+            policy = options.policy.to_dict() | {key: plan[key] for key in POLICY_KEYS} | {"applied": "preparation"}
+            about = source.about | {key: plan[key] for key in ("samples_per_shard", "seed", "samples", "list_sha256")}
+            return finish(out, parts, lambda _: tuple(source.classes), "", policy, about), False
+    except OSError as error:
+        raise InputError(f"cannot write {str(error.filename or out)!r}: {error.strerror or error}") from error
+
+
+def begin(out: Path, retry_rejected: bool) -> Index | None:
+    """The index of a folder that is finished and whole; else make it ready for work."""
+    if (out / INDEX_NAME).is_file():
+        index = read_index(out)
+        if not (retry_rejected and index.rejected) and _whole(out, index):
+            return index
+        (out / INDEX_NAME).unlink()
+    (out / RECEIPTS).mkdir(exist_ok=True)
+    for leftover in [*out.glob(".*.tmp"), *(out / RECEIPTS).glob(".*.tmp")]:
+        leftover.unlink()
+    return None
+
+
+def _whole(out: Path, index: Index) -> bool:
+    try:
+        check_table(out, index)
+    except InputError:
+        return False
+    # A missing shard is written again; a changed one is found by its receipt, and named.
+    return bool(index.base) or not missing_shards(out, index)

@@ -1,0 +1,92 @@
+"""The command line: `megapix COMMAND`. Parses, calls, and turns bad input into one line and exit code 2."""
+
+from __future__ import annotations
+
+import sys
+
+from megapix import __version__
+from megapix.cli.images import evaluate, sample
+from megapix.cli.tools import bench, doctor, plan
+from megapix.cli.train import train
+from megapix.cli.weights import export, import_, reshard
+from megapix.dist import CollectiveInputError, World, abandon, from_environment, joined, leave
+from megapix.errors import InputError, RankLost, RunError, one_of
+from megapix.resilience.stopping import EXIT_STOPPED, StopRequested
+from megapix.resilience.watchdog import EXIT_LOST
+
+USAGE = """usage: megapix COMMAND ...
+
+Pretraining of PixelDiT, the pixel-space diffusion transformer, on DeepSpeed.
+
+  train     train a preset, or resume an interrupted run (several ranks: launch.sh)
+  sample    sample images from a run, a checkpoint, an exported file or an imported folder
+  export    write the EMA or raw weights of a run as one safetensors file with their configuration, or as the authors do
+  import    turn a checkpoint that the authors released into a folder that the other commands read
+  reshard   rewrite a checkpoint for another number of ranks
+  evaluate  sample images and score them against reference statistics, or repeat a score (several ranks: launch.sh)
+  doctor    preflight: check on every node what would make a `train` command fail later; with --parity, compare
+            ZeRO-2 on these machines with a plain PyTorch reference
+  bench     time a training step here: MFU against this machine's own peak, and where the time goes
+  plan      predict memory, the largest micro batch, speed and the checkpoint interval of a run on GPUs not yet at hand
+
+'megapix COMMAND --help' documents each; 'megapix --version' says which megapix this is.
+"""
+
+
+COMMANDS = {
+    "train": train,
+    "sample": sample,
+    "export": export,
+    "import": import_,
+    "reshard": reshard,
+    "evaluate": evaluate,
+    "doctor": doctor,
+    "bench": bench,
+    "plan": plan,
+}
+
+
+RESUMES = {"train": "; the same command resumes from the last checkpoint", "evaluate": "; the same command resumes"}
+"""What to add to the message of an interrupted command."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of the console script and of each rank; returns the exit code."""
+    arguments = sys.argv[1:] if argv is None else argv
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE, end="", file=sys.stdout if arguments else sys.stderr)
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        print(f"megapix {__version__}")
+        return 0
+    world = World()
+    try:
+        if arguments[0] not in COMMANDS:
+            raise InputError(f"command {arguments[0]!r} does not exist{one_of(arguments[0], list(COMMANDS))}")
+        world = from_environment()
+        code = COMMANDS[arguments[0]](arguments[1:], world)
+    except StopRequested as request:
+        world.say(str(request))
+        code = EXIT_STOPPED
+    except CollectiveInputError as error:
+        _complain(error, world.main)
+        code = 2
+    except InputError as error:
+        # Not raised on all ranks, so perhaps of one node alone: each node prints it.
+        _complain(error, world.local_rank == 0 or joined())
+        return abandon(world, 2)
+    except RankLost as error:
+        _complain(error, True)
+        return abandon(world, EXIT_LOST)
+    except RunError as error:
+        _complain(error, world.main)
+        code = 1
+    except KeyboardInterrupt:
+        _complain(f"interrupted{RESUMES.get(arguments[0], '')}", world.main)
+        return 130
+    return leave(world, code)
+
+
+def _complain(error: object, here: bool) -> None:
+    if here:
+        print(f"megapix: error: {error}", file=sys.stderr, flush=True)

@@ -1,0 +1,80 @@
+"""From arguments to options: `PRESET [OPTIONS]` or `--config FILE [OPTIONS]`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TypeVar
+
+import tyro
+
+from megapix import config
+from megapix.bench.options import StepOptions, check_batch
+from megapix.config import PRESETS, Config
+from megapix.dist import World
+from megapix.errors import InputError, one_of
+
+T = TypeVar("T")
+
+
+def print_usage(usage: str, arguments: list[str]) -> int:
+    """Print the usage with all presets: to stdout on --help, to stderr (and return 2) without arguments."""
+    width = max(map(len, PRESETS))
+    presets = "\n".join(f"  {name:{width}} {about}" for name, (_, about) in PRESETS.items())
+    print(usage.format(presets=presets), end="", file=sys.stdout if arguments else sys.stderr)
+    return 0 if arguments else 2
+
+
+def parse_run(arguments: list[str], world: World, command: str = "train") -> Config:
+    """A configuration from `PRESET [OPTIONS]` or `--config FILE [OPTIONS]`; only rank 0 prints tyro's messages.
+
+    Raises:
+        InputError: unknown preset, or a file that cannot be read or holds an unknown key.
+        SystemExit: an option that tyro refuses (code 2), or --help (code 0).
+    """
+    default, name, rest = named_config(arguments)
+    return parse(Config, default, f"megapix {command} {name}", rest, world)
+
+
+def parse_step(arguments: list[str], world: World, command: str = "megapix bench step") -> StepOptions:
+    """The options of a benchmark of a step, from `PRESET [OPTIONS]` or `--config FILE [OPTIONS]`; as `parse_run`.
+
+    Raises:
+        InputError: as `parse_run`, or a batch that is set twice.
+        SystemExit: as `parse_run`.
+    """
+    run, name, rest = named_config(arguments)
+    default = StepOptions.of(run)
+    options = parse(StepOptions, default, f"{command} {name}", rest, world)
+    check_batch(options, default)
+    return options
+
+
+def named_config(arguments: list[str]) -> tuple[Config, str, list[str]]:
+    """The configuration that PRESET or --config FILE names, how it is named, and the arguments that follow."""
+    first, rest = arguments[0], arguments[1:]
+    if first == "--config":
+        if not rest:
+            raise InputError("--config needs a JSON file")
+        return _read_config(Path(rest[0])), f"--config {rest[0]}", rest[1:]
+    if first.startswith("-"):
+        raise InputError(
+            f"the first argument is {first!r}: expected a preset{one_of(first, list(PRESETS))} or --config FILE"
+        )
+    return config.preset(first), first, rest
+
+
+def parse(kind: type[T], default: T, command: str, arguments: list[str], world: World) -> T:
+    """Options of `kind` from arguments over `default`; only rank 0 prints tyro's messages."""
+    return tyro.cli(kind, default=default, args=arguments, prog=command, console_outputs=world.main)
+
+
+def _read_config(path: Path) -> Config:
+    try:
+        data = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"--config {path}: cannot be read as JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise InputError(f"--config {path}: expected a table of options, found {type(data).__name__}")
+    return config.from_dict(Config, data, str(path))

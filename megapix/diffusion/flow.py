@@ -1,0 +1,117 @@
+"""The objective: rectified flow from noise (t = 0) to the image (t = 1), in pixels.
+
+    x_t = t·x + (1 - t)·ε          v = x - ε          loss = mean (v_θ(x_t, t, y) - v)²
+
+Everything here is a pure function of tensors; random numbers come from `megapix.rng`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from megapix import rng
+from megapix.config import FlowConfig
+from megapix.diffusion.condition import Cond, Condition
+from megapix.rng import Purpose
+
+
+class Network(Protocol):
+    """What the objective needs of a network, wrapped in an engine or not."""
+
+    def __call__(self, x: Tensor, t: Tensor, *cond: Tensor) -> Tensor: ...
+
+
+def time_shift(t: Tensor, shift: float) -> Tensor:
+    """Shift times towards noise for larger images: t / (t + (1 - t)·shift)."""
+    return t / (t + (1.0 - t) * shift)
+
+
+def timesteps(uniform: Tensor, config: FlowConfig) -> Tensor:
+    """Logit-normal times from uniform numbers, then the time shift: float64 [B] in (0, 1) -> float32 [B] in [0, 1]."""
+    normal = torch.special.ndtri(uniform) * config.t_std + config.t_mean
+    return time_shift(torch.sigmoid(normal), config.time_shift).float()
+
+
+def noise(keys: NDArray[np.uint64], shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """Standard normal noise, one image per key: float32 [len(keys), *shape].
+
+    Image i depends on keys[i] alone, so batching cannot change it. CPU and GPU have different streams, and torch's CPU
+    generator takes the low 32 bits of the key as its seed.
+    """
+    out = torch.empty(len(keys), *shape, device=device)
+    generator = torch.Generator(device)
+    for image, key in zip(out, keys, strict=True):
+        generator.manual_seed(int(key) & (2**63 - 1))
+        image.normal_(generator=generator)
+    return out
+
+
+def interpolate(x: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+    """x_t = t·x + (1 - t)·ε: images and noise [B, C, H, W], t [B] -> [B, C, H, W]."""
+    t = t[:, None, None, None]
+    return t * x + (1.0 - t) * eps
+
+
+def velocity(x: Tensor, eps: Tensor) -> Tensor:
+    """The target v = x - ε: it points from noise to the image."""
+    return x - eps
+
+
+def squared_error(prediction: Tensor, target: Tensor) -> Tensor:
+    """Mean squared error per image in fp32: [B, C, H, W] twice -> [B]."""
+    return (prediction.float() - target.float()).square().flatten(1).mean(1)
+
+
+def to_images(uint8: Tensor) -> Tensor:
+    """uint8 images [B, C, H, W] -> float32 in [-1, 1]."""
+    return uint8.float() / 127.5 - 1.0
+
+
+@dataclass(frozen=True)
+class NoisyBatch:
+    """A micro batch at random times: the network's inputs and its target."""
+
+    x_t: Tensor
+    """Noisy images, float32 [B, 3, H, W]."""
+    t: Tensor
+    """Times, float32 [B]."""
+    cond: Cond
+    """Cond tensors, null where they are dropped."""
+    target: Tensor
+    """The velocity, float32 [B, 3, H, W]."""
+
+
+def noisy_batch(
+    images: Tensor, condition: Condition, positions: NDArray[np.int64], seed: int, config: FlowConfig
+) -> NoisyBatch:
+    """The samples at `positions` with their noise, times and dropped conditions; arguments as in `training_loss`."""
+    x = to_images(images)
+    eps = noise(rng.bits(seed, Purpose.NOISE, positions), x.shape[1:], x.device)
+    t = timesteps(torch.from_numpy(rng.uniform(seed, Purpose.TIMESTEP, positions)), config).to(x.device)
+    dropped = rng.uniform(seed, Purpose.LABEL_DROPOUT, positions) < config.label_dropout
+    cond = condition.dropped(torch.from_numpy(dropped).to(x.device))
+    return NoisyBatch(interpolate(x, eps, t), t, cond, velocity(x, eps))
+
+
+def training_loss(
+    net: Network, images: Tensor, condition: Condition, positions: NDArray[np.int64], seed: int, config: FlowConfig
+) -> tuple[Tensor, Tensor]:
+    """Loss per sample of a micro batch, with the random numbers of its position in the run.
+
+    Args:
+        net: called as net(x_t, t, *cond).
+        images: uint8 [B, 3, H, W].
+        condition: of the images; null takes its place with probability `config.label_dropout`.
+        positions: int64 [B].
+
+    Returns:
+        Squared error [B] float32, with gradient, and t [B] float32.
+    """
+    batch = noisy_batch(images, condition, positions, seed, config)
+    return squared_error(net(batch.x_t, batch.t, *batch.cond), batch.target), batch.t

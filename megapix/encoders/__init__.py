@@ -1,0 +1,1 @@
+"""Frozen networks of others: image and text encoders, and those that score."""

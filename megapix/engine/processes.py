@@ -1,0 +1,67 @@
+"""Ranks as processes: how they form the process group, and what each sets up on its machine."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import resource
+import socket
+import warnings
+
+import deepspeed
+import torch
+import torch.utils.cpp_extension
+from deepspeed.accelerator import get_accelerator
+from deepspeed.constants import default_pg_timeout
+from deepspeed.utils import logger as deepspeed_logger
+
+from megapix.dist import World, on_all_ranks
+from megapix.engine.comm_op import load_comm_op
+
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
+"""Options of glibc's mallopt (malloc.h): when to give memory back, how much to take at once, maps in all."""
+
+
+def start(world: World) -> torch.device:
+    """Join the process group (NCCL on GPUs, gloo on CPUs) and return this rank's device.
+
+    Raises:
+        CollectiveInputError: DeepSpeed's CPU communication op cannot be built on some rank.
+    """
+    deepspeed_logger.setLevel(logging.WARNING)
+    # It warns of every optimizer that is not its own; ours is tested for parity, and so is its EMA.
+    deepspeed_logger.addFilter(lambda record: "untested optimizer" not in record.getMessage())
+    if world.size == 1 and "MASTER_PORT" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    # DeepSpeed calls it; nothing that a user of megapix could change.
+    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)
+    _allow_connections()
+    get_accelerator().set_device(world.local_rank)
+    backend = get_accelerator().communication_backend_name()
+    if get_accelerator().device_name() == "cpu":
+        _keep_freed_memory()
+        torch.distributed.init_process_group(backend, timeout=default_pg_timeout)  # DeepSpeed takes it as it is
+        on_all_ranks(world, lambda: load_comm_op(world))
+    deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
+    return torch.device(get_accelerator().current_device_name())
+
+
+def _allow_connections() -> None:
+    """Each rank of a large run holds some connections for every other; the usual soft limit is 1,024 open files."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc keep what CPU tensors free, unless the environment tunes it. Its default gives each large block back to
+    the kernel, which fills it with zeros for the next step: 12 to 16 % of a step's time (docs/performance.md)."""
+    tuned = any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ)
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt") and not tuned:
+        for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1), (M_TOP_PAD, 2**28)):
+            libc.mallopt(option, value)

@@ -1,0 +1,114 @@
+"""Files and folders written whole: atomic, synced to disk, and checked for being writable before the work starts; and
+the header of safetensors files that are written as a stream."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from megapix.errors import InputError
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write a whole file beside `path`, sync it to disk and rename it into place."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def check_writable(option: str, path: Path) -> None:
+    """Check before the work starts that a file can be written at `path`; its folder is made.
+
+    Raises:
+        InputError: it cannot; names `option`.
+    """
+    if path.is_dir():
+        raise InputError(f"{option} {str(path)!r} is a folder; expected a file")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise InputError(f"{option} {str(path)!r}: nothing can be written there: {error.strerror}") from error
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, read in blocks."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a folder's entries durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def appearing(out: Path, option: str = "--out") -> Iterator[Path]:
+    """A path to write a synced file or folder to; at the end it becomes `out`, whole or not at all.
+
+    Raises:
+        InputError: it cannot be written; names `option`.
+    """
+    temporary = out.with_name(f".{out.name}.tmp")
+    try:
+        _remove(temporary)  # of a process that was killed
+        yield temporary
+        os.replace(temporary, out)
+        sync_folder(out.parent)
+    except OSError as error:
+        raise InputError(f"{option} {str(out)!r} cannot be written: {error.strerror}") from error
+    finally:
+        _remove(temporary)
+
+
+def _remove(temporary: Path) -> None:
+    shutil.rmtree(temporary, ignore_errors=True)
+    with suppress(OSError):
+        temporary.unlink()
+
+
+NUMBER_BYTES = {"I64": 8, "F32": 4, "BF16": 2, "F16": 2}
+"""Bytes of a number, by safetensors' names of dtypes."""
+
+
+def safetensors_header(
+    tensors: Mapping[str, tuple[str, Sequence[int]]], metadata: Mapping[str, str] | None = None, room: int = 0
+) -> bytes:
+    """The first bytes of a safetensors file whose tensors lie end to end in the order given; their number is a multiple
+    of 8. The library writes whole files from memory; with this header a file is written as a stream.
+
+    Args:
+        tensors: name -> (safetensors' name of the dtype, shape).
+        room: bytes that the header has at least.
+    """
+    described: dict[str, object] = {"__metadata__": metadata} if metadata else {}
+    end = 0
+    for name, (dtype, shape) in tensors.items():
+        start, end = end, end + NUMBER_BYTES[dtype] * math.prod(shape)
+        described[name] = {"dtype": dtype, "shape": shape, "data_offsets": (start, end)}
+    text = json.dumps(described, separators=(",", ":")).encode()
+    size = max(len(text), room - 8)
+    size += -size % 8
+    return size.to_bytes(8, "little") + text.ljust(size)

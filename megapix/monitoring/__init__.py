@@ -1,0 +1,1 @@
+"""Numbers of a run: meters, TensorBoard, profiles, norms per block."""

@@ -1,0 +1,1 @@
+"""The contract on disk: what data_prep writes and a run reads."""

@@ -1,0 +1,257 @@
+"""A frozen encoder's features of every image of a data set: `data_prep features` writes them, REPA reads them.
+
+A folder of features holds
+
+    features-000000.safetensors, …   one file for each entry of the index, numbered by its place in the list
+    features.json                    the manifest; written last, so its presence means "complete"
+
+and plan.json, which only `data_prep` reads. A file is two tensors:
+
+    crc32      int64 [samples, forms]                                    of each image's features, as they lie here
+    features   bf16 or fp32 [samples, forms, rows, columns, width]       form 0 is the image, form 1 its mirror image
+
+Samples are in the order of the index. Rows and columns are the encoder's grid, the same for all images of an entry. The
+numbers are stored in the dtype that the encoder computes in, so nothing is lost: one read gives an image's features.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megapix.errors import InputError
+from megapix.files import safetensors_header, write_atomic
+from megapix.shards.feature_file import (
+    EntryFiles,
+    check_format,
+    check_name,
+    check_size,
+    features_fault,
+    file_name,
+    whole_file,
+)
+from megapix.shards.index import Index, as_count, as_sha256, as_text
+
+FORMAT, VERSION = "megapix-features", 1
+MANIFEST_NAME = "features.json"
+
+Dtype = Literal["bf16", "fp32"]
+DTYPES: dict[str, tuple[str, np.dtype[Any]]] = {"bf16": ("BF16", np.dtype("<i2")), "fp32": ("F32", np.dtype("<f4"))}
+"""dtype -> safetensors' name, and the NumPy type of its numbers; those of bf16 are bit patterns."""
+CRC = np.dtype("<i8")
+
+
+@dataclass(frozen=True)
+class FeatureFile:
+    """The features of one entry of the index."""
+
+    name: str
+    samples: int
+    rows: int
+    columns: int
+
+
+@dataclass(frozen=True)
+class Features:
+    """What a folder of features holds."""
+
+    folder: Path
+    encoder: str
+    """Folder or hub name of the encoder, as it was given."""
+    digest: str
+    """The encoder's (`encoder.digest`)."""
+    data_digest: str
+    """The data set's (`Index.digest`)."""
+    width: int
+    """Numbers of a cell of the grid."""
+    dtype: Dtype
+    """What the encoder computed in, and what is stored."""
+    flip: bool
+    """Whether there are features of the mirror images too."""
+    files: tuple[FeatureFile, ...]
+    """One for each entry of the index."""
+
+    @property
+    def forms(self) -> int:
+        """Forms of each image: itself, and its mirror image."""
+        return 2 if self.flip else 1
+
+    def row_bytes(self, file: FeatureFile) -> int:
+        """Bytes of the features of one image in one form."""
+        return file.rows * file.columns * self.width * DTYPES[self.dtype][1].itemsize
+
+    def header(self, file: FeatureFile) -> bytes:
+        """The first bytes of a file, which say whose features it holds."""
+        shape = (file.samples, self.forms)
+        about = {"format": FORMAT, "encoder": self.digest, "data": self.data_digest, "name": file.name}
+        rows = (*shape, file.rows, file.columns, self.width)
+        return safetensors_header({"crc32": ("I64", shape), "features": (DTYPES[self.dtype][0], rows)}, about)
+
+    def bytes_of(self, file: FeatureFile) -> int:
+        """Size of a whole file."""
+        return len(self.header(file)) + file.samples * self.forms * (CRC.itemsize + self.row_bytes(file))
+
+    def fault(self, file: FeatureFile) -> str:
+        """What is wrong with a file, by its size and its first bytes; empty if nothing is."""
+        return features_fault(self.folder / file.name, self.header(file), self.bytes_of(file), MANIFEST_NAME)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def write_file(features: Features, file: FeatureFile, batches: Iterable[NDArray[Any]]) -> None:
+    """Write a file from batches [B, forms, rows, columns, width] in order, beside its name, and rename it when it is
+    whole and synced to disk.
+
+    Raises:
+        OSError: it cannot be written.
+        ValueError: there are not `file.samples` of them.
+    """
+    header, crcs = features.header(file), list[int]()
+    with whole_file(features.folder / file.name) as out:
+        out.write(header + bytes(CRC.itemsize * file.samples * features.forms))
+        for batch in batches:
+            for row in np.ascontiguousarray(batch, DTYPES[features.dtype][1]).reshape(-1, *batch.shape[2:]):
+                data = row.tobytes()
+                crcs.append(zlib.crc32(data))
+                out.write(data)
+        if len(crcs) != file.samples * features.forms or out.tell() != features.bytes_of(file):
+            raise ValueError(f"{file.name}: {len(crcs)} images for {file.samples} in {features.forms} forms")
+        out.seek(len(header))
+        out.write(np.array(crcs, CRC).tobytes())
+
+
+def write_manifest(features: Features) -> None:
+    """Write the manifest; call it last, after every file."""
+    write_atomic(features.folder / MANIFEST_NAME, manifest(features))
+
+
+def manifest(features: Features) -> bytes:
+    """The manifest's bytes."""
+    files = [
+        {
+            "name": file.name,
+            "samples": file.samples,
+            "grid": [file.rows, file.columns],
+            "bytes": features.bytes_of(file),
+        }
+        for file in features.files
+    ]
+    about = {
+        "format": FORMAT,
+        "version": VERSION,
+        "encoder": features.encoder,
+        "encoder_digest": features.digest,
+        "data_digest": features.data_digest,
+        "width": features.width,
+        "dtype": features.dtype,
+        "flip": features.flip,
+        "files": files,
+    }
+    return (json.dumps(about, indent=1) + "\n").encode()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def read_manifest(folder: str | Path) -> Features:
+    """What the manifest in a folder says.
+
+    Raises:
+        InputError: no such folder, no manifest in it, or a damaged one.
+    """
+    folder = Path(folder)
+    shown = f"repa.features = {str(folder)!r}"
+    if not folder.is_dir():
+        raise InputError(
+            f"{shown}: no such folder; 'data_prep features SHARDS --encoder ENCODER --out {folder}' makes it"
+        )
+    path = folder / MANIFEST_NAME
+    if not path.is_file():
+        raise InputError(f"{shown} has no {MANIFEST_NAME}: run its 'data_prep features' command again until it is done")
+    try:
+        return _of_manifest(folder, json.loads(path.read_bytes()))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path}: not such a manifest, a key is missing or has a wrong value: {error}") from error
+
+
+def read_features(folder: str | Path, index: Index) -> Features:
+    """The features in a folder, if they are of that index and each file is there in its size; reads no numbers.
+
+    Raises:
+        InputError: what `read_manifest` raises, features of another data set, or a file that is missing, cut short or
+            of other features.
+    """
+    features = read_manifest(folder)
+    shown, path = f"repa.features = {str(folder)!r}", features.folder / MANIFEST_NAME
+    if features.data_digest != index.digest:
+        raise InputError(
+            f"{shown} are of the data set {features.data_digest[:16]}…, but the shards are {index.digest[:16]}…; "
+            "compute them from these shards"
+        )
+    if [file.samples for file in features.files] != [entry.samples for entry in index.shards]:
+        raise InputError(f"{path}: its files have other samples than the shards")
+    for file in features.files:
+        if fault := features.fault(file):
+            raise InputError(f"{shown}: {fault}; run its 'data_prep features' command again")
+    return features
+
+
+def _of_manifest(folder: Path, data: Any) -> Features:
+    check_format(data, FORMAT, VERSION)
+    files = list[FeatureFile]()
+    for place, entry in enumerate(data["files"]):
+        check_name(entry, place, name := file_name("features", place))
+        rows, columns = entry["grid"]
+        files.append(FeatureFile(name, as_count(entry["samples"]), as_count(rows, 1), as_count(columns, 1)))
+    if data["dtype"] not in DTYPES or not isinstance(data["flip"], bool):
+        raise ValueError(f"dtype and flip are {data['dtype']!r} and {data['flip']!r}")
+    features = Features(
+        folder,
+        encoder=as_text(data["encoder"]),
+        digest=as_sha256(data["encoder_digest"]),
+        data_digest=as_sha256(data["data_digest"]),
+        width=as_count(data["width"], 1),
+        dtype=data["dtype"],
+        flip=data["flip"],
+        files=tuple(files),
+    )
+    for file, entry in zip(files, data["files"], strict=True):
+        check_size(entry, features.bytes_of(file), f"width {features.width} makes")
+    return features
+
+
+class FeatureReader:
+    """Reads the features of any sample; each process needs its own."""
+
+    def __init__(self, features: Features) -> None:
+        self.features = features
+        self._files = EntryFiles(features.folder, (file.samples for file in features.files), "data_prep features")
+        self._starts = [len(features.header(file)) for file in features.files]
+
+    def read(self, sample: int, mirrored: bool) -> NDArray[Any]:
+        """Features of a sample or of its mirror image: [rows, columns, width], float32, or bf16's bit patterns (int16).
+
+        Raises:
+            InputError: they cannot be read, or are not those that were written.
+        """
+        f, (place, row) = self.features, self._files.find(sample)
+        file, crcs = f.files[place], self._starts[place]
+        row, size = row * f.forms + int(mirrored), f.row_bytes(file)
+        crc = int.from_bytes(self._files.read(file.name, crcs + row * CRC.itemsize, CRC.itemsize), "little")
+        start = crcs + file.samples * f.forms * CRC.itemsize + row * size
+        data = self._files.read_checked(file.name, start, size, crc, f"the features of sample {sample}")
+        return np.frombuffer(data, DTYPES[f.dtype][1]).reshape(file.rows, file.columns, f.width)

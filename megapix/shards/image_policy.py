@@ -1,0 +1,154 @@
+"""The image policy: any image in, 8-bit RGB of a known size out.
+
+`data_prep write` applies it before it writes shards; the loader applies it to shards that were only indexed. It is
+recorded in the index, so there is one place that says how the pixels came about.
+
+    crop       size × size from the centre, as ADM does (Dhariwal and Nichol 2021): halved with a box filter while the
+               shorter side is at least twice the size, scaled bicubically, cut
+    buckets    one of several sizes of about equal area: the one nearest in aspect ratio is covered the same way, and
+               what exceeds it is cut evenly from both sides
+    untouched  left as it is
+
+How the pixels are decoded and scaled: `pixels.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from megapix.errors import InputError
+from megapix.shards.pixels import Pixels, cover, decode, decode_exactly
+
+Mode = Literal["crop", "buckets", "untouched"]
+MODES = ("crop", "buckets", "untouched")
+LARGEST_SIDE = 16_384
+"""Pixels on a side of what a policy makes."""
+LARGEST_RATIO = 16.0
+"""Of the sides of a bucket."""
+LARGEST_STEP = 64
+"""Pixels of the default step of the sides of buckets: at 1024, an eighth leaves areas 6 % off."""
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How images are made."""
+
+    mode: Mode = "crop"
+    size: int = 0
+    """Side of the square in pixels; of buckets, the square root of their area; 0 for untouched."""
+    fast: bool = False
+    """Scale with torch's 8-bit bicubic instead of Pillow's."""
+    background: tuple[int, int, int] = (255, 255, 255)
+    """RGB on which transparent images are composited."""
+    min_side: int = 1
+    """Images whose shorter side has fewer pixels are refused."""
+    buckets: tuple[tuple[int, int], ...] = ()
+    """(height, width) of each size that comes out; none for untouched."""
+
+    @staticmethod
+    def make(mode: Mode, size: int, step: int = 0, ratio: float = 2.0, **rest: Any) -> Policy:
+        """A policy with its sizes worked out.
+
+        Args:
+            step: sides of buckets are multiples of this; 0 takes `default_step`.
+            ratio: largest ratio of the sides of a bucket.
+
+        Raises:
+            InputError: a value out of range.
+        """
+        if rest.get("min_side", 1) < 1:
+            raise InputError(f"--min-side = {rest['min_side']}: expected at least 1")
+        if mode == "untouched":
+            return Policy(mode, **rest)
+        if not 1 <= size <= LARGEST_SIDE:
+            raise InputError(f"--size = {size}: expected 1 to {LARGEST_SIDE}")
+        if mode == "crop":
+            return Policy(mode, size, buckets=((size, size),), **rest)
+        return Policy(mode, size, buckets=bucket_sizes(size, step or default_step(size), ratio), **rest)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {**asdict(self), "background": list(self.background), "buckets": [list(b) for b in self.buckets]}
+
+    @staticmethod
+    def from_dict(data: dict[str, Any]) -> Policy:
+        """The policy of an index.
+
+        Raises:
+            InputError: not such data.
+        """
+        try:
+            red, green, blue = (int(value) for value in data["background"])
+            buckets = tuple((int(height), int(width)) for height, width in data["buckets"])
+            policy = Policy(
+                data["mode"], int(data["size"]), bool(data["fast"]), (red, green, blue), int(data["min_side"]), buckets
+            )
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise InputError(f"the index's image_policy is damaged: {error!r}") from error
+        if policy.mode not in MODES or bool(buckets) == (policy.mode == "untouched"):
+            raise InputError(f"the index's image_policy is damaged: mode {policy.mode!r} with sizes {list(buckets)}")
+        if any(side < 1 or side > LARGEST_SIDE for bucket in buckets for side in bucket):
+            raise InputError(f"the index's image_policy is damaged: sizes {list(buckets)}")
+        return policy
+
+    def bucket_of(self, height: int, width: int) -> int:
+        """Number of the bucket for an image of that size: the nearest in aspect ratio, the first of equals."""
+        if len(self.buckets) < 2:
+            return 0
+        aspect = math.log(width / height)
+        return min(range(len(self.buckets)), key=lambda b: abs(aspect - _log_aspect(self.buckets[b])))
+
+    def apply(self, pixels: Pixels, bucket: int) -> Pixels:
+        """The image at the size of `bucket` (untouched: as it is).
+
+        Raises:
+            ValueError: smaller than `min_side`, or so long and thin that scaling it would pass the limit on pixels.
+        """
+        height, width = pixels.shape[:2]
+        if min(height, width) < self.min_side:
+            raise ValueError(f"{width}x{height} pixels, --min-side is {self.min_side}")
+        return pixels if self.mode == "untouched" else cover(pixels, *self.buckets[bucket], self.fast)
+
+
+def default_step(size: int) -> int:
+    """The step of the sides of buckets: an eighth of the size; above 512 pixels 64, where 64 divides the size."""
+    eighth = max(1, size // 8)
+    return LARGEST_STEP if eighth > LARGEST_STEP and size % LARGEST_STEP == 0 else eighth
+
+
+def bucket_sizes(size: int, step: int, ratio: float) -> tuple[tuple[int, int], ...]:
+    """(height, width) of buckets of about size² pixels, from tall to wide.
+
+    For each longer side that is a multiple of `step`, the shorter side is the multiple nearest to size² / longer,
+    while their ratio is at most `ratio`.
+
+    Raises:
+        InputError: the step does not divide the size, or a ratio out of range.
+    """
+    if step < 1 or size % step:
+        raise InputError(f"--bucket-step = {step}: expected a divisor of --size = {size}")
+    if not 1 <= ratio <= LARGEST_RATIO:
+        raise InputError(f"--bucket-ratio = {ratio}: expected 1 to {LARGEST_RATIO:g}")
+    wide = {(size, size)}
+    for longer in range(size + step, round(size * ratio) + 1, step):
+        shorter = max(step, round(size * size / longer / step) * step)
+        if longer / shorter <= ratio:
+            wide.add((shorter, longer))
+    return tuple(sorted(wide | {(b, a) for a, b in wide}, key=lambda hw: (_log_aspect(hw), hw)))
+
+
+def _log_aspect(bucket: tuple[int, int]) -> float:
+    return math.log(bucket[1] / bucket[0])
+
+
+def decode_indexed(data: bytes, policy: Policy, bucket: int, prepared: bool) -> Pixels:
+    """Decode an image of an index: one that the policy has made already (`prepared`), or makes now.
+
+    Raises:
+        ValueError: not an image, damaged, of another size than prepared ones have, or refused by the policy.
+    """
+    if prepared and policy.mode != "untouched":
+        return decode_exactly(data, *policy.buckets[bucket])
+    return policy.apply(decode(data, policy.background), bucket)

@@ -1,0 +1,240 @@
+"""`index.json`, and what lies beside it: the contract between `data_prep`, which writes shards, and `megapix.data`.
+
+A shard folder holds
+
+    shard-000000.tar, shard-000001.tar, …   ordinary WebDataset tar files (USTAR)
+    samples.bin                             one fixed-size record per sample, in the shards' order (`table.py`)
+    captions.bin                            the captions of the samples in the same order (`table.py`)
+    index.json                              what is in the folder; written last, so its presence means "complete"
+
+and what only `data_prep` reads: plan.json, .receipts/ and rejected.jsonl. In an index over tar files that exist
+already (`data_prep index`), the tar files lie elsewhere: `base` names the folder or URL, and they keep their names.
+Features of the captions may be stored there, too: text-*.safetensors (`text_features.py`).
+
+A sample that `data_prep write` wrote is three tar members, KEY being nine digits (its number in the plan):
+
+    KEY.cls     the class number, ASCII
+    KEY.jpg     the image (or KEY.png, KEY.webp: members are sorted by extension)
+    KEY.json    {"source": name in the source, "caption": …}, or with several captions
+                {"source": …, "captions": [{"text": …, "weight": …}, …]}
+
+An entry of the index is the samples of one tar file that belong to one bucket; a tar file with several buckets has
+several entries. Entries are in the order of their buckets.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from megapix.errors import InputError
+from megapix.files import write_atomic
+
+FORMAT = "megapix-shards"
+VERSION = 2
+INDEX_NAME = "index.json"
+TABLE_NAME = "samples.bin"
+CAPTIONS_NAME = "captions.bin"
+TAR_BLOCK = 512
+LARGEST_COUNT = 10**15
+"""What no count of samples, captions, tokens or bytes in a file of ours exceeds."""
+
+
+def shard_name(number: int) -> str:
+    """File name of shard `number` (counted from 0)."""
+    return f"shard-{number:06d}.tar"
+
+
+def sample_key(number: int) -> str:
+    """WebDataset key of sample `number` (counted from 0): nine ASCII digits, no dots."""
+    return f"{number:09d}"
+
+
+@dataclass(frozen=True)
+class ShardEntry:
+    """The samples of one tar file that belong to one bucket."""
+
+    name: str
+    """File name, relative to the folder or URL where the shards lie."""
+    samples: int
+    bytes: int
+    """Size of the tar file."""
+    sha256: str
+    """Hash of the tar file."""
+    bucket: int = 0
+    """Place in the list of sizes of the image policy."""
+
+
+@dataclass(frozen=True)
+class ClassEntry:
+    """One class of the index; its number is its place in the list."""
+
+    name: str
+    samples: int
+
+
+@dataclass(frozen=True)
+class Index:
+    """What a shard folder holds."""
+
+    samples: int
+    base: str
+    """Folder or URL of the tar files; empty if they lie beside the index."""
+    classes: tuple[ClassEntry, ...]
+    shards: tuple[ShardEntry, ...]
+    table_sha256: str
+    """Hash of `samples.bin`."""
+    captions_sha256: str
+    """Hash of `captions.bin`."""
+    image_policy: dict[str, Any]
+    """How images are made (`megapix.shards.image_policy.Policy`), and "applied": at "preparation" or on "loading"."""
+    source: dict[str, Any]
+    """Where the images came from: kind, licence, attribution, options of the preparation."""
+    rejected: int
+    """Samples of the source that could not be used; `rejected.jsonl` lists them."""
+    text: dict[str, Any] | None = None
+    """Features of the captions that are stored beside the index (`text_features.py`); None, and no key, if none are."""
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes by number."""
+        return tuple(entry.name for entry in self.classes)
+
+    @property
+    def prepared(self) -> bool:
+        """Whether the images were made by the policy when they were written, and not when they are read."""
+        return bool(self.image_policy["applied"] == "preparation")
+
+    @property
+    def files(self) -> tuple[ShardEntry, ...]:
+        """One entry for each tar file."""
+        return tuple({entry.name: entry for entry in self.shards}.values())
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the index's canonical JSON without `base` and `text`: the identity of a data set, wherever it lies
+        and whatever was computed from it."""
+        return hashlib.sha256(_dump(self, without=("base", "text")).encode()).hexdigest()
+
+
+def _dump(index: Index, without: tuple[str, ...] = ()) -> str:
+    data = {"format": FORMAT, "version": VERSION, **asdict(index)}
+    if index.text is None:
+        without = (*without, "text")
+    return json.dumps({k: v for k, v in data.items() if k not in without}, indent=1, sort_keys=True) + "\n"
+
+
+def write_index(folder: Path, index: Index) -> None:
+    """Write `index.json` atomically (temporary file, fsync, rename). Call it last, after every shard and the table."""
+    write_atomic(folder / INDEX_NAME, _dump(index).encode())
+
+
+def read_index(folder: str | Path) -> Index:
+    """Read and check `index.json` of a shard folder.
+
+    Raises:
+        InputError: no such folder, no index in it, not JSON, another format or version, a missing key, no samples.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(f"shard folder {str(folder)!r} does not exist; make one with 'data_prep write SOURCE OUT'")
+    path = folder / INDEX_NAME
+    if not path.is_file():
+        raise InputError(
+            f"shard folder {str(folder)!r} has no {INDEX_NAME}: it is empty or its preparation did not finish; "
+            "run the same 'data_prep' command again"
+        )
+    try:
+        data = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read as JSON: {error}") from error
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        found = data.get("format") if isinstance(data, dict) else type(data).__name__
+        raise InputError(f"{path}: format is {found!r}, expected {FORMAT!r}")
+    if data.get("version") != VERSION:
+        raise InputError(f"{path}: version is {data.get('version')!r}, this release reads version {VERSION}")
+    try:
+        index = Index(
+            samples=as_count(data["samples"]),
+            base=as_text(data["base"]),
+            classes=tuple(ClassEntry(as_text(entry["name"]), as_count(entry["samples"])) for entry in data["classes"]),
+            shards=tuple(_shard_entry(entry) for entry in data["shards"]),
+            table_sha256=as_sha256(data["table_sha256"]),
+            captions_sha256=as_sha256(data["captions_sha256"]),
+            image_policy=dict(data["image_policy"]),
+            source=dict(data["source"]),
+            rejected=as_count(data["rejected"]),
+            text=dict(data["text"]) if "text" in data else None,
+        )
+        if index.image_policy["applied"] not in ("preparation", "loading"):
+            raise ValueError(f"image_policy.applied is {index.image_policy['applied']!r}")
+        if not isinstance(index.image_policy["buckets"], list):
+            raise ValueError(f"image_policy.buckets is {index.image_policy['buckets']!r}")
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path}: a key is missing or of the wrong type: {error}") from error
+    if not index.classes:
+        raise InputError(f"{path}: there are no classes")
+    if index.samples < 1 or index.samples != sum(shard.samples for shard in index.shards):
+        total = sum(shard.samples for shard in index.shards)
+        raise InputError(f"{path}: samples is {index.samples}, but its shards hold {total}; expected the same, above 0")
+    sizes_made = max(1, len(index.image_policy["buckets"]))
+    if (worst := max(shard.bucket for shard in index.shards)) >= sizes_made:
+        raise InputError(f"{path}: a shard has bucket {worst}, but the image policy has {sizes_made}")
+    buckets = [shard.bucket for shard in index.shards]
+    if buckets != sorted(buckets):
+        raise InputError(f"{path}: the shards are not in the order of their buckets")
+    return index
+
+
+def _shard_entry(data: dict[str, Any]) -> ShardEntry:
+    name = as_text(data["name"])
+    # An index may come from a stranger: its shards lie below its base, and nowhere else.
+    if not name or name.startswith("/") or ".." in name.split("/") or "\\" in name or "\0" in name:
+        raise ValueError(f"shard name {name!r} leads out of the folder")
+    samples, size, bucket = (as_count(data[key]) for key in ("samples", "bytes", "bucket"))
+    return ShardEntry(name, samples, size, as_sha256(data["sha256"]), bucket)
+
+
+def missing_shards(base: Path, index: Index) -> list[str]:
+    """What is wrong with each local tar file that is not there with the size that the index lists; reads no data."""
+    faults = []
+    for shard in index.files:
+        path = base / shard.name
+        if not path.is_file():
+            faults.append(f"{path} is missing, but {INDEX_NAME} lists it")
+        elif (size := path.stat().st_size) != shard.bytes:
+            faults.append(
+                f"{path} has {size} bytes, but {INDEX_NAME} lists {shard.bytes}: "
+                "the index does not match its shards; prepare the folder again"
+            )
+    return faults
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Values of JSON that may come from a stranger
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def as_count(value: Any, least: int = 0) -> int:
+    """A whole number from `least` to LARGEST_COUNT; ValueError for anything else."""
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= LARGEST_COUNT:
+        raise ValueError(f"{value!r} is not a count")
+    return value
+
+
+def as_text(value: Any) -> str:
+    """A text; ValueError for anything else."""
+    if not isinstance(value, str):
+        raise ValueError(f"{value!r} is not a text")
+    return value
+
+
+def as_sha256(value: Any) -> str:
+    """A SHA-256 hash in hexadecimal; ValueError for anything else."""
+    if not re.fullmatch("[0-9a-f]{64}", as_text(value)):
+        raise ValueError(f"{value!r} is not a SHA-256 hash")
+    return str(value)

@@ -1,0 +1,176 @@
+"""Pixels of an encoded image, and bicubic scaling to cover a size.
+
+Decoding goes through Pillow, or for plain JPEG through simplejpeg where it is installed: the same library underneath,
+and the same pixels. `fast` replaces the bicubic step by torch's antialiased one on 8-bit integers; results differ by
+rounding (tests/shards/test_images.py holds them to 50 dB).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import math
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+FORMATS = ("PNG", "JPEG", "WEBP")
+"""Formats that are opened; Pillow's other readers are never reached."""
+ORIENTATION = 0x0112
+"""EXIF tag: how the camera was held."""
+
+Pixels: TypeAlias = NDArray[np.uint8]
+"""uint8 [H, W, 3], RGB."""
+
+
+def kind_of(data: bytes) -> str | None:
+    """The ending for encoded bytes (png, jpg or webp), from their first bytes; None if they are none of these."""
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return "png"
+    if data.startswith(b"\xff\xd8\xff"):
+        return "jpg"
+    return "webp" if data[:4] == b"RIFF" and data[8:12] == b"WEBP" else None
+
+
+def size_of(data: bytes) -> tuple[int, int]:
+    """(height, width) of an encoded image when it is upright, from its header.
+
+    Raises:
+        ValueError: not a PNG, JPEG or WebP image, or as large as a decompression bomb.
+    """
+    with _opened(data) as image, _decoding():
+        exif = Image.Exif()
+        exif.load(image.info.get("exif", b""))  # image.getexif() would decode a whole PNG
+        turned = exif.get(ORIENTATION, 1) in (5, 6, 7, 8)
+        return (image.width, image.height) if turned else (image.height, image.width)
+
+
+def decode(data: bytes, background: tuple[int, int, int] = (255, 255, 255)) -> Pixels:
+    """Decode a whole PNG, JPEG or WebP image (the first frame of an animated one) to 8-bit RGB, upright.
+
+    EXIF orientation is applied, transparency composited on `background`, 16-bit grey scaled to 8 bits.
+
+    Raises:
+        ValueError: not such an image, truncated, with broken EXIF data, or as large as a decompression bomb.
+    """
+    with _opened(data) as image:
+        if image.format == "JPEG" and image.mode in ("RGB", "L") and "exif" not in image.info:
+            pixels = _plain_jpeg(data)
+            if pixels is not None:
+                return pixels
+        with _decoding():
+            image.load()
+            upright = ImageOps.exif_transpose(image)
+            return np.asarray(_to_rgb(upright, background))
+
+
+def decode_exactly(data: bytes, height: int, width: int) -> Pixels:
+    """Decode an image that is already RGB of that size; its size is compared before any pixel is decoded.
+
+    Raises:
+        ValueError: another size, or what `decode` raises.
+    """
+    with _opened(data) as image:
+        if image.size != (width, height):
+            raise ValueError(f"image is {image.width}x{image.height} pixels, expected {width}x{height}")
+    pixels = decode(data)
+    if pixels.shape[:2] != (height, width):
+        raise ValueError(f"image is to be turned to {pixels.shape[1]}x{pixels.shape[0]} pixels (EXIF)")
+    return pixels
+
+
+def _opened(data: bytes) -> Image.Image:
+    with _decoding():
+        return Image.open(io.BytesIO(data), formats=FORMATS)
+
+
+@contextmanager
+def _decoding() -> Iterator[None]:
+    """Whatever a decoder makes of damaged or hostile bytes is a ValueError: Pillow's parsers raise all kinds.
+
+    An image that Pillow warns of as a bomb is refused; its other warnings (odd EXIF data) change nothing.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            yield
+    except MemoryError:
+        raise
+    except UnidentifiedImageError as error:
+        raise ValueError("not a PNG, JPEG or WebP image") from error
+    except Exception as error:
+        raise ValueError(str(error) or type(error).__name__) from error
+
+
+@lru_cache(maxsize=1)
+def _simplejpeg() -> Any:
+    if importlib.util.find_spec("simplejpeg") is None:
+        return None
+    import simplejpeg
+
+    return simplejpeg
+
+
+def _plain_jpeg(data: bytes) -> Pixels | None:
+    """The pixels through simplejpeg; None where it is not installed, or objects: Pillow then has the last word."""
+    library = _simplejpeg()
+    if library is None:
+        return None
+    try:
+        return np.asarray(library.decode_jpeg(data, "RGB"))
+    except ValueError:
+        return None
+
+
+def _to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
+    if image.mode.startswith("I"):  # 16-bit grey, which convert() would clip at 255 instead of scaling
+        values = np.asarray(image.convert("I"))
+        pixels = np.repeat((values >> 8).clip(0, 255).astype(np.uint8)[..., None], 3, axis=2)
+        pixels[values == image.info.get("transparency", -1)] = background
+        return Image.fromarray(pixels)
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        canvas = Image.new("RGBA", rgba.size, (*background, 255))
+        return Image.alpha_composite(canvas, rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def cover(pixels: Pixels, height: int, width: int, fast: bool = False) -> Pixels:
+    """Scale an image so that it covers height × width, and cut that from its centre. A square is ADM's centre crop.
+
+    Raises:
+        ValueError: so long and thin that scaling it would pass Pillow's limit on pixels.
+    """
+    while pixels.shape[0] >= 2 * height and pixels.shape[1] >= 2 * width:
+        half = pixels.shape[1] // 2, pixels.shape[0] // 2
+        pixels = np.asarray(Image.fromarray(pixels).resize(half, Image.Resampling.BOX))
+    scale = max(height / pixels.shape[0], width / pixels.shape[1])
+    scaled = round(pixels.shape[0] * scale), round(pixels.shape[1] * scale)
+    if Image.MAX_IMAGE_PIXELS and math.prod(scaled) > Image.MAX_IMAGE_PIXELS:  # 1 × 50,000,000 pixels decode, but grow
+        raise ValueError(f"scaled to {scaled[1]}x{scaled[0]} pixels it exceeds the limit of {Image.MAX_IMAGE_PIXELS}")
+    out = (_torch_bicubic if fast else _pillow_bicubic)(pixels, *scaled)
+    top, left = (scaled[0] - height) // 2, (scaled[1] - width) // 2
+    return out[top : top + height, left : left + width]
+
+
+def _pillow_bicubic(pixels: Pixels, height: int, width: int) -> Pixels:
+    return np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC))
+
+
+def _torch_bicubic(pixels: Pixels, height: int, width: int) -> Pixels:
+    import torch
+
+    if pixels.shape[:2] == (height, width):
+        return pixels
+    with warnings.catch_warnings():  # Pillow's arrays are read-only; nothing is written to them
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        image = torch.from_numpy(pixels).permute(2, 0, 1)[None]
+    scaled = torch.nn.functional.interpolate(image, (height, width), mode="bicubic", antialias=True)
+    return scaled[0].permute(1, 2, 0).numpy()

@@ -1,1 +1,0 @@
-"""`megapix plan`: memory, speed and checkpoint interval of a run, predicted before it takes a GPU."""

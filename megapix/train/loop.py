@@ -1,0 +1,287 @@
+"""A run from start to end. A step is: batch → loss → backward → step → agree → count → react → log → save → stop →
+sample, validate, evaluate."""
+
+from __future__ import annotations
+
+import math
+from contextlib import ExitStack, closing
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from megapix import config, dist
+from megapix.checkpoint.find import choose
+from megapix.checkpoint.folder import latest
+from megapix.checkpoint.manifest import State
+from megapix.config import Config
+from megapix.data.batch import Batch
+from megapix.diffusion import flow, repa
+from megapix.dist import World, gather, on_all_ranks
+from megapix.engine import processes
+from megapix.engine.schedule import learning_rate
+from megapix.errors import RunError
+from megapix.monitoring.block_norms import Watch
+from megapix.monitoring.report import Report
+from megapix.resilience import agreement
+from megapix.resilience.agreement import StepOutcome
+from megapix.resilience.health import Spike
+from megapix.resilience.run_lock import run_lock
+from megapix.resilience.stopping import StopRequest, StopRequested
+from megapix.resilience.watchdog import Watchdog
+from megapix.shards import storage
+from megapix.train import rollback, run_folder
+from megapix.train.feed import Feed
+from megapix.train.progress import Progress
+from megapix.train.resolve import resolve
+from megapix.train.run import Run, build
+from megapix.train.sample_grid import ema_grid
+
+
+class Rollback(Exception):
+    """A spike after which the run rolls back; carries the state at that moment."""
+
+    def __init__(self, spike: Spike, state: State) -> None:
+        super().__init__(spike.reason)
+        self.spike, self.state = spike, state
+
+
+class Losses(NamedTuple):
+    """Losses per sample of a micro batch, float32 [B] each."""
+
+    flow: Tensor
+    """Squared error of the velocity (paper, section 3)."""
+    t: Tensor
+    alignment: Tensor | None
+    """REPA's alignment loss, 1 - cos, while it is on."""
+
+
+def train(requested: Config, world: World) -> None:
+    """Start or resume the `requested` run; every rank calls it.
+
+    Raises:
+        InputError: bad input, found before the first step and raised on every rank; or a sample that cannot be read.
+        RunError: the run diverged, or a checkpoint could not be written; on every rank.
+        StopRequested: all ranks have agreed to stop, and the run is saved.
+    """
+    device = processes.start(world)
+    on_all_ranks(world, lambda: config.validate(requested))
+    stop = StopRequest(Path(requested.out), world)
+    choice = choose(Path(requested.out), requested.resume, world)
+    resolved = on_all_ranks(world, lambda: resolve(requested, world.size, choice))
+    run_folder.same_everywhere(world, resolved)
+    folder, c = Path(resolved.config.out), resolved.config
+    for reason in choice.refused if world.main else ():
+        dist.warn(f"checkpoint refused: {reason}")
+    for change in resolved.changes:
+        world.say(f"changed since the checkpoint: {change}")
+    if resolved.saved and resolved.finished:
+        seen = resolved.saved.state.counters.images_seen
+        world.say(f"{folder} is finished: {seen:,} images seen, {resolved.saved.folder}")
+        return
+    with run_lock(folder, world), Watchdog(world, c.machine.watchdog, _waits(c)) as watchdog:
+        with ExitStack() as at_end:
+            train_from(*build(resolved, world, device, stop, watchdog, at_end))
+        dist.barrier(world)  # no rank says goodbye while another still works
+    world.say(f"finished: {resolved.end:,} images seen; {latest(folder)}")
+
+
+def train_from(run: Run, state: State) -> None:
+    """Train from `state` to the end, with rollbacks where spikes ask for them."""
+    c, layout, happened = run.config, run.resolved.layout, ""
+    if c.health.on_spike == "rollback" and run.resolved.saved is None:
+        run.saver.save(state, run.share(state))  # a spike before the first checkpoint needs one too
+    while True:
+        progress = Progress(state, c, layout, run.engine)
+        report = Report(c, layout, run.world, run.device, run.saver, state.counters)
+        report.begin(run.resolved.text.prompts[: c.log.grid_classes], happened)
+        try:
+            with closing(report), closing(Feed(run, progress)) as feed:
+                return steps(run, progress, feed, report)
+        except Rollback as back:
+            state, happened = _roll_back(run, back)
+
+
+def steps(run: Run, progress: Progress, feed: Feed, report: Report) -> None:
+    """Step to the end; `progress` is where the run stands."""
+    c = run.config
+    while not progress.finished:
+        outcome = take_step(run, progress, feed, report)
+        progress.count()
+        react(run, progress, report, outcome)
+        if progress.due(c.log.every):
+            log(run, progress, feed, report, outcome)
+        if progress.due(c.checkpoint.every):
+            save(run, progress)
+        try:
+            measure(run, progress, report, outcome)
+        except StopRequested:
+            save_and_stop(run, progress)
+    run.watchdog.note(progress.step + 1, "save")
+    run.saver.finish()
+
+
+def take_step(run: Run, progress: Progress, feed: Feed, report: Report) -> StepOutcome:
+    """One global batch through the network and the optimizer, and what all ranks know of it."""
+    engine, note, step = run.engine, partial(run.watchdog.note, progress.step + 1), progress.step + 1
+    if run.trace:
+        note("profile")
+        run.trace.begin_step()
+    norms = Watch(engine) if progress.next_due(run.config.log.blocks_every) else None
+    accumulation, step_loss = run.resolved.layout.accumulation, torch.zeros((), device=run.device)
+    for _ in range(accumulation):
+        note("data")
+        batch = feed.next()
+        note("backward")
+        losses = losses_of(run, batch, feed.aligned)
+        engine.backward(total(losses, run.config.repa.weight))
+        note("step")
+        engine.step()
+        report.add(*losses)
+        step_loss += losses.flow.detach().mean() / accumulation
+    note("agree")
+    norm = engine.grad_norm if engine.applied else math.nan
+    outcome = agreement.after_step(run.world, step_loss, norm, run.stop.asked, run.saver.failed)
+    if norms:
+        report.scalars(step, norms.read(run.world.size))
+    return outcome
+
+
+def losses_of(run: Run, batch: Batch, aligned: bool) -> Losses:
+    """The network's losses on a micro batch."""
+    c = run.config
+    images, condition = batch.images.to(run.device, non_blocking=True), run.conditioner.of(batch)
+    if not aligned:
+        return Losses(*flow.training_loss(run.engine, images, condition, batch.positions, c.seed, c.flow), None)
+    features = run.resolved.teacher(images) if run.resolved.teacher else _stored(batch, run.device)
+    return Losses(*repa.training_loss(run.engine, features, images, condition, batch.positions, c.seed, c.flow))
+
+
+def total(losses: Losses, weight: float) -> Tensor:
+    """The loss to differentiate: the flow's mean loss plus `weight` times the mean alignment loss."""
+    flow_loss = losses.flow.mean()
+    return flow_loss if losses.alignment is None else flow_loss + weight * losses.alignment.mean()
+
+
+def react(run: Run, progress: Progress, report: Report, outcome: StepOutcome) -> None:
+    """Report a step that was skipped or is a spike, and stop or roll back where health.on_spike says so.
+
+    Raises:
+        RunError: a checkpoint was not written, too many steps in a row were skipped, or a spike ends the run.
+        Rollback: a spike, with health.on_spike = 'rollback'.
+    """
+    applied, step = run.engine.applied, progress.step
+    if outcome.save_failed:
+        run.saver.finish()
+    if not applied:
+        run.world.say(f"step {step} skipped: {outcome.fault} ({progress.skips.in_a_row + 1} in a row)")
+        report.event(step, f"skipped: {outcome.fault}")
+    progress.skips.count(applied, step, outcome.fault)
+    start = progress.before.position
+    spike = progress.sentinel.look(outcome.loss, outcome.grad_norm, start, step) if applied else None
+    if spike:
+        progress.spikes += 1
+        report.event(step, f"spike: {spike.reason}; health.on_spike = {run.config.health.on_spike!r}")
+        _on_spike(run, spike, progress.state())
+    progress.add_loss(outcome)
+    report.advance(progress.counters)
+
+
+def log(run: Run, progress: Progress, feed: Feed, report: Report, outcome: StepOutcome) -> None:
+    """Write a row of scalars. Every rank calls it."""
+    run.watchdog.note(progress.step, "log")
+    lr = learning_rate(progress.before.images_seen, run.config.optim)
+    row = {"schedule/lr": lr, "health/grad_norm": outcome.grad_norm}
+    row |= {"health/spikes": progress.spikes, "health/rollbacks": progress.rollbacks}
+    report.row(progress.step, progress.counters, feed.row() | row)
+    report.show(outcome.loss, lr)
+
+
+def save(run: Run, progress: Progress) -> None:
+    """Write a checkpoint of where the run stands."""
+    run.watchdog.note(progress.step, "save")
+    state = progress.save()
+    run.saver.save(state, run.share(state), prune=not progress.sentinel.suspicious)
+
+
+def measure(run: Run, progress: Progress, report: Report, outcome: StepOutcome) -> None:
+    """Sample, validate and evaluate where it is due.
+
+    Raises:
+        StopRequested: any rank was asked to stop, before or meanwhile; on every rank.
+    """
+    c, step, listen = run.config, progress.step, partial(run.listen, progress.step)
+    if outcome.stop:
+        raise StopRequested
+    if progress.due(c.log.samples_every):
+        picture = ema_grid(run.engine, c, run.rows, run.world, run.device, partial(listen, "sample"))
+        report.image(step, "samples/ema", picture)
+    if run.validation and progress.due(c.validation.every):
+        report.scalars(step, run.validation.losses(run.engine, partial(listen, "validate")))
+    if run.evaluation and progress.due(c.evaluation.every):
+        report.scalars(step, run.evaluation.scores(run.engine, listen))
+
+
+def save_and_stop(run: Run, progress: Progress) -> None:
+    """Stop the run as requested, with everything saved.
+
+    Raises:
+        StopRequested: always; its message names the checkpoint.
+    """
+    if not progress.saved:
+        save(run, progress)
+    run.watchdog.note(progress.step, "save")
+    run.saver.finish()
+    run.stop.done()
+    reason = next(reason for reason in gather(run.world, run.stop.reason) if reason)
+    raise StopRequested(f"stopped by {reason} at {latest(run.folder)}; the same command resumes") from None
+
+
+def _on_spike(run: Run, spike: Spike, state: State) -> None:
+    """Report a spike, keep the last healthy checkpoint, and do what health.on_spike says."""
+    run.watchdog.note(spike.step, "save")
+    run.saver.finish()  # it may still be writing the last healthy one
+    run.world.say(f"spike: {spike.reason}")
+    if run.config.health.on_spike == "rollback":
+        raise Rollback(spike, state)
+    healthy = rollback.keep_healthy(run.folder, spike, run.world)
+    kept = f"the last checkpoint before it is {healthy} and stays" if healthy else "there is no checkpoint before it"
+    run.world.say(kept)
+    if run.config.health.on_spike == "stop":
+        raise RunError(f"{spike.reason}; {kept}")
+
+
+def _roll_back(run: Run, back: Rollback) -> tuple[State, str]:
+    """Load the last healthy checkpoint before a spike; returns its state, and the event to log.
+
+    Raises:
+        RunError: it has been rolled back too often, or there is no such checkpoint.
+    """
+    h, layout, note = run.config.health, run.resolved.layout, run.watchdog.note
+    if back.state.rollbacks >= h.max_rollbacks:
+        raise RunError(
+            f"{back}; the run has been rolled back {back.state.rollbacks} times (health.max_rollbacks)"
+        ) from None
+    note(back.state.counters.drawn // layout.total, "load")
+    saved = rollback.roll_back(run.folder, back.spike, back.state, h.skip * layout.total, run.world)
+    note(saved.state.counters.drawn // layout.total, "load")
+    run.engine.load(saved, run.world)
+    state = replace(saved.state, config=back.state.config, layout=back.state.layout, files={})
+    ranges = ", ".join(f"{start:,} to {stop:,}" for start, stop in state.counters.skipped)
+    run.world.say(f"rolled back to {saved.folder}; positions skipped: {ranges}")
+    return state, f"rolled back to {saved.folder.name}: {back}; positions skipped: {ranges}"
+
+
+def _stored(batch: Batch, device: torch.device) -> Tensor:
+    """The features that the loader has read with the images."""
+    assert batch.features is not None, "read while REPA is active"
+    return batch.features.to(device, non_blocking=True)
+
+
+def _waits(c: Config) -> dict[str, float]:
+    """Phase -> seconds it may take beyond the watchdog's: a remote read is retried before it fails by itself."""
+    each = c.data.timeout + 10  # up to 10 s lie between two retries
+    return {"data": (1 + c.data.retries) * each} if storage.is_url(c.data.path) else {}

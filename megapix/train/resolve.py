@@ -1,0 +1,214 @@
+"""Before the first step: a run is checked against its data and its run folder, before anything is written."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megapix import config
+from megapix.checkpoint.find import Choice, Saved, choose
+from megapix.checkpoint.manifest import State
+from megapix.conditioning.text_source import TextSource, text_of
+from megapix.config import BatchLayout, Config, EvaluationConfig, RepaConfig
+from megapix.config.ds_config import read_knobs
+from megapix.data.locate import Located, locate
+from megapix.dist import World
+from megapix.errors import InputError
+from megapix.shards.image_features import Features, read_features
+from megapix.shards.image_policy import Policy
+from megapix.shards.index import Index
+
+if TYPE_CHECKING:
+    from megapix.encoders.image import Encoder
+    from megapix.evaluation.reference import Standard
+
+
+@dataclass(frozen=True)
+class ResolvedRun:
+    """A run that can start: resolved configuration, data, batch layout, and the checkpoint to resume from."""
+
+    config: Config
+    located: Located
+    layout: BatchLayout
+    choice: Choice
+    """The checkpoint to resume from, and those that were refused."""
+    validation: Located | None
+    """The validation set, if there is one."""
+    changes: list[str]
+    """Schedule options, and the number of ranks, where they differ from the checkpoint's."""
+    teacher: Encoder | None = None
+    """REPA's frozen encoder, if there is one."""
+    features: Features | None = None
+    """Or its features, computed before."""
+    standard: Standard | None = None
+    """Reference statistics and extractor of the small evaluation, if there is one."""
+    text: TextSource = field(default_factory=TextSource)
+    """Where the text of a network that takes text comes from."""
+
+    @property
+    def saved(self) -> Saved | None:
+        """The checkpoint to resume from, if there is one."""
+        return self.choice.saved
+
+    @property
+    def aligned_width(self) -> int:
+        """Width of the features that the run is aligned with; 0 without REPA."""
+        source = self.teacher or self.features
+        return source.width if source else 0
+
+    @property
+    def end(self) -> int:
+        """Images seen at the end of the run."""
+        return int(self.config.optim.end_at)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the checkpoint is already at the end."""
+        return self.saved is not None and self.saved.state.counters.images_seen >= self.end
+
+
+def resolve(requested: Config, ranks: int, choice: Choice | None = None) -> ResolvedRun:
+    """Check a configuration against its data, its run folder and the number of ranks, and freeze its spans.
+
+    Args:
+        ranks: ranks of the run.
+        choice: the checkpoint to resume from; None looks for it here, checking sizes only, before any rank starts.
+
+    Raises:
+        InputError: the first thing that is wrong.
+    """
+    config.validate(requested)
+    layout = config.batch_layout(requested, ranks)
+    read_knobs(requested.machine.ds_config, requested.machine.unproven)
+    located = locate(requested.data)
+    index = located.index
+    _check_sizes(requested, requested.data.path, Policy.from_dict(index.image_policy))
+    if len({shard.bucket for shard in index.shards}) > 1 and layout.total % requested.data.reading_groups:
+        raise InputError(
+            f"data.reading_groups = {requested.data.reading_groups}: with aspect buckets expected a divisor of "
+            f"optim.global_batch = {layout.total}"
+        )
+    if requested.model.num_classes and len(index.classes) != requested.model.num_classes:
+        raise InputError(
+            f"model.num_classes = {requested.model.num_classes}, "
+            f"but {requested.data.path!r} holds {len(index.classes)} classes"
+        )
+    validation = _validation(requested, index)
+    resolved = config.freeze(requested, index.samples)
+    teacher, features = _teacher(requested.repa), _features(requested, index)
+    if source := teacher or features:
+        resolved = config.replace(resolved, "repa.digest", source.digest)
+    text = text_of(requested, located, validation)
+    resolved = config.replace(resolved, "text.digest", text.digest)
+    standard = _standard(requested.evaluation)
+    run = Path(requested.out)
+    _check_writable(run)
+    choice = choice or choose(run, requested.resume, World(), hashed=False)
+    if choice.saved is None:
+        if requested.init:
+            from megapix.weights import stages  # late: torch, which no other check needs
+
+            stages.check(resolved)
+        return ResolvedRun(resolved, located, layout, choice, validation, [], teacher, features, standard, text)
+    folder, state = choice.saved.folder, choice.saved.state
+    _check_batch(state, layout, str(folder))
+    changes = config.compare(state.config, resolved, str(folder))
+    if state.data_digest != index.digest:
+        raise InputError(
+            f"{folder} was trained on the data set {state.data_digest[:16]}…, "
+            f"but {requested.data.path!r} is {index.digest[:16]}…; give the same shards, or another --out"
+        )
+    if state.layout.ranks != ranks:
+        changes.append(f"ranks: {state.layout.ranks} -> {ranks}")
+    return ResolvedRun(resolved, located, layout, choice, validation, changes, teacher, features, standard, text)
+
+
+def _teacher(repa: RepaConfig) -> Encoder | None:
+    if not repa.encoder:
+        return None
+    from megapix.encoders.image import load  # late: torch and transformers, which no other check needs
+
+    teacher = load(repa.encoder, repa.dtype, repa.micro_batch)
+    if repa.digest not in ("", teacher.digest):
+        raise InputError(
+            f"repa.encoder = {repa.encoder!r} has the digest {teacher.digest[:16]}…, but repa.digest = {repa.digest!r}"
+        )
+    return teacher
+
+
+def _standard(evaluation: EvaluationConfig) -> Standard | None:
+    if not evaluation.reference:
+        return None
+    from megapix.evaluation.reference import open_standard  # late: torch and the extractor, which no other check needs
+
+    weights = Path(evaluation.extractor_weights) if evaluation.extractor_weights else None
+    return open_standard(Path(evaluation.reference), weights, prefix="--evaluation.")
+
+
+def _features(requested: Config, index: Index) -> Features | None:
+    repa = requested.repa
+    if not repa.features:
+        return None
+    features, shown = read_features(repa.features, index), f"repa.features = {repa.features!r}"
+    if requested.data.flip and not features.flip:
+        raise InputError(
+            f"{shown} has no features of mirror images, but data.flip = True; compute them with data_prep features "
+            "without --no-flip, or give --data.no-flip"
+        )
+    if features.dtype != repa.dtype:
+        raise InputError(f"{shown} were computed in {features.dtype}, but repa.dtype = {repa.dtype!r}")
+    if repa.digest not in ("", features.digest):
+        raise InputError(f"{shown} are of the encoder {features.digest[:16]}…, but repa.digest = {repa.digest!r}")
+    return features
+
+
+def _check_batch(state: State, layout: BatchLayout, where: str) -> None:
+    total = state.config.optim.global_batch
+    if layout.total != total:
+        raise InputError(
+            f"{where} was trained with optim.global_batch = {total}, but this run has {layout}; micro batch, "
+            f"accumulation and ranks may change, their product not: give --optim.global-batch {total}"
+        )
+
+
+def _validation(requested: Config, training: Index) -> Located | None:
+    """The validation set: of the training set's classes, and not the training set itself."""
+    path = requested.validation.path
+    if not path:
+        return None
+    located = locate(replace(requested.data, path=path))
+    index = located.index
+    _check_sizes(requested, path, Policy.from_dict(index.image_policy))
+    if index.digest == training.digest:
+        raise InputError(f"validation.path = {path!r} is the training set: expected images that are not trained on")
+    if requested.model.num_classes and index.class_names != training.class_names:
+        raise InputError(f"validation.path = {path!r} has other classes than {requested.data.path!r}")
+    return located
+
+
+def _check_sizes(requested: Config, path: str, policy: Policy) -> None:
+    size, patch = requested.data.image_size, requested.model.patch_size
+    if policy.mode == "untouched":
+        raise InputError(
+            f"the images in {path!r} are untouched, of any size; give an index with a policy: "
+            f"data_prep index {path} --out INDEX --size {size}"
+        )
+    if policy.size != size:
+        raise InputError(f"data.image_size = {size}, but the images in {path!r} are {policy.size} pixels")
+    for height, width in policy.buckets:
+        if height % patch or width % patch:
+            raise InputError(
+                f"{path!r} has images of {width}x{height} pixels, not divisible by model.patch_size = {patch}"
+            )
+
+
+def _check_writable(run: Path) -> None:
+    parent = run
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir():
+        raise InputError(f"out = {str(run)!r}: the run folder cannot be made: {str(parent)!r} is not a folder")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise InputError(f"out = {str(run)!r}: {str(parent)!r} is not writable")

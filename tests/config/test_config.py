@@ -1,0 +1,115 @@
+"""Options: DeepSpeed's knobs beside ours, configuration files, and the marks that a resume reads."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megapix import config
+from megapix.cli import main as cli
+from megapix.config import ds_config
+from megapix.errors import InputError
+from megapix.train.resolve import resolve
+from tests.support.launch import start
+from tests.support.made_run import checkpoint_of
+from tests.support.small_run import SMALL, arguments
+
+
+@pytest.mark.parametrize(
+    ("knobs", "words"),
+    [
+        ({"train_batch_size": 8}, "'train_batch_size' does not belong here; it is set by optim.global_batch"),
+        ({"activation_checkpointing": {}}, "it is set by machine.pixel_checkpointing"),
+        ({"gradient_clipping": 1}, "it is set by optim.grad_clip"),
+        ({"bf16": {}}, "it is set by precision"),
+        ({"torch_autocast": {}}, "it is set by precision"),
+        ({"zero_optimization": {"stage": 2, "load_from_fp32_weights": False}}, "refused key 'load_from_fp32_weights'"),
+        ({"zero_optimization": {"stage": 2, "overlap_comm": True}}, "overlap_comm = True: expected false"),
+        ({"zero_optimization": {"stage": 2, "reduce_buket_size": 1}}, "did you mean 'reduce_bucket_size'"),
+        ({"zero_optimization": 2}, "expected a table with a table 'zero_optimization'"),
+        ([], "expected a table with a table 'zero_optimization'"),
+        ({"scheduler": {}}, "it is set by optim.lr_step_at and optim.lr_after"),
+        ({"zero_optimisation": {}}, "unknown key 'zero_optimisation' (did you mean 'zero_optimization'?)"),
+        ({"zero_optimization": {"stage": 3}}, "zero_optimization.stage = 3: expected 2"),
+    ],
+)
+def test_deepspeed_knobs_are_only_deepspeeds(knobs: dict[str, object], words: str, tmp_path: Path) -> None:
+    path = tmp_path / "knobs.json"
+    if isinstance(knobs, dict):
+        knobs = {"zero_optimization": {"stage": 2}} | knobs
+    path.write_text(json.dumps(knobs))
+    with pytest.raises(InputError) as error:
+        ds_config.read_knobs(str(path))
+    assert words in str(error.value)
+    assert str(path) in str(error.value)
+
+
+def test_shipped_knobs_hold_nothing_of_ours() -> None:
+    for path in ds_config.DS_CONFIGS.glob("*.json"):
+        keys = json.loads(path.read_text())
+        assert not set(keys) & set(ds_config.OWNED), path
+        assert keys["zero_optimization"]["overlap_comm"] is False
+
+
+def test_a_knob_that_deepspeed_refuses_is_bad_input(own_shards: Path, tmp_path: Path) -> None:
+    path = tmp_path / "knobs.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 2, "reduce_bucket_size": "many"}}))
+    (rank,) = start(1, "megapix", arguments(own_shards, tmp_path / "run", "--machine.ds-config", str(path)))
+    assert rank.code == 2
+    assert "reduce_bucket_size: input should be a valid integer" in rank.err.splitlines()[-1]
+
+
+def test_configuration_files(own_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = [*arguments(own_shards, tmp_path / "run", "--optim.lr-step-at", "2.5ep"), "--dry-run"]
+    assert cli.main(command) == 0
+    resolved = json.loads(capsys.readouterr().out)
+    assert resolved["optim"]["lr_step_at"] == 100, "2.5 epochs of 40 images"
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(resolved))
+    assert cli.main(["train", "--config", str(path), "--dry-run", "--seed", "7"]) == 0
+    assert json.loads(capsys.readouterr().out) == resolved | {"seed": 7}
+    for text, words in (
+        ("{", "cannot be read as JSON"),
+        ("[]", "expected a table of options, found list"),
+        ('{"optim": {"lr_after_": 1}}', "optim: unknown key 'lr_after_' (did you mean 'lr_after'?)"),
+        ('{"seed": "one"}', "seed = 'one': input should be a valid integer"),
+        ('{"model": {"mlp": "silu"}}', "model: mlp = 'silu': input should be 'gelu' or 'swiglu'"),
+    ):
+        path.write_text(text)
+        assert cli.main(["train", "--config", str(path), "--dry-run"]) == 2
+        error = capsys.readouterr().err
+        assert words in error
+        assert str(path) in error
+
+
+def test_marks_are_complete_and_frozen() -> None:
+    marks = {key: mark for key, _, mark in config.leaves(config.Config())}
+    assert set(marks.values()) == {"identity", "schedule", "machine"}
+    assert {key for key, mark in marks.items() if mark == "schedule"} == {
+        *(f"optim.{k}" for k in ("lr", "lr_after", "lr_step_at", "end_at", "warmup", "grad_clip")),
+        *(f"health.{k}" for k in config.HealthConfig.__dataclass_fields__),
+        *(f"repa.{k}" for k in ("weight", "stop_at")),
+    }
+    assert {key for key, mark in marks.items() if mark == "identity"} == {
+        "seed", "init", "init_weights", "precision", "data.image_size", "data.flip", "data.shuffle_window",
+        "data.reading_groups",
+        *(f"model.{k}" for k in config.ModelConfig.__dataclass_fields__),
+        *(f"flow.{k}" for k in config.FlowConfig.__dataclass_fields__),
+        *(f"optim.{k}" for k in ("global_batch", "beta1", "beta2", "weight_decay", "ema_decay")),
+        *(f"repa.{k}" for k in ("digest", "layer", "dtype")),
+        *(f"text.{k}" for k in ("digest", "max_tokens", "normalize", "scale", "prefix", "dtype")),
+    }  # fmt: skip
+
+
+def test_resume_reads_the_marks(own_shards: Path, tmp_path: Path) -> None:
+    asked = config.replace(config.replace(SMALL, "data.path", str(own_shards)), "out", str(tmp_path / "run"))
+    checkpoint_of(config.freeze(SMALL, 40), own_shards, tmp_path / "run", ranks=2)
+    assert resolve(asked, 2).changes == []
+    changed = config.replace(config.replace(asked, "optim.lr", 0.5), "machine.micro_batch", 1)
+    assert resolve(changed, 2).changes == ["optim.lr: 0.002 -> 0.5"]
+    assert resolve(asked, 4).changes == ["ranks: 2 -> 4"]
+    for key, value in (("model.mlp", "swiglu"), ("seed", 9), ("flow.time_shift", 3.0), ("optim.global_batch", 16)):
+        with pytest.raises(InputError, match=key):
+            resolve(config.replace(asked, key, value), 2)

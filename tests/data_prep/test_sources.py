@@ -1,0 +1,455 @@
+"""Every kind of source, made here as it ships, comes out as the same shards as the image folder it was made from."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import tarfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import webdataset
+from PIL import Image
+
+from data_prep.sources import open_source
+from data_prep.sources.base import Source
+from data_prep.sources.edm2_zip import Edm2Zip
+from data_prep.sources.image_folder import ImageFolder
+from data_prep.sources.image_text import ImageText
+from data_prep.sources.imagenet import SynsetTars
+from data_prep.sources.labelled import LabelledImages
+from data_prep.sources.parquet import Parquet
+from data_prep.sources.shards import Shards
+from data_prep.writing import plan as planning
+from data_prep.writing.plan import Options
+from data_prep.writing.write import write
+from megapix.errors import InputError
+from megapix.shards.image_policy import Policy
+from megapix.shards.storage import Access
+from tests.conftest import OPTIONS
+
+SYNSETS = ("n01440764", "n01443537", "n02085620")
+
+
+def files(image_folder: Path) -> list[tuple[int, Path]]:
+    """(class number, file) of every image of the fixture."""
+    classes = sorted(entry.name for entry in image_folder.iterdir())
+    return [(classes.index(p.relative_to(image_folder).parts[0]), p) for p in sorted(image_folder.rglob("*.png"))]
+
+
+def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(data)
+    tar.addfile(member, io.BytesIO(data))
+
+
+def synset_tars(image_folder: Path, out: Path) -> Path:
+    out.mkdir()
+    for label, synset in enumerate(SYNSETS):
+        with tarfile.open(out / f"{synset}.tar", "w") as tar:
+            for number, path in files(image_folder):
+                if number == label:
+                    add(tar, f"{synset}_{path.stem}.JPEG", path.read_bytes())
+    (out / "README.txt").write_text("not a tar")
+    return out
+
+
+def tar_of_tars(image_folder: Path, out: Path) -> Path:
+    folder = synset_tars(image_folder, out.parent / "synsets")
+    with tarfile.open(out.with_suffix(".tar"), "w") as tar:
+        for path in sorted(folder.glob("*.tar"), reverse=True):
+            tar.add(path, path.name)
+    return out.with_suffix(".tar")
+
+
+def edm2_zip(image_folder: Path, out: Path) -> Path:
+    path = out.with_suffix(".zip")
+    labels = []
+    with zipfile.ZipFile(path, "w") as archive:
+        for label, file in files(image_folder):
+            name = f"00000/img{file.stem}.png"
+            archive.write(file, name)
+            labels.append([name, label])
+        archive.writestr("dataset.json", json.dumps({"labels": labels}))
+    return path
+
+
+def existing_shards(image_folder: Path, out: Path) -> Path:
+    out.mkdir()
+    chosen = files(image_folder)
+    for number in range(2):
+        with open(out / f"{number:05d}.tar", "wb") as file, webdataset.TarWriter(file) as tar:
+            for label, path in chosen[number::2]:
+                sample = {"__key__": f"sub/{path.stem}", "png": path.read_bytes(), "cls": label, "txt": f"no {label}"}
+                tar.write(sample)
+    return out
+
+
+def flat_folder(image_folder: Path, out: Path) -> Path:
+    out.mkdir()
+    for _, path in files(image_folder):
+        (out / path.name).write_bytes(path.read_bytes())
+    (out.parent / "labels.txt").write_text(
+        "".join(f"{path.name} {SYNSETS[label]}\n" for label, path in files(image_folder))
+    )
+    return out
+
+
+def flat_tar(image_folder: Path, out: Path) -> Path:
+    ordered = sorted(files(image_folder), key=lambda pair: pair[1].name)
+    with tarfile.open(out.with_suffix(".tar"), "w") as tar:
+        for _, path in reversed(ordered):
+            add(tar, path.name, path.read_bytes())
+    (out.parent / "labels.txt").write_text("".join(f"{label}\n" for label, _ in ordered))
+    return out.with_suffix(".tar")
+
+
+def image_text(image_folder: Path, out: Path) -> Path:
+    for place, (label, path) in enumerate(files(image_folder)):
+        folder = out / f"{place % 2:05d}"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / path.name).write_bytes(path.read_bytes())
+        if place % 3:
+            (folder / f"{path.stem}.txt").write_text(f"no {label}\n", "utf-8")
+        else:
+            (folder / f"{path.stem}.json").write_text(json.dumps({"caption": f"no {label}", "sha256": "…"}), "utf-8")
+    return out
+
+
+def parquet(image_folder: Path, out: Path) -> Path:
+    """Two files as `datasets` writes them: a struct of bytes and path, a ClassLabel, small row groups."""
+    pyarrow = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    out.mkdir()
+    features = {"image": {"_type": "Image"}, "label": {"names": list(SYNSETS), "_type": "ClassLabel"}}
+    about = {b"huggingface": json.dumps({"info": {"features": features}}).encode()}
+    chosen = files(image_folder)
+    for number in range(2):
+        rows = chosen[number::2]
+        table = pyarrow.table(
+            {
+                "image": [{"bytes": path.read_bytes(), "path": path.name} for _, path in rows],
+                "label": pyarrow.array([label for label, _ in rows], pyarrow.int64()),
+                "text": [f"no {label}" for label, _ in rows],
+            }
+        )
+        name = out / f"train-{number:05d}-of-00002.parquet"
+        pq.write_table(table.replace_schema_metadata(about), name, row_group_size=6)
+    return out
+
+
+KINDS: dict[str, tuple[Callable[[Path, Path], Path], type, tuple[str, ...]]] = {
+    "synset tars": (synset_tars, SynsetTars, SYNSETS),
+    "tar of tars": (tar_of_tars, SynsetTars, SYNSETS),
+    "edm2 zip": (edm2_zip, Edm2Zip, ("0", "1", "2")),
+    "shards": (existing_shards, Shards, ("0", "1", "2")),
+    "flat folder": (flat_folder, LabelledImages, SYNSETS),
+    "parquet": (parquet, Parquet, SYNSETS),
+    "image-text": (image_text, ImageText, ("images",)),
+    "flat tar": (flat_tar, LabelledImages, ("0", "1", "2")),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sources(kind: str, image_folder: Path, tmp_path: Path) -> None:
+    make, expected_type, classes = KINDS[kind]
+    path = make(image_folder, tmp_path / "source")
+    labels = tmp_path / "labels.txt"
+    source: Source = open_source(path, labels=labels if labels.exists() else None)
+    assert type(source) is expected_type, "recognised"
+    assert tuple(source.classes) == classes
+    assert len(pickle.dumps(source.reader)) < 1000, "the list does not travel with every shard"
+    out = tmp_path / "out"
+    write(source, out, OPTIONS, workers=1, progress=False)
+    urls = [str(shard) for shard in sorted(out.glob("shard-*.tar"))]
+    found = sorted(
+        (s["cls"], s["png"].tobytes()) for s in webdataset.WebDataset(urls, shardshuffle=False).decode("pil")
+    )
+    folder = ImageFolder.open(image_folder)
+    direct = tmp_path / "direct"
+    write(folder, direct, OPTIONS, workers=1, progress=False)
+    urls = [str(shard) for shard in sorted(direct.glob("shard-*.tar"))]
+    expected = sorted(
+        (s["cls"], s["png"].tobytes()) for s in webdataset.WebDataset(urls, shardshuffle=False).decode("pil")
+    )
+    if kind == "image-text":
+        expected = [(0, data) for data in sorted(data for _, data in expected)]
+    assert found == expected
+    if kind in ("shards", "parquet", "image-text"):
+        assert {item.caption for item in source.items} == {"no 0", "no 1", "no 2"}
+
+
+def test_our_own_shards_are_a_source_with_class_names(shards: Path, tmp_path: Path) -> None:
+    source = open_source(shards)
+    assert isinstance(source, Shards)
+    assert source.classes == ("blue", "green", "red")
+    assert {item.caption for item in source.items} == {"blue", "green", "red"}
+
+
+def test_bad_sources(image_folder: Path, tmp_path: Path) -> None:
+    flat = flat_folder(image_folder, tmp_path / "flat")
+    labels = tmp_path / "labels.txt"
+    lines = labels.read_text().splitlines()
+    zipped = edm2_zip(image_folder, tmp_path / "zipped")
+    with zipfile.ZipFile(tmp_path / "bare.zip", "w") as archive:
+        archive.writestr("a.png", b"")
+    with zipfile.ZipFile(zipped) as archive, zipfile.ZipFile(tmp_path / "fewer.zip", "w") as fewer:
+        for name in archive.namelist():
+            if name != "dataset.json":
+                fewer.writestr(name, archive.read(name))
+        fewer.writestr("dataset.json", json.dumps({"labels": json.loads(archive.read("dataset.json"))["labels"][:-1]}))
+
+    def zip_with_label(label: str) -> Path:
+        with zipfile.ZipFile(tmp_path / "label.zip", "w") as archive:
+            archive.writestr("a.png", b"")
+            archive.writestr("dataset.json", f'{{"labels": [["a.png", {label}]]}}')
+        return tmp_path / "label.zip"
+
+    loop = tmp_path / "loop" / "class"
+    loop.mkdir(parents=True)
+    (loop / "again").symlink_to(tmp_path / "loop")
+    cases: list[tuple[Callable[[], object], str]] = [
+        (lambda: open_source(tmp_path / "none"), "does not exist"),
+        (lambda: open_source(flat), "of no known kind .* flat images need --labels FILE"),
+        (lambda: open_source(flat, name="edm-zip"), "'edm-zip' is not a kind of source .did you mean 'edm2-zip'"),
+        (lambda: open_source(flat, name="shards", labels=labels), "not with --source shards"),
+        (lambda: open_source(tmp_path / "bare.zip"), "dataset.json is missing"),
+        (lambda: open_source(tmp_path / "fewer.zip"), "dataset.json has no label for '00000/img"),
+        (lambda: open_source(zip_with_label("-1")), "dataset.json: a.png: the class is -1, expected a number"),
+        (lambda: open_source(zip_with_label("1e999")), "dataset.json: a.png: the class is inf, expected a number"),
+        (lambda: open_source(tmp_path / "loop"), "is a link to .*, which it lies in"),
+        (lambda: open_source(Path("a" * 300)), "cannot be read: File name too long"),
+        (lambda: open_source(flat, labels=tmp_path / "none.txt"), "none.txt: cannot be read"),
+    ]
+    for call, message in cases:
+        with pytest.raises(InputError, match=message):
+            call()
+    for text, message in (
+        ("\n".join(lines[:-1]), "has 39 lines, but there are 40 images"),
+        ("\n".join([*lines[:-1], "other.png n01440764"]), "has no line for image"),
+        ("\n".join([*lines[:-1], "a b c"]), "expected LABEL, or NAME LABEL"),
+    ):
+        labels.write_text(text)
+        with pytest.raises(InputError, match=message):
+            open_source(flat, labels=labels)
+
+
+def test_what_may_not_be_read_is_named(image_folder: Path, tmp_path: Path) -> None:
+    """As another user than root, whom no mode keeps out."""
+    import os
+    import shutil
+
+    source = tmp_path / "images"
+    shutil.copytree(image_folder, source)
+    (source / "red").chmod(0)
+    try:
+        if os.getuid() == 0:
+            for folder in (source, tmp_path, *tmp_path.parents):
+                if "pytest" in str(folder):
+                    folder.chmod(0o755)
+            os.seteuid(65534)
+        with pytest.raises(InputError, match=r"/red' cannot be read: Permission denied"):
+            open_source(source)
+    finally:
+        if os.getuid() == 0:
+            os.seteuid(0)
+        (source / "red").chmod(0o755)
+
+
+def test_a_shard_reads_few_row_groups(image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shuffled sample by sample, each shard would read from nearly all of the groups."""
+    source = open_source(parquet(image_folder, tmp_path / "source"))
+    jobs = list(planning.jobs(source.items, Options(Policy.make("crop", 16), samples_per_shard=10)))
+    assert sorted(item.name for job in jobs for item in job.items) == sorted(item.name for item in source.items)
+    groups = [{item.chunk for item in job.items} for job in jobs]
+    assert len({item.chunk for item in source.items}) == 8
+    assert max(len(some) for some in groups) <= 4
+    from data_prep.sources import parquet as source_file
+
+    loads: list[object] = []
+    load = source_file._load
+    monkeypatch.setattr(source_file, "_load", lambda *key: loads.append(key) or load(*key))
+    source_file._held.clear()
+    monkeypatch.setattr(
+        source_file, "HELD_BYTES", 4 * max(load(*item.place[:2], "image").nbytes for item in source.items)
+    )
+    for job in jobs:
+        for item in job.items:
+            source.reader.read(item, 16)
+    assert len(loads) <= 2 * 8, "each group about once, with room for a shard's groups"
+    labels = [item.label for item in jobs[0].items]
+    assert labels != sorted(labels), "shuffled inside"
+
+
+def test_bad_parquet_files(image_folder: Path, tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    png = next(image_folder.rglob("*.png")).read_bytes()
+
+    def table(name: str, **columns: object) -> Path:
+        pq.write_table(pyarrow.table(columns), tmp_path / f"{name}.parquet")
+        return tmp_path / f"{name}.parquet"
+
+    (tmp_path / "damaged.parquet").write_bytes(b"PAR1 and nothing")
+    for path, message in (
+        (table("bare", label=[1]), "no column of images"),
+        (table("negative", image=[png], label=[-1]), "row group 0, row 0: label: the class is -1, expected a number"),
+        (
+            table("null", image=[png], label=pyarrow.array([None], pyarrow.int64())),
+            "label: the class is None, expected a number",
+        ),
+        (tmp_path / "damaged.parquet", "cannot be read as a parquet file"),
+    ):
+        with pytest.raises(InputError, match=message):
+            open_source(path)
+    both = tmp_path / "both"
+    both.mkdir()
+    table("both/a", image=[png], label=[5])
+    table("both/b", image=[png])
+    with pytest.raises(InputError, match=r"both/b.parquet has no column of labels, but \S+/both/a.parquet has one"):
+        open_source(both)
+    text = open_source(table("text", image=["not bytes"], label=[0]))
+    with pytest.raises(ValueError, match="the row holds no image bytes"):
+        text.reader.read(text.items[0], 16)
+    source = open_source(table("holes", image=[png, None, png], label=[0, 1, 0]))
+    index, _ = write(source, tmp_path / "out", OPTIONS, workers=1, max_rejected=0.5, progress=False)
+    assert (index.samples, index.rejected) == (2, 1)
+    assert "the row holds no image bytes" in (tmp_path / "out" / "rejected.jsonl").read_text()
+
+
+def test_bad_image_text_pairs(image_folder: Path, tmp_path: Path) -> None:
+    pairs = image_text(image_folder, tmp_path / "pairs")
+    text, about = next(pairs.rglob("*.txt")), next(pairs.rglob("*.json"))
+    about.write_text('{"title": "no caption"}')
+    with pytest.raises(InputError, match=rf"{about}: expected the key 'caption' or 'captions', or {about.stem}.txt"):
+        open_source(pairs)
+    about.write_text('{"caption": ')
+    with pytest.raises(InputError, match=rf"{about}: expected JSON: Expecting value"):
+        open_source(pairs)
+    text.write_bytes(b"caf\xe9")
+    about.write_text('{"caption": null}')
+    with pytest.raises(InputError, match=rf"{text}: expected UTF-8 text: .* can't decode byte 0xe9"):
+        open_source(pairs)
+    about.write_text('{"caption": null}')
+    text.unlink()
+    with pytest.raises(InputError, match=rf"expected {text.name} or {text.stem}.json beside it"):
+        open_source(pairs, "image-text")
+
+
+def test_samples_that_are_none_are_rejected(tmp_path: Path) -> None:
+    """In existing shards: no image, or a class that is no number; the others are written."""
+    png = io.BytesIO()
+    Image.new("RGB", (16, 16)).save(png, "PNG")
+    with tarfile.open(tmp_path / "odd.tar", "w") as tar:
+        for name, data in (("a.cls", b"1"), ("b.cls", b"cat"), ("b.png", png.getvalue()), ("c.cls", b"1")):
+            add(tar, name, data)
+        add(tar, "c.png", png.getvalue())
+    index, _ = write(open_source(tmp_path / "odd.tar"), tmp_path / "out", OPTIONS, 1, max_rejected=0.7, progress=False)
+    assert (index.samples, index.rejected) == (1, 2)
+    reasons = (tmp_path / "out" / "rejected.jsonl").read_text()
+    assert "expected one image (png, jpg, jpeg, webp), found ['cls']" in reasons
+    assert "the class is 'cat', expected a number" in reasons
+
+
+def test_one_process_at_a_time(image_folder: Path, tmp_path: Path) -> None:
+    from data_prep.writing.pool import alone_in
+
+    (tmp_path / "out").mkdir()
+    with alone_in(tmp_path / "out"), pytest.raises(InputError, match="another data_prep is at work in"):
+        write(ImageFolder.open(image_folder), tmp_path / "out", OPTIONS, workers=1, progress=False)
+    write(ImageFolder.open(image_folder), tmp_path / "out", OPTIONS, workers=1, progress=False)
+
+
+def test_names_must_be_unique(image_folder: Path, tmp_path: Path) -> None:
+    folder = ImageFolder.open(image_folder)
+    twice = ImageFolder(folder.classes, [*folder.items, folder.items[0]], folder.reader)
+    with pytest.raises(InputError, match=r"the source holds 'blue/\S+' twice"):
+        write(twice, tmp_path / "out", Options(Policy.make("crop", 16)), workers=1, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda f: (f / "shard-000001.tar").unlink(), "shard-000001.tar is missing"),
+        (lambda f: _flip(f / "shard-000001.tar", 700), "shard-000001.tar: sha256 differs from the index"),
+        (lambda f: _flip(f / "samples.bin", 30), "samples.bin has sha256"),
+    ],
+)
+def test_verify_finds_damage(
+    damage: Callable[[Path], None], words: str, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import shutil
+
+    from data_prep import cli
+
+    out = tmp_path / "out"
+    shutil.copytree(shards, out)
+    assert cli.main(["verify", str(out), "--workers", "1"]) == 0
+    assert "everything is as the index says" in capsys.readouterr().out
+    damage(out)
+    assert cli.main(["verify", str(out), "--workers", "1"]) == 2
+    assert words in capsys.readouterr().err
+
+
+def _flip(path: Path, place: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)
+
+
+def test_verify_looks_into_the_samples(shards: Path, tmp_path: Path) -> None:
+    """A shard whose hash was brought up to date after its samples were spoilt."""
+    import shutil
+
+    from data_prep.passes.verify import verify
+    from megapix.files import sha256_of
+
+    out = tmp_path / "out"
+    shutil.copytree(shards, out)
+    with tarfile.open(out / "shard-000000.tar") as tar:
+        image, label = tar.getmember("000000003.png"), tar.getmember("000000005.cls")
+    data = bytearray((out / "shard-000000.tar").read_bytes())
+    data[image.offset_data : image.offset_data + 8] = bytes(8)
+    data[label.offset_data : label.offset_data + 1] = b"9"
+    (out / "shard-000000.tar").write_bytes(data)
+    captions = bytearray((out / "captions.bin").read_bytes())
+    captions[0:1] = b"?"
+    (out / "captions.bin").write_bytes(captions)
+    index = json.loads((out / "index.json").read_text())
+    index["shards"][0]["sha256"] = sha256_of(out / "shard-000000.tar")
+    index["captions_sha256"] = sha256_of(out / "captions.bin")
+    index["classes"][0]["samples"] += 1
+    (out / "index.json").write_text(json.dumps(index))
+    faults = list(verify(out, 1, Access(30.0, 5), progress=False))
+    assert faults.pop(0) == "class 'blue' has another number of samples than the 15 that the index lists"
+    assert [fault.rpartition("sample ")[2] for fault in faults] == [
+        "000000000: the caption differs from captions.bin",
+        "000000003: its bytes are not those that were indexed",
+        "000000003: cannot be decoded: not a PNG, JPEG or WebP image",
+        "000000005: the class differs from samples.bin",
+    ]
+
+
+def test_inspect(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import numpy as np
+    from PIL import Image
+
+    from data_prep import cli
+
+    sheet = tmp_path / "sheet.png"
+    assert cli.main(["inspect", str(shards), "--sheet", str(sheet), "--columns", "4", "--rows", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "40 images of 16 pixels in 3 shards" in out
+    assert "0 blue        14 ########################################" in out
+    assert "8 images" in out
+    with Image.open(sheet) as image:
+        pixels = np.asarray(image)
+    assert pixels.shape == (2 + 2 * 18, 2 + 4 * 18, 3)
+    blue, green = pixels[2:18, 2:18].mean((0, 1)), pixels[20:36, 2:18].mean((0, 1))
+    assert blue.argmax() == 2
+    assert green.argmax() == 1
