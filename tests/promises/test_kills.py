@@ -21,23 +21,29 @@ from tests.support.launch import Launch, succeed
 from tests.support.small_run import STEP_BATCH, arguments, flat_vectors, logged, saved, scalars
 
 
+def files_in(folder: Path) -> int:
+    """Files of a folder and those below it, temporary ones among them."""
+    return sum(len(names) for _, _, names in os.walk(folder))
+
+
 @pytest.mark.long
 def test_twenty_kills_end_in_the_same_bytes(tmp_path: Path) -> None:
-    """SIGKILL to every process after a random share of the time that a whole run takes; every third time twice."""
+    """SIGKILL to every process once a random number of a whole run's files is there; every third time twice."""
     command = [sys.executable, "-m", "data_prep", "demo", "openmoji", "--size", "256", "--split", "heldout"]
     command += ["--samples-per-shard", "16", "--workers", "2"]
-    start = time.perf_counter()
     subprocess.run([*command, str(tmp_path / "reference")], check=True, capture_output=True)
-    whole = time.perf_counter() - start
+    whole = files_in(tmp_path / "reference")
     reference, generator, interrupted = hashes(tmp_path / "reference"), random.Random(0), 0
     for number in range(20):
         out = tmp_path / "out"
         for _ in range(2 if number % 3 == 0 else 1):
+            target = generator.randrange(files_in(out), whole)
             process = subprocess.Popen([*command, str(out)], stderr=subprocess.DEVNULL, start_new_session=True)
-            try:
-                process.wait(timeout=generator.uniform(0.02, 1.0) * whole)
-            except subprocess.TimeoutExpired:
-                interrupted += 1
+            while process.poll() is None and files_in(out) < target:
+                time.sleep(0.002)
+            with suppress(subprocess.TimeoutExpired):  # a moment within a shard
+                process.wait(timeout=generator.uniform(0, 0.1))
+            interrupted += process.poll() is None
             with suppress(ProcessLookupError):  # it has just ended by itself
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()

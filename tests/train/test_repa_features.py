@@ -265,7 +265,7 @@ def test_a_kill_ends_in_the_same_bytes(
     process = subprocess.Popen(
         [sys.executable, str(script), *asked],
         cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},  # as in this process: sums in one order
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
