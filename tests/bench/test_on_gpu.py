@@ -27,3 +27,4 @@ def test_a_step_is_measured_by_the_gpus_own_events(tmp_path: Path) -> None:
     moved = [call["copy"] for call in calls if isinstance(call, dict)]
     made_up = [copy for copy in moved if copy["dtype"] == "torch.uint8" and copy["target"] == "cuda:0"]
     assert [copy["shape"] for copy in made_up] == [[2, 3, 64, 64]], "once, and not in a step"
+    assert [copy for copy in moved if copy["module"] == "conditioner"] == [], "nor is the text copied in a step"

@@ -1,0 +1,28 @@
+"""The faults that are planted to test the tests: each has its place in the code as it is, and a test that is there."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from benchmarks.plant_faults import check, read
+
+FAULTS = read()
+
+
+def test_each_can_be_planted() -> None:
+    assert {fault.about: problem for fault in FAULTS if (problem := check(fault))} == {}
+
+
+def test_half_of_all_are_numbers() -> None:
+    assert len({fault.about for fault in FAULTS}) == len(FAULTS)
+    assert 2 * sum(fault.number for fault in FAULTS) >= len(FAULTS)
+
+
+def test_what_cannot_be_planted_is_named() -> None:
+    fault = FAULTS[0]
+    assert check(replace(fault, file="megapix/none.py")) == "megapix/none.py is not there"
+    assert check(replace(fault, old="no such text")) == f"its text is 0 times in {fault.file}"
+    assert check(replace(fault, new="(")).startswith(f"{fault.file} is no Python with it: ")
+    assert (
+        check(replace(fault, test="tests/test_rng.py::test_none[7]")) == "tests/test_rng.py::test_none[7] is not there"
+    )
