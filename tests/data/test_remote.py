@@ -289,7 +289,7 @@ def test_indexing_over_http(web: Nginx, shards: Path, tmp_path: Path) -> None:
 def test_what_the_server_answers_is_one_line(
     place: str, words: str, web: Nginx, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from megapix.cli import main as cli
+    from megapix.cli import main as megapix_cli
 
     patient = ["--timeout", "2", "--retries", "1"]
     tar = f"{web.url}{place}/0.tar"
@@ -299,7 +299,7 @@ def test_what_the_server_answers_is_one_line(
     assert not (tmp_path / "index" / "index.json").exists()
     options = ["--data.cache", str(tmp_path / "cache"), "--data.timeout", "2", "--data.retries", "1", "--dry-run"]
     train = arguments(Path("placeholder"), tmp_path / "run", "--data.path", web.url + place, *options)
-    assert cli.main(train) == 2
+    assert megapix_cli.main(train) == 2
     assert capsys.readouterr().err == f"megapix: error: {web.url}{place}/index.json: {words}\n"
     assert not (tmp_path / "run").exists()
 
