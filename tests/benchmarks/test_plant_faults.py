@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 
-from benchmarks.plant_faults import check, read
+from benchmarks.plant_faults import ROOT, check, read
 
 FAULTS = read()
 
@@ -13,7 +14,12 @@ def test_each_can_be_planted() -> None:
     assert {fault.about: problem for fault in FAULTS if (problem := check(fault))} == {}
 
 
-def test_half_of_all_are_numbers() -> None:
+def test_every_package_has_two_and_half_of_all_are_numbers() -> None:
+    places = Counter(fault.file.rpartition("/")[0] or fault.file for fault in FAULTS)
+    inits = [path for top in ("megapix", "data_prep") for path in (ROOT / top).rglob("__init__.py")]
+    packages = {str(path.parent.relative_to(ROOT)) for path in inits}
+    assert {package: places[package] for package in packages if places[package] < 2} == {}
+    assert places["launch.sh"] >= 2
     assert len({fault.about for fault in FAULTS}) == len(FAULTS)
     assert 2 * sum(fault.number for fault in FAULTS) >= len(FAULTS)
 

@@ -306,6 +306,16 @@ def test_dry_run_writes_nothing(image_folder: Path, tmp_path: Path, capsys: pyte
     assert not out.exists()
 
 
+def test_transparent_images_lie_on_the_background(tmp_path: Path) -> None:
+    (tmp_path / "images" / "class").mkdir(parents=True)
+    (tmp_path / "images" / "class" / "a.png").write_bytes(encoded(Image.new("RGBA", (8, 8), (9, 9, 9, 0))))
+    command = ["write", tmp_path / "images", tmp_path / "out", "--size", 8, "--workers", 1]
+    assert run(*command, "--background", "#102030") == 0
+    sample = next(iter(webdataset.WebDataset(str(tmp_path / "out" / "shard-000000.tar"), shardshuffle=False)))
+    with Image.open(io.BytesIO(sample["png"])) as image:
+        assert image.getpixel((3, 5)) == (0x10, 0x20, 0x30)
+
+
 def test_formats(image_folder: Path, tmp_path: Path) -> None:
     for extension, kind in (("jpg", "JPEG"), ("webp", "WEBP")):
         out = tmp_path / extension
