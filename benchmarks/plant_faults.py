@@ -159,7 +159,8 @@ def run_in(copy: Path, test: str) -> Outcome:
     found = ElementTree.parse(report).getroot() if report.is_file() else None
     failures = [] if found is None else [f.get("message", "") for f in found.iter("failure")]
     ran = found is not None and sum(1 for case in found.iter("testcase") if case.find("skipped") is None)
-    message = (failures or [done.stdout.strip().splitlines()[-1] if done.stdout.strip() else done.stderr[-200:]])[0]
+    said = (done.stdout.strip() or done.stderr.strip() or f"nothing said, code {done.returncode}").splitlines()[-1]
+    message = (failures or [said])[0]
     by_assertion = bool(failures) and failures[0].startswith(BY_ASSERTION)
     return Outcome(done.returncode == 0 and bool(ran), by_assertion, " ".join(message.split()), seconds)
 
