@@ -77,7 +77,7 @@ def test_blocks_for_gpus_need_no_c_compiler_and_take_tritons_kernels(
     gpus: bool, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def missing() -> str:
-        raise exc.InvalidCxxCompiler
+        raise exc.InvalidCxxCompiler("none")
 
     if gpus:
         request.getfixturevalue("cuda")
