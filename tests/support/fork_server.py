@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -19,6 +20,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -73,6 +75,7 @@ class ForkServer:
 def _serve(requests: socket.socket) -> None:
     for name in IMPORTED:
         importlib.import_module(name)
+    gc.freeze()  # a collection in a rank would copy the pages of all that was imported
     codes: dict[int, int | None] = {}
     lines = requests.makefile("r")
     for line in lines:
@@ -97,7 +100,7 @@ def _serve(requests: socket.socket) -> None:
 
 
 def _run(argv: list[str], environment: dict[str, str], outputs: list[str]) -> None:
-    """Be a rank."""
+    """Be a rank, and end as a new interpreter does, but for its teardown: that of so many modules takes seconds."""
     os.setsid()
     np.random.seed()  # as in a new process
     for number, path in zip((1, 2), outputs, strict=True):
@@ -105,7 +108,22 @@ def _run(argv: list[str], environment: dict[str, str], outputs: list[str]) -> No
     os.environ.clear()
     os.environ.update(environment)
     sys.argv[1:] = argv[1:]
-    runpy.run_module(argv[0], run_name="__main__", alter_sys=True)
+    code: object = 0
+    try:
+        runpy.run_module(argv[0], run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        code = end.code or 0
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        code = 1
+    if not isinstance(code, int):
+        print(code, file=sys.stderr)
+        code = 1
+    threading._shutdown()  # waits for threads that are no daemons
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _ended(process: int) -> int | None:
