@@ -84,9 +84,9 @@ def test_launcher_says_what_the_machine_lacks(
 @pytest.mark.parametrize(
     ("options", "visible", "expected"),
     [
-        ([], "", "--include localhost:0,1,2,3"),
+        pytest.param([], "", "--include localhost:0,1,2,3", marks=pytest.mark.long),
         (["--ranks", "2"], "", "--include localhost:0,1"),
-        ([], "2,3", "--include localhost:2,3"),
+        pytest.param([], "2,3", "--include localhost:2,3", marks=pytest.mark.long),
         (["--ranks=2"], "1,2,3", "--include localhost:1,2"),
         (["--ranks", "5"], "", "launch.sh: error: --ranks = 5: there are 4 GPUs (0,1,2,3)"),
         ([], "GPU-1f2e", "launch.sh: error: CUDA_VISIBLE_DEVICES = 'GPU-1f2e': expected numbers"),

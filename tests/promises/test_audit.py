@@ -105,7 +105,7 @@ def test_the_turns_of_buckets_by_hand() -> None:
     assert (place, number) == (turns[far % 4][0], turns[far % 4][1] + far // 4 * (3, 1)[place])
 
 
-@pytest.mark.parametrize("nodes", [8, 64])
+@pytest.mark.parametrize("nodes", [pytest.param(8, marks=pytest.mark.long), 64])
 @pytest.mark.parametrize("window", [pytest.param(0, marks=pytest.mark.long), 4])
 def test_a_node_reads_its_share_of_the_shards(nodes: int, window: int) -> None:
     """ImageNet's size, 64 reading groups: whole shards that each node must fetch in an epoch, with a cache that holds
