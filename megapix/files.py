@@ -12,22 +12,34 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from megapix.errors import InputError
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write a whole file beside `path`, sync it to disk and rename it into place."""
+@contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write beside `path`; at the end it is synced to disk and gets its name.
+
+    Raises:
+        OSError: it cannot be written; nothing is left beside.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """`whole_file` of bytes that are in memory."""
+    with whole_file(path) as file:
+        file.write(data)
 
 
 def check_writable(option: str, path: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import socket
 
 import torch
-import torch.distributed
 
 from megapix import config
 from megapix.config import BatchLayout, Config

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 
 import torch
-import torch.utils.cpp_extension
 from deepspeed.accelerator import get_accelerator
 
 from megapix import model

@@ -11,7 +11,7 @@ import warnings
 
 import deepspeed
 import torch
-import torch.utils.cpp_extension
+import torch.distributed
 from deepspeed.accelerator import get_accelerator
 from deepspeed.constants import default_pg_timeout
 from deepspeed.utils import logger as deepspeed_logger

@@ -8,12 +8,10 @@ lies what lists them, written last.
 
 from __future__ import annotations
 
-import os
 import zlib
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -24,21 +22,6 @@ from megapix.shards.storage import Local
 def file_name(kind: str, place: int) -> str:
     """Name of an entry's file, by its place in the index's list; `kind` is "features" or "text"."""
     return f"{kind}-{place:06d}.safetensors"
-
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write beside `path`; at the end it is synced to disk and gets its name.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def features_fault(path: Path, header: bytes, size: int, listed_in: str) -> str:

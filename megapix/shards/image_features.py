@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megapix.errors import InputError
-from megapix.files import safetensors_header, write_atomic
+from megapix.files import safetensors_header, whole_file, write_atomic
 from megapix.shards.feature_file import (
     EntryFiles,
     check_format,
@@ -35,7 +35,6 @@ from megapix.shards.feature_file import (
     check_size,
     features_fault,
     file_name,
-    whole_file,
 )
 from megapix.shards.index import Index, as_count, as_sha256, as_text
 

@@ -32,8 +32,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megapix.errors import InputError
-from megapix.files import safetensors_header
-from megapix.shards.feature_file import check_format, check_name, check_size, features_fault, file_name, whole_file
+from megapix.files import safetensors_header, whole_file
+from megapix.shards.feature_file import check_format, check_name, check_size, features_fault, file_name
 from megapix.shards.index import INDEX_NAME, LARGEST_COUNT, Index, as_count, as_sha256, as_text
 from megapix.shards.storage import is_url
 from megapix.shards.text_recipe import OPTIONS, Recipe
