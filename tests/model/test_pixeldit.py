@@ -36,7 +36,10 @@ def inputs(batch: int = 2, height: int = 8, width: int = 12) -> tuple[torch.Tens
 
 @pytest.mark.parametrize("mlp", ["gelu", "swiglu"])
 @pytest.mark.parametrize("modulation", ["pre", "post"])
-@pytest.mark.parametrize("size", [(8, 12), (12, 8), (4, 16), (8, 8)])
+@pytest.mark.parametrize(
+    "size",
+    [(8, 12), pytest.param((12, 8), marks=pytest.mark.long), (4, 16), pytest.param((8, 8), marks=pytest.mark.long)],
+)
 def test_matches_the_reference(mlp: str, modulation: str, size: tuple[int, int]) -> None:
     config = ModelConfig(**{**SMALL.__dict__, "mlp": mlp, "modulation": modulation})
     net = randomised(config)

@@ -39,6 +39,10 @@ from tests.support.trained import Subject
 
 COUNT, BATCH = 10, 4
 """Three blocks, the last of which is not full: of two ranks the second has nothing to draw in the second turn."""
+SUBJECTS = pytest.mark.parametrize(
+    "subject", ["classes", pytest.param("text", marks=pytest.mark.long)], indirect=True, scope="module"
+)
+"""Scores of text differ from those of classes in their prompts alone, which the command's own tests hold."""
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +85,7 @@ def by_command(run: Path, stats: Path, out: Path, *more: str) -> dict[str, float
     return read_scores(out, "--out").scores
 
 
+@SUBJECTS
 def test_the_scores_are_those_of_the_command(trained: Trained, subject: Subject, measure: Path, tmp_path: Path) -> None:
     prompts = ["--prompts", str(subject.shards)] if subject.name == "text" else []
     found = by_command(trained.folder, measure, tmp_path / "score.json", *prompts)
@@ -104,6 +109,7 @@ def test_one_rank_says_the_same(trained: Trained, subject: Subject, measure: Pat
         assert scalars(tmp_path / "run", tag) == {1: scalars(trained.folder, tag)[20]}, tag
 
 
+@SUBJECTS
 def test_training_does_not_notice(trained: Trained, subject: Subject, tmp_path: Path) -> None:
     succeed(2, "megapix", subject.arguments(tmp_path / "plain"))
     with_it, without = (flat_vectors(saved(run).folder) for run in (trained.folder, tmp_path / "plain"))
@@ -112,6 +118,7 @@ def test_training_does_not_notice(trained: Trained, subject: Subject, tmp_path: 
         assert scalars(trained.folder, tag) == scalars(tmp_path / "plain", tag)
 
 
+@SUBJECTS
 def test_few_images_are_warned_of_once(trained: Trained, subject: Subject) -> None:
     main, other = ([line for line in rank.err.splitlines() if "warning" in line] for rank in trained.ranks)
     assert len(main) == 2
