@@ -29,7 +29,9 @@ TERM, USR1 or HUP asks the run to save and end with code 75; a second one, or IN
 Code 69: a rank or a node was lost. The others are those of `megapix train`.
 
 Environment: PYTHON (default: .venv/bin/python if it exists, else python3), OMP_NUM_THREADS (CPU threads of a rank;
-default: cores / ranks), MASTER_PORT (default: a free port; with --no-ssh 29500), MASTER_ADDR (as --master-addr).
+default: cores / ranks), MASTER_PORT (default: a free port; with --no-ssh 29500), MASTER_ADDR (as --master-addr). With
+--hostfile the other nodes get what torch, Triton, NCCL and remote storage read of it, tokens and keys by a file in
+their memory that only this user can read and that is removed (docs/cluster.md).
 EOT
 }
 
@@ -131,9 +133,100 @@ if [[ $devices ]]; then
   [[ -z $hostfile$no_ssh || $devices == "$(seq -s, 0 $((gpus - 1)))" ]] ||
     fail "CUDA_VISIBLE_DEVICES = '$devices': on several nodes DeepSpeed takes the first GPUs of each: expected it unset"
 fi
-hosts=()
+# What the other nodes need of this environment, and `.deepspeed_env` of the user, which wins. DeepSpeed passes variables on
+# in the command line of ssh, which everybody on every node can read. So only what a process needs before its Python
+# starts goes that way; all else, and of `.deepspeed_env` what may be a secret, goes through the stdin of ssh into a file
+# for each rank. It lies in its node's memory, this user alone can read it, and the rank removes it once it has read it.
+hand_on() {
+  local name value line file first=0 i open=() private=()
+  local -A theirs=()
+  for file in ~/.deepspeed_env .deepspeed_env; do
+    [[ -r $file ]] || continue
+    while IFS= read -r line || [[ $line ]]; do
+      [[ ! $line =~ ^([A-Za-z_]+[A-Za-z_0-9]*)=(.*)$ ]] || theirs[${BASH_REMATCH[1]}]=${BASH_REMATCH[2]}
+    done <"$file"
+  done
+  for name in $(compgen -e); do
+    [[ ! -v theirs[$name] ]] || continue
+    case $name in
+      PATH | LD_LIBRARY_PATH | OMP_NUM_THREADS | DS_ACCELERATOR | MALLOC_* | GLIBC_TUNABLES) open+=("$name") ;;
+      CUDA_VISIBLE_DEVICES | DS_ENV_FILE | TORCHELASTIC_*) ;; # a launcher's own
+      TORCH* | PYTORCH* | CUDA_* | CUDNN_* | CUBLAS* | NVIDIA_TF32_OVERRIDE | TRITON_* | DS_* | DEEPSPEED_* | \
+        NCCL* | GLOO_* | UCX* | MV2* | FI_* | OMP_* | GOMP_* | KMP_* | MKL_* | OPENBLAS_* | MAX_JOBS | CC | CXX | CPATH | \
+        C_INCLUDE_PATH | CPLUS_INCLUDE_PATH | LIBRARY_PATH | HF_* | HUGGING* | TRANSFORMERS_* | TOKENIZERS_* | \
+        XDG_CACHE_HOME | FSSPEC_* | AWS_* | S3* | GOOGLE_* | GCLOUD_* | GCSFS_* | STORAGE_EMULATOR_HOST | AZURE_* | \
+        *_proxy | *_PROXY | SSL_CERT_* | REQUESTS_CA_BUNDLE | CURL_CA_BUNDLE | MLFLOW*)
+        private+=("$name")
+        ;;
+      PYTHON*) if may_be_secret "$name" "${!name}"; then private+=("$name"); else open+=("$name"); fi ;;
+    esac
+  done
+  for name in "${open[@]}"; do
+    value=${!name} # DeepSpeed puts it between double quotes, and pdsh replaces %h, %n and %u
+    [[ ! $value =~ [\"\$\`\\]|$'\n'|%[hnu%]|^[[:space:]]|[[:space:]]$ ]] ||
+      fail "environment variable $name does not survive ssh: expected no quote, \$, \`, \\, %n, line break or outer space"
+    [[ $name == PYTHON* ]] || echo "$name=$value" # DeepSpeed passes PYTHON* on by itself
+  done >"$scratch/env"
+  for name in "${!theirs[@]}"; do
+    value=${theirs[$name]}
+    if may_be_secret "$name" "$value"; then private+=("$name"); else echo "$name=$value" >>"$scratch/env"; fi
+  done
+  export DS_ENV_FILE=$scratch/env
+  ((${#private[@]})) || return 0
+
+  handed=/dev/shm/megapix-environment-${scratch##*.}
+  echo "MEGAPIX_ENVIRONMENT=$handed" >>"$scratch/env"
+  # shellcheck disable=SC2016 # for the nodes: a file, and a name of it for each further rank
+  local take='umask 077; set -C; cat >$0.$1 || exit 1; n=$1; while n=$((n + 1)); [ $n -lt $2 ]; do ln $0.$1 $0.$n || exit 1; done'
+  for i in "${!hosts[@]}"; do
+    for name in "${private[@]}"; do printf '%s=%s\0' "$name" "${theirs[$name]-${!name}}"; done |
+      ssh_to "${hosts[i]}" "$take" "$first" $((first + slots[i])) &
+    uploads+=($!)
+    first=$((first + slots[i]))
+  done
+  for i in "${!hosts[@]}"; do
+    wait "${uploads[i]}" || {
+      (($? != 255)) || { echo "launch.sh: error: ${hosts[i]} is not reached by ssh" >&2 && exit 69; }
+      fail "--hostfile: ${hosts[i]} does not take the environment of this node: expected a /dev/shm that can be written"
+    }
+  done
+  for name in "${private[@]}"; do
+    case $name in MLFLOW* | MV2* | NCCL* | PYTHON* | UCX*) unset "$name" ;; esac # DeepSpeed would pass them on, too
+  done
+}
+
+# By its name, or with a password in a URL. Errs on the safe side.
+may_be_secret() {
+  [[ ${1^^} =~ TOKEN|KEY|SECRET|PASS|CREDENTIAL|AUTH|SAS|SESSION|COOKIE|CONNECTION || $2 =~ ://[^/]*@ ]]
+}
+
+# ssh_to HOST SCRIPT [ARGUMENTS]: with pdsh's options, in the background; the script's $0 is where the files lie.
+ssh_to() {
+  # shellcheck disable=SC2086 # options
+  exec ssh $PDSH_SSH_ARGS_APPEND "$1" "exec sh -c '$2' $handed ${*:3}"
+}
+
+# shellcheck disable=SC2329 # called by the trap
+clean_up() {
+  trap '' TERM USR1 HUP INT
+  # shellcheck disable=SC2086 # a pattern
+  rm -rf ${scratch:+"$scratch"} ${segments:-}
+  [[ $handed ]] || return 0
+  wait "${uploads[@]}" || true # what is on its way would come after the removal
+  uploads=()
+  local host
+  for host in "${hosts[@]}"; do
+    # shellcheck disable=SC2016 # for the nodes
+    ssh_to "$host" 'rm -f $0.*' </dev/null >/dev/null 2>&1 &
+    uploads+=($!)
+  done
+  wait "${uploads[@]}" || true
+}
+
+hosts=() slots=() uploads=()
 scratch=
-trap 'rm -rf ${scratch:+"$scratch"} ${segments:-}' EXIT
+handed= # where the ranks' files lie on every node
+trap clean_up EXIT
 if [[ $hostfile ]]; then
   [[ -r $hostfile ]] || fail "--hostfile $hostfile: cannot be read"
   world=0
@@ -142,6 +235,7 @@ if [[ $hostfile ]]; then
     [[ $line =~ ^([^[:space:]]+)[[:space:]]+slots=([1-9][0-9]*)$ ]] ||
       fail "--hostfile $hostfile: line '$line': expected 'HOST slots=RANKS'"
     hosts+=("${BASH_REMATCH[1]}")
+    slots+=("${BASH_REMATCH[2]}")
     ((${#hosts[@]} > 1)) || ranks=${BASH_REMATCH[2]}
     world=$((world + BASH_REMATCH[2]))
   done <"$hostfile"
@@ -206,17 +300,8 @@ elif [[ $hostfile ]]; then
   # A dead host must not keep ssh, and so this script, waiting.
   alive='-o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=5 -o ServerAliveCountMax=3'
   export PDSH_RCMD_TYPE=ssh PDSH_SSH_ARGS_APPEND="$alive ${PDSH_SSH_ARGS_APPEND:-}"
-  # What the other nodes need of this environment; a user's own .deepspeed_env comes last and wins.
   scratch=$(mktemp -d)
-  for name in $(compgen -e); do
-    case $name in
-      PATH | LD_LIBRARY_PATH | OMP_NUM_THREADS | DS_ACCELERATOR | GLOO_* | NCCL_* | TORCH_*) echo "$name=${!name}" ;;
-    esac
-  done >"$scratch/env"
-  for file in ~/.deepspeed_env .deepspeed_env; do
-    [[ ! -f $file ]] || grep -E '^[A-Za-z_]+[A-Za-z_0-9]*=' "$file" >>"$scratch/env" || true
-  done
-  export DS_ENV_FILE=$scratch/env
+  hand_on
 elif ((gpus)); then
   where+=(--include "localhost:$(IFS=,; echo "${list[*]:0:ranks}")")
 else

@@ -1,229 +1,202 @@
 """What a GPU alone can show, in one command without a network: `make gpu-checks`.
 
-    python -m benchmarks.gpu_checks [--preset xl-256] [--out FILE]
+    python -m benchmarks.gpu_checks [--minutes 25] [--out FILE] [--only WORDS]...
 
-Parity: compiled blocks, fused pixel kernels and every checkpointing policy against the blocks as written, output and
-gradients, in bf16 (2e-2 of the largest element of each tensor) and fp32 (1e-5).
+Parity: the network with blocks as written, compiled, with fused pixel kernels and with every checkpointing policy
+against plain PyTorch in fp32: output and gradients, in fp32 within 1e-5 of the largest element of each tensor, and in
+bf16 within twice what plain PyTorch's own bf16 differs by; and noise, whose bits must be the CPU's.
 
-Speed: whole training steps (forward, backward, ZeRO-2's optimizer step and the EMA, on one GPU) of ours for each policy
-and as written, compiled and with fused pixel kernels, and of plain eager PyTorch (`benchmarks.plain_eager`), as written
-and compiled, at micro batches 1, 2, 4, … up to the largest that fits: images/s, MFU of the data sheet's peak and of the
-best matmul measured here, peak memory.
+Speed: whole training steps (forward, backward, ZeRO-2's optimizer step and the EMA, on one GPU) of what `megapix train`
+would take by itself and of other ways, beside plain eager PyTorch (`benchmarks.plain_eager`), as written and compiled:
+images/s, MFU of the data sheet's peak and of the best matmul measured here, peak memory, and the kernels that ran.
 
-Both are printed as Markdown, with the card's name. The exit code is 1 if parity fails.
+Each way is a process of its own (`--way NAME` runs one by hand, and prints its rows as JSON), since engines and graphs
+of one would take memory from the next. It has a time limit, and is skipped if too few of the minutes are left; the most
+telling ways come first. Where memory runs out, half the micro batch is tried. Rows are printed, and in the Markdown
+file, as they come. The exit code is 1 if parity fails, and 2 without a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import gc
-import itertools
-import statistics
+import json
+import os
+import signal
+import subprocess
 import sys
-from collections.abc import Callable, Iterator
+import tempfile
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor, nn
+from benchmarks.gpu_report import Report
+from benchmarks.gpu_ways import WAYS, Way, of
+from megapix.cli import environment
+from megapix.errors import InputError
+from megapix.files import check_writable
 
-from benchmarks.plain_eager import PlainStep
-from megapix import config
-from megapix.bench import peak
-from megapix.bench.report import device_name
-from megapix.bench.stopwatch import Stopwatch
-from megapix.config import BatchLayout, Config, MachineConfig, ModelConfig
-from megapix.costs import flops
-from megapix.diffusion import flow
-from megapix.diffusion.condition import classes
-from megapix.dist import from_environment, leave
-from megapix.engine import processes, zero2
-from megapix.engine.network import build_network
-from megapix.model import PixelDiT
-
-TOLERANCE = {torch.bfloat16: 2e-2, torch.float32: 1e-5}
-SMALL = ModelConfig(patch_size=16, width=256, depth=2, heads=4, pixel_depth=2, num_classes=10)
-POLICIES: list[tuple[config.PixelPolicy, str | int]] = [
-    ("none", "none"),
-    ("selective", "none"),
-    ("selective_modulation", "none"),
-    ("full", "none"),
-    ("chunked", "none"),
-    ("offload", "none"),
-    ("full", 2),
-    ("full", "full"),
-]
-WARMUP = 3
+ROOT = Path(__file__).resolve().parent.parent
+LINGERS = 10.0
+"""Seconds that a process may take to end when it has said all."""
+TAIL = 15
+"""Lines of a failed process that are shown."""
 
 
-def main() -> int:
-    """Print both parts, and write them where they were asked for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", default="xl-256", choices=config.PRESETS)
-    parser.add_argument("--most", type=int, default=512, help="largest micro batch that is tried")
+def main(arguments: list[str]) -> int:
+    """Run all ways, or the one that was asked for; returns the exit code.
+
+    Raises:
+        InputError: an option that cannot be used.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu_checks",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--minutes", type=float, default=25.0, help="for all of it")
+    parser.add_argument(
+        "--only", action="append", default=[], metavar="WORDS", help="ways with these words in the name"
+    )
     parser.add_argument("--repeats", type=int, default=7, help="steps that are timed")
-    parser.add_argument("--cpu", action="store_true", help="run on the CPU, to see that this program works")
-    parser.add_argument("--out", type=Path, help="Markdown file that gets what is printed")
-    options = parser.parse_args()
-    if not options.cpu and not torch.cuda.is_available():
-        print(
-            "benchmarks.gpu_checks: error: torch sees no GPU here; --cpu runs this program without one", file=sys.stderr
-        )
-        return 2
-    torch.backends.cuda.matmul.allow_tf32 = False
-    world = from_environment()
-    device = processes.start(world)
-    lines = [f"{device_name(device)}, torch {torch.__version__}", ""]
-    print("\n".join(lines), flush=True)
-    bad = 0
-    for row in itertools.chain(parity(device), [""], speed(options.preset, options.most, options.repeats, device)):
-        bad += row.endswith("| no |")
-        lines.append(row)
-        print(row, flush=True)
+    parser.add_argument("--out", type=Path, help="Markdown file, whole after each row")
+    parser.add_argument("--cpu", action="store_true", help="small networks on the CPU, to see that this program works")
+    parser.add_argument("--memory", type=float, default=0.0, help="GiB of host memory that a way may take; 0: no limit")
+    parser.add_argument("--ways", type=Path, help="JSON list of ways, in place of benchmarks/gpu_ways.py")
+    parser.add_argument("--way", help="run this one in this process")
+    parser.add_argument("--micro", type=int, default=0, help="its images; 0 takes what a run would take")
+    options = parser.parse_args(arguments)
+    ways = [Way(**way) for way in json.loads(options.ways.read_text())] if options.ways else WAYS
+    if options.cpu:
+        ways = [way.on_cpu() for way in ways if not way.needs_gpu]
+    if options.way is not None:
+        return _child(options, ways)
+    chosen = [way for way in ways if not options.only or any(words in way.name for words in options.only)]
+    if not chosen:
+        raise InputError(f"--only {' '.join(options.only)!r}: no way has these words (benchmarks/gpu_ways.py)")
     if options.out:
-        options.out.write_text("\n".join(lines) + "\n")
-    return leave(world, int(bad > 0))
+        check_writable("--out", options.out)
+    report = Report(options.out)
+    program = [sys.executable, "-m", "benchmarks.gpu_checks", "--repeats", str(options.repeats)]
+    program += ["--memory", str(options.memory), *["--cpu"] * options.cpu]
+    program += ["--ways", str(options.ways.absolute())] if options.ways else []
+    return run(chosen, program, report, 60 * options.minutes)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Parity
-# ---------------------------------------------------------------------------------------------------------------------
+def run(ways: list[Way], program: list[str], report: Report, seconds: float) -> int:
+    """Run the ways one after another; returns the exit code.
 
+    Args:
+        program: the command that runs a way, to which --way and --micro are added.
+        seconds: for all of them.
+    """
+    signal.signal(
+        signal.SIGTERM, lambda number, frame: sys.exit(128 + number)
+    )  # through `follow`, which ends its child
+    deadline, queue = time.monotonic() + seconds, deque(ways)
+    known = {(way.name, way.micro) for way in ways}
+    while queue:
+        way = queue.popleft()
+        if (left := deadline - time.monotonic()) < way.needs:
+            report.ended(way, f"skipped: it needs about {way.needs} s, and {max(left, 0):.0f} s are left")
+            continue
+        command = [*program, "--way", way.name, "--micro", str(way.micro)]
+        rows: list[dict[str, Any]] = []
 
-def parity(device: torch.device) -> Iterator[str]:
-    """A row for each way to run the blocks."""
-    yield "| dtype | blocks | worst difference of outputs | of gradients | bound | holds |"
-    yield "|---|---|---|---|---|---|"
-    for dtype, bound in TOLERANCE.items():
-        asked = _question(4, 128, device)
-        expected = _gradients(_network(dtype, device), asked)
-        for name, machine in ways(device.type == "cuda"):
-            found = _gradients(_network(dtype, device, machine), asked)
-            out, gradients = (worst(*pair) for pair in zip(found, expected, strict=True))
-            holds = "yes" if max(out, gradients) <= bound else "no"
-            kind = str(dtype).removeprefix("torch.")
-            yield f"| {kind} | {name} | {out:.1e} | {gradients:.1e} | {bound:.0e} | {holds} |"
+        def take(row: dict[str, Any], way: Way = way, rows: list[dict[str, Any]] = rows) -> None:
+            rows.append(row)
+            if row["kind"] != "no gpu":
+                report.add(way, row)
 
-
-def ways(fused: bool) -> Iterator[tuple[str, MachineConfig]]:
-    """How blocks can be run, as written first."""
-    for kernels, compiled in itertools.product(("plain", "triton") if fused else ("plain",), (False, True)):
-        for pixel, patch in POLICIES:
-            if kernels == "triton" and pixel == "chunked":
-                continue  # the fused kernels take all patches at once
-            torch.compiler.reset()  # graphs of the way before would count as compiled too often
-            name = f"pixel {pixel}, patch {patch}{', fused' * (kernels == 'triton')}{', compiled' * compiled}"
-            yield (
-                name,
-                MachineConfig(
-                    pixel_checkpointing=pixel, patch_checkpointing=patch, pixel_kernels=kernels, compile=compiled
-                ),
+        why = follow(command, min(way.limit, left), take)
+        if rows and rows[-1]["kind"] == "no gpu":
+            print(
+                "benchmarks.gpu_checks: error: torch sees no GPU; --cpu runs this program without one", file=sys.stderr
             )
+            return 2
+        if why:
+            report.ended(way, why)
+        if rows and rows[-1]["kind"] == "oom":
+            half = replace(way, micro=rows[-1]["micro"] // 2)
+            if half.micro and (half.name, half.micro) not in known:
+                known.add((half.name, half.micro))
+                queue.appendleft(half)
+    return int(report.failed)
 
 
-def _network(dtype: torch.dtype, device: torch.device, machine: MachineConfig | None = None) -> PixelDiT:
-    """Without a weight at zero, and the same ones each time."""
-    net = build_network(SMALL, 0, machine)
-    generator = torch.Generator().manual_seed(0)
-    for p in net.parameters():
-        nn.init.normal_(p, std=0.05, generator=generator)
-    return net.to(device, dtype)
+def follow(command: list[str], seconds: float, take: Callable[[dict[str, Any]], None]) -> str | None:
+    """Run a way's process, give each of its rows to `take`, and say why it ended before its last one, if it did."""
+    late = threading.Event()
+    with tempfile.TemporaryFile() as errors:
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, start_new_session=True
+        )
+
+        def end() -> None:
+            late.set()
+            _kill(process)
+
+        timer = threading.Timer(seconds, end)
+        timer.start()
+        try:
+            if _rows(process, take):
+                return None
+            code = process.wait()
+        finally:
+            timer.cancel()
+            _kill(process)
+            process.wait()
+        if late.is_set():
+            return f"ended after {seconds:.0f} s, its limit"
+        errors.seek(0)
+        said = errors.read().decode(errors="replace").strip().splitlines()
+    for line in said[-TAIL:]:
+        print(line, file=sys.stderr, flush=True)
+    if code < 0:
+        return f"ended by {signal.Signals(-code).name}"
+    return f"ended with code {code}: {said[-1] if said else 'it said nothing'}"
 
 
-def worst(found: list[Tensor], expected: list[Tensor]) -> float:
-    """Largest difference in a tensor, relative to its largest element; of the worst tensor."""
-    pairs = zip(found, expected, strict=True)
-    return max(float((a.float() - b.float()).abs().max() / b.float().abs().max()) for a, b in pairs)
+def _rows(process: subprocess.Popen[bytes], take: Callable[[dict[str, Any]], None]) -> bool:
+    """Take rows up to the last one; whether that came."""
+    assert process.stdout
+    for line in process.stdout:
+        if not line.endswith(b"\n"):
+            return False  # it was ended within a row
+        row = json.loads(line)
+        if row["kind"] == "end":
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(LINGERS)
+            return True
+        take(row)
+    return False
 
 
-def _gradients(net: PixelDiT, asked: tuple[Tensor, ...]) -> tuple[list[Tensor], list[Tensor]]:
-    out = net(*asked)
-    out.float().square().mean().backward()
-    return [out.detach()], [p.grad for p in net.parameters() if p.grad is not None]
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """End it and what it has started."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
-def _question(batch: int, size: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    x, t = torch.randn(batch, 3, size, size, generator=generator), torch.rand(batch, generator=generator)
-    return x.to(device), t.to(device), torch.arange(batch, device=device)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Speed
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def speed(preset: str, most: int, repeats: int, device: torch.device) -> Iterator[str]:
-    """A row for each way, and each micro batch that fits."""
-    c = dataclasses.replace(config.preset(preset), out="-")
-    products = peak.matmuls(c, 16, device.type)
-    best = max(peak.measure(products, c.precision, device).values())
-    sheet = flops.peak_of(c, device)
-    yield f"{preset}, {c.precision}; peak in TFLOP/s: {best:.4g} by the best matrix product, data sheet {sheet or '-'}"
-    yield ""
-    yield "| network | micro batch | images/s | MFU, data sheet | MFU, measured peak | peak memory, GiB |"
-    yield "|---|---|---|---|---|---|"
-    cost = flops.training(c.model, c.data.image_size)
-    for name, step in steps(c, device):
-        micro = 1
-        while micro <= most and (found := _timed(step, micro, c, repeats, device)):
-            seconds, memory = found
-            rate = micro / seconds
-            shares = " | ".join(f"{100 * rate * cost / 1e12 / of:.1f} %" if of else "" for of in (sheet, best))
-            yield f"| {name} | {micro} | {rate:.4g} | {shares} | {memory / 2**30:.1f} |"
-            micro *= 2
-
-
-Step = Callable[[Tensor, Tensor], None]
-
-
-def steps(c: Config, device: torch.device) -> Iterator[tuple[str, Step]]:
-    """Training steps on given images and labels; each is made when its turn has come."""
-    for compiled in (False, True):
-        plain = PlainStep(c, build_network(c.model, c.seed).state_dict(), "weights", device)
-        if compiled:
-            plain.net.compile()
-        yield f"plain PyTorch{', compiled' if compiled else ''}", plain
-        del plain
-    for name, machine in ways(device.type == "cuda"):
-        yield f"ours, {name}", _ours(dataclasses.replace(c, machine=machine))
-
-
-def _ours(c: Config) -> Step:
-    """In an engine of its own: one that has run out of memory in a step cannot be used again."""
-    e = zero2.build(c, BatchLayout(1, 1, 1), build_network(c.model, c.seed, c.machine))
-
-    def step(images: Tensor, labels: Tensor) -> None:
-        condition = classes(labels, c.model.num_classes)
-        loss, _ = flow.training_loss(e, images, condition, np.arange(len(images)), c.seed, c.flow)
-        e.backward(loss.mean())
-        e.step()
-
-    return step
-
-
-def _timed(step: Step, micro: int, c: Config, repeats: int, device: torch.device) -> tuple[float, int] | None:
-    """Median seconds of a step, and the peak of allocated bytes; None if it does not fit."""
-    size = c.data.image_size
-    images = torch.randint(256, (micro, 3, size, size), dtype=torch.uint8, device=device)
-    labels = torch.zeros(micro, dtype=torch.long, device=device)
-    watch, seconds = Stopwatch(device), []
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+def _child(options: argparse.Namespace, ways: list[Way]) -> int:
     try:
-        for number in range(WARMUP + repeats):
-            with watch.part("step"):
-                step(images, labels)
-            took = watch.read()["step"]
-            if number >= WARMUP:
-                seconds.append(took)
-    except torch.cuda.OutOfMemoryError:
-        return None
-    return statistics.median(seconds), torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
+        way = of(options.way, options.micro, ways)
+    except KeyError:
+        raise InputError(f"--way {options.way!r} does not exist (benchmarks/gpu_ways.py)") from None
+    environment.expand_segments()
+    from benchmarks import gpu_child  # late: torch and DeepSpeed, which the parent does without
+
+    gpu_child.run(way, options.repeats, options.cpu, options.memory)
+    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except InputError as error:
+        print(f"benchmarks.gpu_checks: error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -15,7 +15,7 @@ import sys
 from dataclasses import asdict
 from typing import Any
 
-from megapix.bench.command import batches, measure, prepare, report
+from megapix.bench.command import batches, measure, on_ranks, report
 from megapix.bench.report import numbers
 from megapix.bench.stopwatch import Spread, Stopwatch
 from megapix.cli.parse import parse_step
@@ -45,7 +45,7 @@ def main(arguments: list[str]) -> int:
     from benchmarks.plain_eager import PlainStep
 
     device = processes.start(world)
-    prepared = prepare(options, world.size)
+    prepared = on_ranks(options, world, device)
     if prepared.config.model.text_width:
         raise InputError(
             "the plain step takes classes; expected a preset without text (megapix bench step times those)"

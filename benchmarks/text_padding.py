@@ -24,8 +24,9 @@ from torch import Tensor
 from megapix.config import ModelConfig
 from megapix.dist import from_environment
 from megapix.engine import processes
+from megapix.model.attention import attention, key_bias
 from megapix.model.embed import rope_table, text_rope_table
-from megapix.model.layers import attention, projected
+from megapix.model.layers import projected
 from megapix.model.pixeldit_t2i import MMDiTBlock
 
 MOST = 300
@@ -95,10 +96,10 @@ def main() -> None:
             for row, text in zip(y, texts, strict=True):
                 row[: len(text)] = text
             mask = (torch.arange(most) < torch.tensor(lengths)[:, None]).to(device)
-            keys = torch.cat([mask, mask.new_ones(len(texts), size * size)], 1)
+            bias = key_bias(mask, size * size, x.dtype)
             head = options.width // block.attn.heads
             rope, turns = rope_table(size, size, head, device), text_rope_table(most, head, device)
-            return block(x, y, c, rope, turns, keys)
+            return block(x, y, c, rope, turns, bias)
 
         ways: dict[str, Callable[[], tuple[Tensor, Tensor]]] = {
             "all": lambda: masked(MOST),

@@ -74,15 +74,15 @@ def reads(precision: Literal["bf16", "fp32"]) -> None:
     """Train, count, print."""
     world = from_environment()
     seen = Reads()
-    after_step, first = agreement.after_step, []
+    outcome, first = agreement.outcome, []
 
     def counted(*args: Any) -> Any:
-        heard = after_step(*args)
+        heard = outcome(*args)
         first.append((time.clock_gettime(time.CLOCK_BOOTTIME), time.process_time()))
         seen.step += 1
         return heard
 
-    agreement.after_step = counted
+    agreement.outcome = counted
     with tempfile.TemporaryDirectory() as folder:
         shards = _shards(Path(folder))
         c = replace(config.tiny(), precision=precision)

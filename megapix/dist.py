@@ -20,6 +20,9 @@ T = TypeVar("T")
 DEFAULTS = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
 """The environment of a launcher, and what holds without one."""
 
+STORE_PATIENCE = timedelta(seconds=5)
+"""How long a rank that ends waits for the store that all ranks have met at."""
+
 
 @dataclass(frozen=True)
 class World:
@@ -192,6 +195,21 @@ def abandon(world: World, code: int) -> int:
     if world.size > 1 and joined():
         _exit(code)
     return code
+
+
+def first(what: str) -> bool:
+    """Whether no rank has asked this about `what` before. Needs no other rank, but for the store that rank 0 or the
+    launcher holds: True where that does not answer."""
+    if not joined():
+        return True
+    from torch.distributed import distributed_c10d
+
+    try:
+        store = distributed_c10d._get_default_store()
+        store.set_timeout(STORE_PATIENCE)
+        return int(store.add(f"megapix/{what}", 1)) == 1
+    except RuntimeError:  # torch's DistError and its children
+        return True
 
 
 def joined() -> bool:

@@ -18,6 +18,13 @@ class RunError(Exception):
     """
 
 
+class OutOfMemory(RunError):
+    """A GPU or a host had too little memory for this rank, and perhaps for this one alone: no collective may follow.
+
+    The first rank to tell prints it, and each ends with code 1 by itself (`resilience/out_of_memory.py`).
+    """
+
+
 class RankLost(RunError):
     """Another rank has ended. Each remaining rank prints its message; the command line exits with 69."""
 

@@ -4,6 +4,9 @@ Every random decision about the sample at a position in the run (which sample it
 and noise) is computed from these, so neither the number of ranks and workers nor the micro batch can change it, and a
 resumed run gets the random numbers that the uninterrupted one would have had.
 
+Noise, of which a sample takes many numbers, is drawn on the device with the sample's 64 bits as its key
+(`megapix.diffusion.noise`).
+
 The mixing function is the finaliser of SplitMix64 (Steele et al. 2014), applied to seed, purpose and position in turn.
 """
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from megapix import config
-from megapix.bench import peak
+from megapix.bench import kernels, peak
 from megapix.bench.options import StepOptions
 from megapix.bench.report import Measured, Saves, numbers, table
 from megapix.bench.step import TrainingStep
@@ -27,12 +28,15 @@ from megapix.checkpoint.saver import Saver
 from megapix.conditioning.conditioner import Classes, Conditioner, StoredText, of_run
 from megapix.config import IMAGENET_IMAGES, BatchLayout, CheckpointConfig, Config
 from megapix.config.ds_config import read_knobs
+from megapix.costs.automatic import Cards, choose
 from megapix.data import loader
 from megapix.data.batch import Batch
+from megapix.diffusion import flow
 from megapix.dist import World, barrier, gather, on_all_ranks
 from megapix.engine import processes
 from megapix.errors import InputError
 from megapix.files import check_writable, write_atomic
+from megapix.train import automatic
 from megapix.train.resolve import ResolvedRun, resolve
 
 SAVES = 3
@@ -58,7 +62,7 @@ def step(options: StepOptions, world: World) -> int:
     """
     _requested(options, world.size)  # bad options end here, before the ranks connect
     device = processes.start(world)
-    prepared = on_all_ranks(world, lambda: prepare(options, world.size))
+    prepared = on_ranks(options, world, device)
     measured = measure(options, prepared, batches(prepared, world, device), world, device)
     if world.main:
         report(numbers(measured), options.out)
@@ -73,7 +77,8 @@ def measure(
     device: torch.device,
     between: Callable[[], None] = lambda: None,
 ) -> Measured:
-    """Build the step and time it, on every rank; `between` is called after each step, warm-up included.
+    """Build the step and time it, on every rank; `between` is called after each of these, warm-up included. One step
+    more, which is not timed, shows the kernels.
 
     Raises:
         RunError: a step was skipped, or a checkpoint not written.
@@ -83,17 +88,19 @@ def measure(
     conditioner = conditioner_of(prepared, world, device)
     timed = TrainingStep(prepared.config, prepared.layout, data, conditioner, world, device)
     steps = []
-    for number in range(options.warmup + options.repeats):
-        barrier(world)
-        parts = timed()
-        if number >= options.warmup:
-            steps.append(parts)
-        between()
-    saves = save(timed, prepared.config, options.save, world) if options.save else None
+    with closing(timed):
+        for number in range(options.warmup + options.repeats):
+            barrier(world)
+            parts = timed()
+            if number >= options.warmup:
+                steps.append(parts)
+            between()
+        ran = kernels.traced(timed)
+        saves = save(timed, prepared.config, options.save, world) if options.save else None
     after = _peaks(matmuls, prepared, world, device)
     # The machine may have been busy during one of them: its peak is the better one.
     best = {matmul: max(before[matmul], after[matmul]) for matmul in matmuls}
-    return Measured(prepared.config, prepared.layout, device, steps, best, saves)
+    return Measured(prepared.config, prepared.layout, device, steps, best, ran, saves)
 
 
 def report(result: dict[str, Any], out: Path | None) -> None:
@@ -111,8 +118,23 @@ def _requested(options: StepOptions, ranks: int) -> Config:
     return requested
 
 
-def prepare(options: StepOptions, ranks: int) -> Prepared:
-    """Check the options, and the data if there are any, as `train` does.
+def on_ranks(options: StepOptions, world: World, device: torch.device) -> Prepared:
+    """`prepare` on every rank, for the GPUs that they have.
+
+    Raises:
+        CollectiveInputError: the first thing that is wrong on any of them.
+    """
+    cards = automatic.cards_of(world, device)
+    lacks = automatic.lacking(world, cards)
+    return on_all_ranks(world, lambda: prepare(options, world.size, cards, lacks))
+
+
+def prepare(options: StepOptions, ranks: int, cards: Cards | None = None, lacks: str = "") -> Prepared:
+    """Check the options, and the data if there are any, and settle what is 'auto', as `train` does.
+
+    Args:
+        cards: GPUs of the ranks; None on CPUs.
+        lacks: what compilation lacks there.
 
     Raises:
         InputError: the first thing that is wrong.
@@ -124,18 +146,25 @@ def prepare(options: StepOptions, ranks: int) -> Prepared:
         raise InputError(f"--save {str(options.save)!r}: expected a folder that exists")
     with tempfile.TemporaryDirectory() as nowhere:  # a run has a folder; a step writes nothing into it
         if requested.data.path:
-            p = resolve(dataclasses.replace(requested, out=nowhere), ranks)
+            p, _ = automatic.settle(resolve(dataclasses.replace(requested, out=nowhere), ranks), cards, lacks)
             return Prepared(p.config, p.layout, p)
     read_knobs(requested.machine.ds_config, requested.machine.unproven)
-    return Prepared(config.freeze(requested, IMAGENET_IMAGES), config.batch_layout(requested, ranks), None)
+    c = config.freeze(requested, IMAGENET_IMAGES)
+    if cards is None:
+        c = dataclasses.replace(c, machine=config.on_cpus(c.machine))
+        return Prepared(c, config.batch_layout(c, ranks), None)
+    chosen = choose(c, cards, not lacks)
+    return Prepared(chosen.config, chosen.layout, None)
 
 
 def batches(prepared: Prepared, world: World, device: torch.device) -> Iterator[Batch]:
     """Micro batches of this rank: the loader's, or one synthetic batch on the device, at ever new positions. Synthetic
     captions have the maximum number of tokens."""
     c, layout = prepared.config, prepared.layout
+    draw = partial(flow.draw, seed=c.seed, config=c.flow)
     if p := prepared.resolved:
-        yield from loader.batches(c.data, p.located, c.seed, layout, world.rank, 0, (), p.text.extras(None))
+        extras = dataclasses.replace(p.text.extras(None), draw=draw)
+        yield from loader.batches(c.data, p.located, c.seed, layout, world.rank, 0, (), extras)
     generator = torch.Generator().manual_seed(c.seed)
     shape = (layout.micro, 3, c.data.image_size, c.data.image_size)
     images = torch.randint(256, shape, dtype=torch.uint8, generator=generator).to(device)
@@ -143,7 +172,10 @@ def batches(prepared: Prepared, world: World, device: torch.device) -> Iterator[
     text = _synthetic_text(c, layout.micro, device) if c.model.text_width else None
     positions = np.arange(layout.micro) + layout.micro * world.rank
     while True:
-        yield Batch(images, labels, positions, text=text)
+        draws = draw(positions)
+        if device.type == "cuda":
+            draws = flow.Draws(*(part.pin_memory() for part in draws))
+        yield Batch(images, labels, positions, text=text, draws=draws)
         positions = positions + layout.micro * layout.ranks
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from megapix import config
+from megapix.bench.kernels import Kernels
 from megapix.bench.peak import Matmul
 from megapix.bench.step import PARTS
 from megapix.bench.stopwatch import Spread
@@ -39,6 +40,7 @@ class Measured:
     """Seconds of each of PARTS, per step."""
     matmuls: dict[Matmul, float]
     """TFLOP/s per matmul."""
+    kernels: Kernels
     saves: Saves | None = None
 
 
@@ -84,6 +86,7 @@ def numbers(measured: Measured) -> dict[str, Any]:
         },
         "mfu": speed(peak)["speed/mfu"],
         "mfu_of_data_sheet": speed(data_sheet).get("speed/mfu"),
+        "kernels": measured.kernels.numbers(),
         "parts": {name: part(name) for name in PARTS},
         "save": _saves(measured.saves) if measured.saves else None,
     }
@@ -101,12 +104,12 @@ def table(n: dict[str, Any]) -> str:
         f"machine   {machine['device']}, ranks: {machine['ranks']}, threads per rank: {machine['threads']}; "
         f"torch {machine['torch']}, deepspeed {machine['deepspeed']}",
         f"step      {BatchLayout(batch['micro'], batch['accumulation'], batch['ranks'])}; "
-        f"{c['data']['image_size']} pixels, {c['precision']}, {checkpointing}, "
-        f"{'compiled' if c['machine']['compile'] else 'not compiled'}; images "
+        f"{c['data']['image_size']} pixels, {c['precision']}, {checkpointing}; images "
         f"{'of ' + c['data']['path'] if c['data']['path'] else 'synthetic'}",
         f"time      {step.text()}, median of {repeats} steps: {n['images_per_s']:.4g} images/s, "
         f"{n['tflops_per_rank']:.4g} TFLOP/s per rank at {n['flops_per_image'] / 1e12:.4g} TFLOP per image",
         f"peak      {peak['tflops']:.4g} TFLOP/s, the best matmul here: {peak['product']}",
+        f"kernels   {Kernels(**n['kernels']).text()}",
         f"MFU       {100 * n['mfu']:.1f} % of that peak; of the data sheet's: {sheet}",
         "",
         f"{'part of a step':44} {'median':>9} {'min':>9} {'max':>9} {'share':>7}",

@@ -11,7 +11,7 @@ from megapix.conditioning.conditioner import Conditioner
 from megapix.config import BatchLayout, Config
 from megapix.data.batch import Batch
 from megapix.diffusion import flow
-from megapix.dist import World
+from megapix.dist import World, total
 from megapix.engine import zero2
 from megapix.engine.network import build_network
 from megapix.errors import RunError
@@ -53,7 +53,7 @@ class TrainingStep:
         world: World,
         device: torch.device,
     ) -> None:
-        network = build_network(config.model, config.seed, config.machine)
+        network = build_network(config.model, config.seed, config.machine, tokens=config.text.max_tokens)
         self.layout, self.engine = layout, zero2.build(config, layout, network)
         self._config, self._batches, self._conditioner = config, batches, conditioner
         self._world, self._device = world, device
@@ -79,20 +79,26 @@ class TrainingStep:
         c, engine, watch = self._config, self.engine, self._watch
         with watch.part("unexplained"):
             step_loss = torch.zeros((), device=self._device)
-            for _ in range(self.layout.accumulation):
+            for number in range(1, self.layout.accumulation + 1):
                 with watch.part("data_wait"):
                     batch = next(self._batches)
                     images = batch.images.to(self._device, non_blocking=True)
                     condition = self._conditioner.of(batch)
                 with watch.part("objective"):
-                    loss, _ = flow.training_loss(engine, images, condition, batch.positions, c.seed, c.flow)
+                    drawn = batch.positions, c.seed, c.flow, flow.Draws(*batch.draws)
+                    loss, _ = flow.training_loss(engine, images, condition, *drawn)
                     loss = loss.mean()
                 engine.backward(loss)
-                engine.step()
                 step_loss += loss.detach() / self.layout.accumulation
+                word = agreement.word(self._world, step_loss, False, False)
+                sums = engine.step(word if number == self.layout.accumulation else None)
             with watch.part("agree"):
-                agreement.after_step(self._world, step_loss, engine.grad_norm, False, False)
+                agreement.outcome(self._world, sums or total(self._world, word), float(engine.grad_norm))
         seconds = watch.read()
         if not engine.applied:
             raise RunError("a step was skipped, as its gradient is not finite: there is nothing to time")
         return {part: seconds[part] for part in PARTS}
+
+    def close(self) -> None:
+        """Release the engine, which keeps itself and all its memory alive through its hooks otherwise."""
+        self.engine.close()

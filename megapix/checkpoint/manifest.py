@@ -82,6 +82,8 @@ class State:
     """Each file beside state.json."""
     stages: tuple[Stage, ...] = ()
     """The stages before this run, oldest first."""
+    cards: str = ""
+    """The GPUs of the ranks that wrote it, in words; empty in checkpoints of releases before 0.3."""
 
 
 def write_state(folder: Path, state: State) -> None:
@@ -119,6 +121,7 @@ def read_state(folder: Path) -> State:
             data["skipped_in_a_row"],
             {name: FileRecord(**record) for name, record in data["files"].items()},
             tuple(Stage(**stage) for stage in data.get("stages", ())),
+            data.get("cards", ""),
         )
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error

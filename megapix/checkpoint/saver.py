@@ -11,7 +11,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from megapix import files
-from megapix.checkpoint import retention, vectors
+from megapix.checkpoint import buffers, retention, vectors
+from megapix.checkpoint.buffers import HostCopy
 from megapix.checkpoint.find import check_files
 from megapix.checkpoint.folder import HEALTHY_NAME, KEEP_NAME, checkpoints_of, latest, name_of, point_to
 from megapix.checkpoint.layout import PARTS, FileRecord
@@ -30,6 +31,8 @@ from megapix.dist import World, gather, host_group, on_all_ranks, warn
 from megapix.errors import InputError, RunError
 
 T = TypeVar("T")
+Share = Mapping[str, Sequence[Tensor]]
+"""This rank's range of each of PARTS, in pieces that follow each other."""
 
 
 class Saver:
@@ -43,7 +46,7 @@ class Saver:
         self.run, self.config, self.world = run, config, world
         self.stall = 0.0
         self._group = host_group(world)
-        self._host: dict[str, Tensor] = {}
+        self._host: dict[str, HostCopy] = {}
         self._thread: threading.Thread | None = None
         self._problem: str | None = None
 
@@ -62,21 +65,23 @@ class Saver:
 
         Raises:
             RunError: this save, or the background save before it, failed on any rank; the reason names it.
+            MemoryError: this rank's host, and perhaps no other, has no room for the copy.
         """
         start = time.perf_counter()
         try:
             self._finish()
             if not self.config.background:
-                self._write(state, share, prune)
+                self._write(state, {part: [share[part]] for part in PARTS}, prune)
                 self._finish()
                 return
             for part in PARTS:
                 if part not in self._host:
-                    self._host[part] = torch.empty(len(share[part]), pin_memory=share[part].is_cuda)
-                self._host[part].copy_(share[part], non_blocking=True)
+                    self._host[part] = HostCopy(len(share[part]), pinned=share[part].is_cuda)
+                self._host[part].take(share[part])
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-            self._thread = threading.Thread(target=self._write, args=(state, self._host, prune), name="save")
+            written = {part: self._host[part].pieces for part in PARTS}
+            self._thread = threading.Thread(target=self._write, args=(state, written, prune), name="save")
             self._thread.start()
         finally:
             self.stall += time.perf_counter() - start
@@ -108,7 +113,7 @@ class Saver:
             problem, self._problem = self._problem, None
             raise RunError(problem)
 
-    def _write(self, state: State, share: Mapping[str, Tensor], prune: bool) -> None:
+    def _write(self, state: State, share: Share, prune: bool) -> None:
         """Write and commit; every rank ends with the same problem, or none."""
         name = name_of(state.counters)
         try:
@@ -120,7 +125,7 @@ class Saver:
             what = str(error) if isinstance(error, InputError) else repr(error)
             self._problem = f"the checkpoint {name} could not be saved: {what}; {before}"
 
-    def _put(self, name: str, state: State, share: Mapping[str, Tensor]) -> dict[str, FileRecord]:
+    def _put(self, name: str, state: State, share: Share) -> dict[str, FileRecord]:
         """Write this rank's file into NAME.tmp; returns the records of all ranks' files."""
         temporary = checkpoints_of(self.run) / f"{name}.tmp"
         path = temporary / state.layout.file_of(self.world.rank)
@@ -131,7 +136,7 @@ class Saver:
                 temporary.mkdir(parents=True)
 
         def write() -> FileRecord:
-            return vectors.write(path, {part: ((len(share[part]),), vectors.chunks(share[part])) for part in PARTS})
+            return vectors.write(path, {part: buffers.flat(share[part]) for part in PARTS})
 
         try:
             on_all_ranks(self.world, lambda: _named(temporary, begin), self._group)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import sys
 
 from megapix import __version__
+from megapix.cli import environment
 from megapix.cli.images import evaluate, sample
 from megapix.cli.tools import bench, doctor, plan
 from megapix.cli.train import train
 from megapix.cli.weights import export, import_, reshard
-from megapix.dist import CollectiveInputError, World, abandon, from_environment, joined, leave
-from megapix.errors import InputError, RankLost, RunError, one_of
+from megapix.dist import CollectiveInputError, World, abandon, first, from_environment, joined, leave
+from megapix.errors import InputError, OutOfMemory, RankLost, RunError, one_of
+from megapix.resilience import out_of_memory
 from megapix.resilience.stopping import EXIT_STOPPED, StopRequested
 from megapix.resilience.watchdog import EXIT_LOST
 
@@ -61,10 +63,12 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     world = World()
     try:
+        environment.prepare()
         if arguments[0] not in COMMANDS:
             raise InputError(f"command {arguments[0]!r} does not exist{one_of(arguments[0], list(COMMANDS))}")
         world = from_environment()
-        code = COMMANDS[arguments[0]](arguments[1:], world)
+        with out_of_memory.told(world, lambda: (0, arguments[0]), out_of_memory.of_command):
+            code = COMMANDS[arguments[0]](arguments[1:], world)
     except StopRequested as request:
         world.say(str(request))
         code = EXIT_STOPPED
@@ -75,6 +79,9 @@ def main(argv: list[str] | None = None) -> int:
         # Not raised on all ranks, so perhaps of one node alone: each node prints it.
         _complain(error, world.local_rank == 0 or joined())
         return abandon(world, 2)
+    except OutOfMemory as error:
+        _complain(error, first("out of memory"))  # often it is so on all ranks at once
+        return abandon(world, 1)
     except RankLost as error:
         _complain(error, True)
         return abandon(world, EXIT_LOST)

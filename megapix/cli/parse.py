@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
+import typing
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TypeVar
 
@@ -67,7 +70,41 @@ def named_config(arguments: list[str]) -> tuple[Config, str, list[str]]:
 
 def parse(kind: type[T], default: T, command: str, arguments: list[str], world: World) -> T:
     """Options of `kind` from arguments over `default`; only rank 0 prints tyro's messages."""
-    return tyro.cli(kind, default=default, args=arguments, prog=command, console_outputs=world.main)
+    written = _spelled_out(arguments, set(_switches(kind)))
+    return tyro.cli(kind, default=default, args=written, prog=command, console_outputs=world.main)
+
+
+def _switches(kind: type, prefix: str = "--") -> Iterator[str]:
+    """Options that are on, off, or a word such as 'auto'."""
+    for name, hint in typing.get_type_hints(kind, include_extras=True).items():
+        option = prefix + name.replace("_", "-")
+        if typing.get_origin(hint) is typing.Annotated:  # a section without a name of its own (`cli/tools.py`)
+            yield from _switches(typing.get_args(hint)[0], prefix)
+        elif dataclasses.is_dataclass(hint):
+            yield from _switches(typing.cast(type, hint), f"{option}.")
+        elif bool in typing.get_args(hint):
+            yield option
+
+
+WORDS = {"true": "True", "false": "False"}
+
+
+def _spelled_out(arguments: list[str], switches: set[str]) -> list[str]:
+    """The arguments with a value after each switch, which may be a flag: --x, --no-x, --x true, --x=auto."""
+    written, bare = list[str](), False
+    for argument in arguments:
+        option, equals, value = argument.partition("=")
+        option = option.replace("_", "-")
+        if option in switches:
+            written += [option, WORDS.get(value.lower(), value) if equals else "True"]
+        elif option.replace(".no-", ".") in switches:
+            written += [option.replace(".no-", "."), "False"]
+        elif bare and not argument.startswith("-"):
+            written[-1] = WORDS.get(argument.lower(), argument)
+        else:
+            written.append(argument)
+        bare = option in switches and not equals
+    return written
 
 
 def _read_config(path: Path) -> Config:

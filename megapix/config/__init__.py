@@ -14,13 +14,13 @@ from megapix.config.checks import (
 )
 from megapix.config.fields import compare, from_dict, get, leaves, replace, to_dict
 from megapix.config.options import (
-    CHUNK,
     IMAGENET_IMAGES,
     CheckpointConfig,
     Config,
     DataConfig,
     EvaluationConfig,
     FlowConfig,
+    Generator,
     HealthConfig,
     Images,
     LogConfig,
@@ -33,8 +33,8 @@ from megapix.config.options import (
     SamplingConfig,
     TextConfig,
     ValidationConfig,
-    recomputed_blocks,
 )
+from megapix.config.policies import CHUNK, PIXEL_POLICIES, on_cpus, recomputed_blocks
 from megapix.config.presets import (
     PRESETS,
     imagenet_256,
@@ -54,6 +54,7 @@ __all__ = [
     "CHUNK",
     "IMAGENET_IMAGES",
     "MAY_BE_NEVER",
+    "PIXEL_POLICIES",
     "PRESETS",
     "SAMPLING_OPTIONS",
     "SPANS",
@@ -63,6 +64,7 @@ __all__ = [
     "DataConfig",
     "EvaluationConfig",
     "FlowConfig",
+    "Generator",
     "HealthConfig",
     "Images",
     "LogConfig",
@@ -85,6 +87,7 @@ __all__ = [
     "imagenet_512",
     "images",
     "leaves",
+    "on_cpus",
     "override_sampling",
     "paper_layer",
     "pixeldit_b",

@@ -62,6 +62,11 @@ def validate(config: Config) -> None:
         "0 (off) or at least 2 seconds, twice the time between heartbeats",
     )
     need(config.machine.peak_tflops >= 0, "machine.peak_tflops", "0 (by the GPU's name) or more")
+    if config.machine.deterministic and config.machine.attention == "cudnn":
+        raise InputError(
+            "machine.attention = 'cudnn' with machine.deterministic: cuDNN's attention adds up gradients in any order; "
+            "expected 'auto', 'flash', 'efficient' or 'math'"
+        )
     if config.machine.pixel_kernels == "triton" and (m.pixel_width < 16 or m.pixel_width & (m.pixel_width - 1)):
         raise InputError(
             f"machine.pixel_kernels = 'triton' with model.pixel_width = {m.pixel_width}: expected 'plain', or a width "

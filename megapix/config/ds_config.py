@@ -33,6 +33,7 @@ OWNED = {
     "activation_checkpointing": "machine.pixel_checkpointing and machine.patch_checkpointing",
     "compile": "machine.compile",
     "tensorboard": "log.every",
+    "gradient_allreduce_op": "optim.global_batch: gradients are summed, and the sum is divided in fp32",
 }
 """Keys of DeepSpeed's JSON that are ours, and the option that sets each."""
 KNOBS = (
@@ -50,7 +51,8 @@ REFUSED = {
     "prescale_gradients": "gradients are reduced in fp32, where scaling them first gains nothing",
     "gradient_predivide_factor": "gradients are reduced in fp32, where scaling them first gains nothing",
     "zero_optimization.allgather_partitions": "DeepSpeed's ZeRO-2 does not read it",
-    "zero_optimization.round_robin_gradients": "docs/parity.md does not test it",
+    "zero_optimization.compute_grad_norm": "the optimizer's step needs the norm, and computes it",
+    "zero_optimization.round_robin_gradients": "checkpoints hold the network's order of parameters, which it changes",
 }
 """Keys that a reader of DeepSpeed's manual may try, and why they are not taken."""
 ZERO_KNOBS = (
@@ -138,25 +140,33 @@ def unproven(config: Config) -> list[str]:
     """Keys of what this configuration switches on and docs/parity.md tests on CPU ranks only."""
     zero = read_knobs(config.machine.ds_config, config.machine.unproven)["zero_optimization"]
     keys = [f"zero_optimization.{key}" for key in ("overlap_comm", "offload_optimizer") if zero.get(key)]
-    return keys + ["machine.compile"] * config.machine.compile
+    return [*keys, "machine.compile"] if config.machine.compile is True else keys
 
 
 def deepspeed_config(config: Config, layout: BatchLayout) -> dict[str, Any]:
     """The whole DeepSpeed configuration: the JSON's knobs and the keys that follow from ours.
 
-    In bf16 gradients are accumulated and reduced in fp32, and a step whose gradient is not finite is skipped.
+    Gradients are summed, in bf16 with an fp32 sum, and what the sum is divided by, its norm and its clipping are the
+    optimizer's business (`engine.clipping`); only if that is offloaded are they DeepSpeed's. One rank's gradients go
+    nowhere, so there they need neither fp32 nor slices for each owner before they are added up.
     """
+    knobs = read_knobs(config.machine.ds_config, config.machine.unproven)
+    zero, several = knobs["zero_optimization"], layout.ranks > 1
+    offload = "offload_optimizer" in zero
+    zero.setdefault("reduce_scatter", several)
     ours: dict[str, Any] = {
         "train_batch_size": layout.total,
         "train_micro_batch_size_per_gpu": layout.micro,
         "gradient_accumulation_steps": layout.accumulation,
-        "gradient_clipping": config.optim.grad_clip,
+        "gradient_clipping": config.optim.grad_clip if offload else 0.0,
+        "gradient_allreduce_op": "sum",
+        "zero_optimization": zero | {"compute_grad_norm": offload},
         "zero_allow_untested_optimizer": True,  # AdamWWithEMA; tested by us
     }
     if config.precision == "bf16":
         ours |= {
-            "bf16": {"enabled": True, "check_grad_overflow": True},
+            "bf16": {"enabled": True, "check_grad_overflow": offload},
             "data_types": {"grad_accum_dtype": "fp32"},
-            "communication_data_type": "fp32",
+            "communication_data_type": "fp32" if several else "bf16",
         }
-    return read_knobs(config.machine.ds_config, config.machine.unproven) | ours
+    return knobs | ours

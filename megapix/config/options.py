@@ -23,6 +23,15 @@ Sampler = Literal["euler", "heun", "ab2"]
 PixelPolicy = Literal["none", "selective", "selective_modulation", "full", "chunked", "offload"]
 """What the pixel pathway keeps for its backward pass (`engine/checkpointing.py`)."""
 
+Auto = Literal["auto"]
+"""Left to a run's start, which knows its GPUs (`costs/automatic.py`)."""
+
+Attention = Literal["auto", "flash", "cudnn", "efficient", "math"]
+"""Kernels of scaled dot product attention that torch has for GPUs."""
+
+Generator = Literal["torch", "philox"]
+"""Where noise comes from (`diffusion/noise.py`)."""
+
 T = TypeVar("T")
 
 
@@ -92,6 +101,8 @@ class FlowConfig:
     """Time shift in training, t / (t + (1 - t) * shift): 1 at 256 pixels, 3 at 512."""
     label_dropout: float = _identity(0.1)
     """Probability that a sample's class is replaced by the null class, or its caption by the empty one."""
+    generator: Generator = _identity("torch")
+    """Noise: 'philox' is the same on CPUs and any GPU, 'torch' (what 0.2 had) depends on the device."""
 
 
 @dataclass(frozen=True)
@@ -208,9 +219,10 @@ class MachineConfig:
     """How the run is executed on its machines; nothing here changes what is computed, but for rounding."""
 
     micro_batch: int = _machine(0)
-    """Images in one forward pass of one rank; 0 takes global_batch / ranks, without accumulation."""
-    pixel_checkpointing: PixelPolicy = _machine("full")
-    """Activation checkpointing of the pixel pathway: 'none' keeps all activations,
+    """Images in one forward pass of one rank; 0 takes the fastest that fits a GPU, and on CPUs global_batch / ranks."""
+    pixel_checkpointing: PixelPolicy | Auto = _machine("auto")
+    """Activation checkpointing of the pixel pathway: 'auto' takes the fastest of the first four that fits a GPU, and
+    'full' on CPUs. 'none' keeps all activations,
     'selective' the results of matmuls, 'selective_modulation' these without the pixel-wise modulation,
     'full' each PiT block's input; the rest is recomputed.
     'chunked' keeps inputs and outputs of attention and recomputes the rest some patches at a time, for large images;
@@ -218,8 +230,13 @@ class MachineConfig:
     patch_checkpointing: Literal["none", "full"] | int = _machine("none")
     """Activation checkpointing of the patch pathway: 'none' keeps all activations,
     'full' each block's input, a number k recomputes every k-th block."""
-    compile: bool = _machine(False)
-    """Compile the network's blocks with torch.compile; on CPUs this needs a C++ compiler."""
+    compile: bool | Auto = _machine("auto")
+    """Compile the network with torch.compile, block by block; 'auto' does on GPUs and not on CPUs. It needs a C
+    compiler and Python's headers on GPUs, and a C++ compiler on CPUs."""
+    deterministic: bool = _machine(False)
+    """Take deterministic kernels only, on GPUs slower ones of attention (docs/long-runs.md)."""
+    attention: Attention = _machine("auto")
+    """Kernel of attention on GPUs; 'auto' takes the fastest that can take shapes and mask (docs/performance.md)."""
     fused_adamw: bool = _machine(True)
     """Use torch's fused AdamW, one pass over memory; off takes its foreach implementation, equal but for rounding."""
     pixel_kernels: Literal["plain", "triton"] = _machine("plain")
@@ -369,15 +386,3 @@ class Config:
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
-
-
-CHUNK = 512
-"""Patches that the policy 'chunked' computes at a time."""
-
-
-def recomputed_blocks(patch_checkpointing: str | int, depth: int) -> range:
-    """Numbers of the patch blocks, counted from 1, that `machine.patch_checkpointing` recomputes in backward."""
-    if patch_checkpointing == "none":
-        return range(0)
-    every = 1 if patch_checkpointing == "full" else int(patch_checkpointing)
-    return range(every, depth + 1, every)

@@ -16,6 +16,7 @@ from megapix.config import CHUNK, MachineConfig, ModelConfig, recomputed_blocks
 from megapix.costs.flops import CHANNELS, TIMESTEP_CHANNELS, ffn_width
 
 FLOAT = 4
+ROW = 16
 """Bytes of an fp32 number: norm statistics, and the loss."""
 
 
@@ -45,8 +46,8 @@ class _Sizes:
     """[T, D], with the same heads; 0 with classes."""
     features: int
     """Text features, the network's input."""
-    mask: int
-    """Of attention: one number per text token and patch."""
+    bias: int
+    """Of attention, the mask's: one number per text token and patch, in rows of a multiple of 16 (`key_bias`)."""
     vector: int
     """[D]."""
     compact: _Tokens
@@ -111,7 +112,7 @@ def _sizes(model: ModelConfig, size: int, width: int, tokens: int = 0) -> _Sizes
         patches=_Tokens.of(L, model.width, model.heads, width),
         text=_Tokens.of(T, model.width, model.heads, width),
         features=T * model.text_width * width,
-        mask=(T + L) * width,
+        bias=((T + L) // ROW * ROW + ROW) * width,
         vector=model.width * width,
         compact=_Tokens.of(L, model.attention_width, model.attention_heads, width),
         pixels=_Tokens.of(L * P, model.pixel_width, 0, width),
@@ -131,8 +132,8 @@ def _patch_pathway(model: ModelConfig, s: _Sizes, width: int, policy: str | int)
     condition = TIMESTEP_CHANNELS * width + 4 * s.vector
     # The text's features, their projection, and its norm with positions.
     condition += s.features + 2 * s.text.all + s.text.statistics
-    if again and model.text_width:
-        condition += s.mask // width  # as bool
+    if model.text_width:
+        condition += s.bias  # one of all blocks
     # The patches; the embedder's output; in silu(t + s) its input and output in place of the last block's.
     return s.image + 2 * s.patches.all + condition + blocks
 
@@ -146,7 +147,7 @@ def _patch_block(model: ModelConfig, s: _Sizes, number: int, recomputed: bool = 
     if not model.text_width:
         return _stream(model, s.patches, s.vector, joint=False)
     text = _stream(model, s.text, s.vector, joint=True, read=not last)
-    return _stream(model, s.patches, s.vector, joint=True) + text + s.mask
+    return _stream(model, s.patches, s.vector, joint=True) + text
 
 
 def _stream(model: ModelConfig, tokens: _Tokens, vector: int, joint: bool, read: bool = True) -> int:

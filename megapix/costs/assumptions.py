@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass, field
 
 from megapix.config import IMAGENET_IMAGES
-from megapix.costs.flops import PEAK_TFLOPS
+from megapix.costs.flops import PEAK_TFLOPS, known_gpu
 from megapix.errors import InputError, one_of
 
 UNITS = {"GB": 10**9, "TB": 10**12, "GiB": 2**30, "TiB": 2**40, "MB": 10**6, "MiB": 2**20}
@@ -39,19 +39,26 @@ GB = {
 """The same names -> 10^9 bytes of its memory."""
 
 
+FP32_SHARE = 0.07
+"""fp32's peak as a share of bf16's on tensor cores (67 of 989 TFLOP/s, the H100's data sheet)."""
+
+
 @dataclass(frozen=True)
 class Assumptions:
     """What a prediction assumes of the machines. Bandwidths are in GB/s, 10^9 bytes per second, per GPU."""
 
-    compute_share: float = 0.4
-    """Share of the peak that matmuls reach on average."""
+    compute_share: float = 0.68
+    """Share of the peak that the matmuls of linear layers reach."""
+    attention_share: float = 0.2
+    """Share of the peak that attention's kernels reach, with their softmax (200 TFLOP/s of an H100)."""
     memory: float = 0.0
     """Bandwidth of the GPU's memory; 0 takes the data sheet's."""
     memory_share: float = 0.8
     """Share of it that element-wise work reaches."""
-    pixel_passes: float = 5.0
-    """Times that each activation of the pixel pathway is moved through memory:
-    written and read in forward, read in backward, and its gradient written and read. Recomputation adds two."""
+    sum_share: float = 0.6
+    """Share of it that sums over many rows reach."""
+    launch: float = 2.0
+    """Microseconds that a kernel takes at least."""
     link: float = 0.0
     """Bandwidth between the GPUs of a node in one direction; 0 takes the data sheet's."""
     network: float = 25.0
@@ -65,14 +72,15 @@ class Assumptions:
     optimizer_passes: float = 0.0
     """fp32 numbers that AdamW reads or writes in memory per parameter;
     0 takes torch's implementation: 7 for the fused one, 18 for foreach."""
-    overhead: float = 0.02
-    """Seconds per step for everything else: kernel launches, the sync of all ranks."""
+    overhead: float = 0.005
+    """Seconds per step for everything else: the sync of all ranks, host time that nothing hides."""
     pcie: float = 25.0
     """Bandwidth between a GPU and host memory in one direction."""
     host: float = 20.0
     """Bandwidth of host memory, per GPU."""
-    reserve: str = "6GB"
-    """Memory of a GPU not available to tensors: CUDA's context, NCCL's buffers, fragmentation."""
+    reserve: str = "10%"
+    """Memory of a GPU not available to tensors, a share or a size such as 6GB: CUDA's context, NCCL's buffers,
+    fragmentation."""
     write: float = 2.0
     """Bandwidth of the file system for a whole checkpoint."""
     restart: float = 600.0
@@ -137,10 +145,8 @@ def machine(options: PlanOptions, precision: str, peak_tflops: float) -> Machine
             f"precision = {precision!r}: only bf16 peaks are known; give the GPU's with --machine.peak-tflops"
         )
     a, (memory, link) = options.assume, MEMORY_AND_LINK[options.gpu]
-    total, reserve = (
-        read_bytes("--gpu-memory", options.gpu_memory),
-        read_bytes("--assume.reserve", a.reserve, zero=True),
-    )
+    total = read_bytes("--gpu-memory", options.gpu_memory)
+    reserve = _reserve(a.reserve, total)
     if reserve >= total:
         raise InputError(f"--assume.reserve = {a.reserve!r}: expected less than --gpu-memory = {options.gpu_memory!r}")
     return Machine(
@@ -152,6 +158,22 @@ def machine(options: PlanOptions, precision: str, peak_tflops: float) -> Machine
         assume=a,
         text_encoder=options.text_encoder_parameters,
     )
+
+
+def of_card(name: str, memory: int, precision: str, peak_tflops: float) -> Machine:
+    """A GPU at hand, with what its data sheet says; one without is taken for an A100, and fp32 for FP32_SHARE of bf16:
+    what is compared on it are ways to run one network, not GPUs.
+
+    Args:
+        name: as its driver gives it.
+        memory: its bytes, of which all can be used.
+        peak_tflops: `machine.peak_tflops`; 0 takes the data sheet's.
+    """
+    known, a = known_gpu(name) or "A100", Assumptions()
+    bandwidth, link = MEMORY_AND_LINK[known]
+    share = 1.0 if precision == "bf16" else FP32_SHARE
+    peak = peak_tflops or PEAK_TFLOPS[known] * share
+    return Machine(memory, peak * 1e12, bandwidth * 1e9, link * 1e9, a.network * 1e9, a)
 
 
 def nodes_of(options: PlanOptions, gpus: int) -> int:
@@ -211,7 +233,7 @@ SMALLEST, LARGEST = 0.001, 1e9
 """Range of an assumption's value."""
 MOST_PARAMETERS = 1e12
 """Most parameters that a text encoder may have."""
-MAY_BE_ZERO = ("memory", "link", "optimizer_passes", "link_latency", "network_latency", "overhead", "restart")
+MAY_BE_ZERO = ("memory", "link", "launch", "optimizer_passes", "link_latency", "network_latency", "overhead", "restart")
 
 
 def _check_assumption(name: str, value: float) -> None:
@@ -221,6 +243,13 @@ def _check_assumption(name: str, value: float) -> None:
         raise InputError(f"{option} = {value}: expected {allowed}{SMALLEST} to {LARGEST:g}")
     if name.endswith("_share") and value > 1:
         raise InputError(f"{option} = {value}: expected a share, at most 1")
+
+
+def _reserve(text: str, total: int) -> int:
+    """Bytes of --assume.reserve, a share of `total` or a size."""
+    if match := re.fullmatch(r"(\d{1,2}(?:\.\d{1,9})?) ?%", text.strip(), flags=re.ASCII):
+        return round(float(match[1]) / 100 * total)
+    return read_bytes("--assume.reserve", text, zero=True)
 
 
 def read_bytes(option: str, text: str, zero: bool = False) -> int:

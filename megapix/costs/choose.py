@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import typing
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-from megapix.config import Config, PixelPolicy, batch_layout, replace
+from megapix.config import PIXEL_POLICIES, Config, batch_layout, replace
 from megapix.config.ds_config import read_knobs
 from megapix.costs import flops, memory, speed
 from megapix.costs.assumptions import Machine
@@ -15,7 +14,6 @@ from megapix.costs.memory import Bytes
 from megapix.costs.speed import Seconds
 from megapix.errors import InputError
 
-PIXEL_POLICIES: tuple[PixelPolicy, ...] = typing.get_args(PixelPolicy)
 PATCH_POLICIES: tuple[str | int, ...] = ("none", 4, 2, "full")
 """Values of `machine.patch_checkpointing` that are planned with, from the fastest to the one with least memory."""
 OTHERS = ("zero2_allreduce", "zero2_offload")

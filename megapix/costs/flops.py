@@ -60,6 +60,21 @@ def forward(model: ModelConfig, size: int, tokens: int = 0) -> int:
     return embedders + patch + model.pixel_depth * _pit_block(model, L) + _linear(L * P, d, CHANNELS)
 
 
+def attention(
+    model: ModelConfig, size: int, tokens: int = 0, pixel: int | None = None, patch: int | None = None
+) -> int:
+    """FLOPs of attention's two matmuls in one forward pass of one image: a part of `forward`, which runs slower.
+
+    Args:
+        pixel: PiT blocks, and
+        patch: patch blocks that are counted; None for all.
+        tokens: as of `forward`.
+    """
+    L, T = _patches(model, size), tokens if model.text_width else 0
+    in_pixels = _attention(L, model.attention_width) * (model.pixel_depth if pixel is None else pixel)
+    return in_pixels + _attention(T + L, model.width) * (model.depth if patch is None else patch)
+
+
 def recomputed(model: ModelConfig, size: int, pixel_policy: str, patch_policy: str | int, tokens: int = 0) -> int:
     """FLOPs that activation checkpointing recomputes per image: work of the machine that MFU does not count.
 
@@ -146,11 +161,17 @@ def peak_of(config: Config, device: torch.device) -> float | None:
 
 def peak_by_name(device_name: str) -> float | None:
     """Dense bf16 peak in TFLOP/s of a GPU of that name, as its driver gives it; None if the table lacks it."""
+    known = known_gpu(device_name)
+    return PEAK_TFLOPS[known] if known else None
+
+
+def known_gpu(device_name: str) -> str | None:
+    """Name in PEAK_TFLOPS of a GPU of that name, as its driver gives it; None if the table lacks it."""
     words = device_name.replace("-", " ").split()
     known = [name for name in PEAK_TFLOPS if set(name.split()) <= set(words)]
     if not known or "MIG" in words:  # a MIG device is a slice of the GPU that it is named after
         return None
-    return PEAK_TFLOPS[max(known, key=len)]
+    return max(known, key=len)
 
 
 def speed(images_per_s: float, flops: int, ranks: int, peak: float | None) -> dict[str, float]:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megapix.checkpoint.layout import Layout
-from megapix.config import Config, ModelConfig, replace
+from megapix.config import Config, ModelConfig
 from megapix.costs import activations, parameters
 
 WIDTH = {"bf16": 2, "fp32": 4}
@@ -80,9 +80,9 @@ def of_rank(
     # come, and made one vector at the step.
     gradients = fp32 if c.precision == "bf16" or not offload else 0
     # A bucket's slices, all or those of one owner, are made one vector before they are reduced, and in bf16 that vector
-    # is widened to fp32. In fp32 one rank's slices are one vector already.
+    # is widened to fp32. One rank's bucket is added up as it lies there, and never more than one parameter is widened.
     at_once = min(full, share) if reduced_to_owners(knobs) else full
-    reducing = at_once * (2 + 4 if c.precision == "bf16" else 4 * (ranks > 1))
+    reducing = at_once * (2 + 4 if c.precision == "bf16" else 4) * (ranks > 1)
     # AdamW's square root of the second moment, or before it the fp64 copy of a gradient whose norm is taken.
     root = 0 if c.machine.fused_adamw else fp32
     stepping = on_device * max(root, 8 * min(parameters.largest(c.model), share))
@@ -118,12 +118,6 @@ def reduced_to_owners(knobs: dict[str, Any]) -> bool:
     """Whether a gradient's sum goes to the rank that steps it alone; otherwise all ranks get it."""
     zero = knobs["zero_optimization"]
     return zero.get("contiguous_gradients", True) and not zero.get("use_multi_rank_bucket_allreduce", True)
-
-
-def pixel_pathway(c: Config) -> int:
-    """Bytes of an image's activations in the pixel pathway, if all are kept."""
-    keep_all = replace(c, "machine.pixel_checkpointing", "none")
-    return activations.per_image(*_network(c), keep_all.machine)["pixel"]
 
 
 def offloaded(c: Config) -> int:

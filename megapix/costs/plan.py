@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megapix.config import Config, freeze, replace, validate
-from megapix.costs import choose, memory, parameters, save_interval, tables
-from megapix.costs.assumptions import Machine, PlanOptions, check, machine, nodes_of
+from megapix.config.ds_config import read_knobs
+from megapix.costs import automatic, choose, memory, parameters, save_interval, speed, tables
+from megapix.costs.assumptions import Machine, PlanOptions, check, machine, nodes_of, read_bytes
+from megapix.costs.automatic import Cards
 from megapix.costs.choose import Candidate
+from megapix.costs.speed import Seconds
 from megapix.errors import InputError
 
 
@@ -46,8 +49,10 @@ def show(requested: Config, options: PlanOptions, name: str) -> str:
         f"## Policies\n\nThe largest micro batch that fits into {m.memory / tables.GIB:.1f} GiB, without the reserve.",
         tables.policies(c, _shown(found, c), m),
         "Recommended, the fastest that fits: `" + " ".join(best.options) + "`",
+        _automatic(c, o, m),
         "## The recommended step",
         tables.step(best),
+        tables.ways(_ways(best, m), best.config, best.config.machine.micro_batch * best.accumulation, m),
         "\n".join(f"- {line}" for line in tables.schedule(best, o)),
         "## Scaling\n\nThe fastest that fits, with its largest micro batch.",
         tables.scaling(_scaled(c, o, m), o, c, m),
@@ -57,10 +62,37 @@ def show(requested: Config, options: PlanOptions, name: str) -> str:
     return "\n\n".join(parts + list(_notes(c, o)))
 
 
+def _automatic(c: Config, o: PlanOptions, m: Machine) -> str:
+    """What a run takes by itself on these GPUs."""
+    total = read_bytes("--gpu-memory", o.gpu_memory)
+    cards = Cards(o.gpu, total, o.gpus, nodes_of(o, o.gpus), f"{o.gpus} x {o.gpu}")
+    try:
+        choice = automatic.choose(c, cards, compiler=True, encoders=round(m.text_encoder * memory.WIDTH[c.text.dtype]))
+    except InputError as error:
+        return f"A run would not start: {error}."
+    return f"A run takes by itself what is 'auto', from {', '.join(automatic.POLICIES)}: {choice.about(cards)}."
+
+
+def _ways(best: Candidate, m: Machine) -> list[tuple[str, int, Seconds]]:
+    """The recommended step, run in each way that there is."""
+    knobs, micro = read_knobs(best.config.machine.ds_config, best.config.machine.unproven), best.config.machine
+    found = []
+    for name, compiled, fused in WAYS:
+        c = replace(replace(best.config, "machine.compile", compiled), "machine.pixel_kernels", fused)
+        if fused == "triton" and micro.pixel_checkpointing == "chunked":
+            continue  # the fused kernels take all patches at once
+        launches = best.accumulation * speed.moved(c).launches
+        step = speed.of_step(c, knobs, best.ranks, best.nodes, micro.micro_batch, best.accumulation, m)
+        found.append((name, launches, step))
+    return found
+
+
+WAYS = (("eager", False, "plain"), ("compiled", True, "plain"), ("compiled, Triton kernels", True, "triton"))
+"""Name, machine.compile and machine.pixel_kernels of each."""
+
+
 def _notes(c: Config, o: PlanOptions) -> Iterator[str]:
     """What the plan leaves out, and how it counts what varies."""
-    if c.machine.compile:
-        yield "Compiled blocks are planned like uncompiled ones: what compilation saves is not counted."
     if c.repa.wanted:
         yield "REPA's encoder and projector are not counted in any of this."
     if c.model.text_width:
@@ -78,6 +110,7 @@ def _runnable(requested: Config, images: int) -> Config:
     """The configuration with its spans in images; neither data nor a run folder is needed."""
     c = replace(replace(requested, "out", requested.out or "-"), "data.path", requested.data.path or "-")
     validate(c)
+    c = replace(c, "machine.compile", c.machine.compile is not False)  # on GPUs
     return freeze(c, images)
 
 

@@ -7,7 +7,7 @@ from dataclasses import fields
 
 from megapix.config import Config, get
 from megapix.config.ds_config import read_knobs
-from megapix.costs import traffic
+from megapix.costs import flops, speed
 from megapix.costs.assumptions import Assumptions, Machine, PlanOptions
 from megapix.costs.choose import Candidate
 from megapix.costs.memory import Bytes
@@ -31,11 +31,13 @@ WHAT = {
     "host": "host memory of optimizer and activations, if offloaded",
 }
 PARTS = {
-    "matmuls": "matmuls",
-    "recomputed": "recomputed matmuls",
+    "matmuls": "matmuls of linear layers",
+    "attention": "attention",
+    "recomputed": "recomputed matmuls and attention",
     "encoder": "frozen text encoder's matmuls",
-    "pixels": "pixel pathway's element-wise memory traffic",
+    "elementwise": "everything else in the network: memory traffic or launches",
     "moved": "to and from host memory",
+    "staged": "ZeRO-2's own copies of gradients and weights",
     "reduced": "gradients between GPUs",
     "optimizer": "clipping and AdamW",
     "ema": "EMA",
@@ -55,10 +57,12 @@ def assumptions(c: Config, o: PlanOptions, m: Machine) -> str:
     """Everything that is assumed, with the option that changes it."""
     used = {"memory": m.memory_bandwidth / 1e9, "link": m.link / 1e9, "optimizer_passes": adamw_passes(c, m)}
     unit = {
-        "compute_share": "of the peak, reached by matmuls",
+        "compute_share": "of the peak, reached by the matmuls of linear layers",
+        "attention_share": "of the peak, reached by attention",
         "memory": "GB/s, GPU memory",
         "memory_share": "of it, reached by element-wise work",
-        "pixel_passes": "times that an activation of the pixel pathway is moved through memory (2 more if recomputed)",
+        "sum_share": "of it, reached by sums over many rows",
+        "launch": "µs that a kernel takes at least",
         "link": "GB/s in one direction, GPU to GPU in a node",
         "network": "GB/s in one direction per GPU, between nodes",
         "wire_share": "of these two, reached by collectives",
@@ -125,6 +129,15 @@ def step(x: Candidate) -> str:
     return table(["part of a step", "s", "share"], [*rows, ["**step**", f"{x.seconds.total:.4f}", ""]])
 
 
+def ways(rows: list[tuple[str, int, Seconds]], c: Config, images: int, m: Machine) -> str:
+    """The step eager, compiled and with fused kernels; of each its name, its kernels besides matmuls, and its parts."""
+    lines = []
+    for name, launches, s in rows:
+        mfu = images * flops.of_run(c) / s.total / m.peak
+        lines.append([name, f"{launches:,}", f"{s.elementwise:.4f}", f"{s.total:.4f}", f"{mfu:.1%}"])
+    return table(["network", "kernels besides matmuls", "their s", "step s", "MFU"], lines)
+
+
 def scaling(rows: list[tuple[int, int, Candidate | str]], o: PlanOptions, c: Config, m: Machine) -> str:
     """Predictions for several numbers of GPUs, or the reason why there is none."""
     lines, first = [], None
@@ -136,8 +149,8 @@ def scaling(rows: list[tuple[int, int, Candidate | str]], o: PlanOptions, c: Con
         first = first or each
         policy = f"{machine.pixel_checkpointing}/{machine.patch_checkpointing}"
         policy += f", {machine.ds_config}" * (machine.ds_config != c.machine.ds_config)
-        passes = traffic.passes(read_knobs(machine.ds_config, machine.unproven))
-        sent = traffic.sent(c.model, c.precision, gpus, x.accumulation, passes)
+        passes = speed.passes_of(read_knobs(machine.ds_config, machine.unproven))
+        sent = speed.sent_by(c.model, c.precision, gpus, x.accumulation, passes)
         cells = [policy, f"{machine.micro_batch} x {x.accumulation}", f"{x.bytes.peak / GIB:.1f}"]
         cells += [f"{(sent.gradients + sent.weights) / GIB:.2f}", f"{x.seconds.total:.3f}", f"{x.images_per_s:,.0f}"]
         cells += [f"{x.mfu(m):.1%}", f"{each / first:.0%}", f"{o.images / x.images_per_s / 3600:.2f}"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -62,18 +62,21 @@ class Batch:
     """One caption of each image, where the run reads them."""
     text: tuple[Tensor, Tensor] | None = None
     """Or its features, bf16 [B, T, C_text], and their mask, bool [B, T]; T is the longest of the batch."""
+    draws: tuple[Tensor, ...] = ()
+    """What the objective draws for these positions, [B] each, where the run has the workers do it (`Extras.draw`)."""
 
     def pin_memory(self) -> Batch:
         """Page-locked copies, so that the transfer to a GPU does not wait (called by DataLoader)."""
         images, labels = self.images.pin_memory(), self.labels.pin_memory()
         features = None if self.features is None else self.features.pin_memory()
         text = None if self.text is None else (self.text[0].pin_memory(), self.text[1].pin_memory())
-        return replace(self, images=images, labels=labels, features=features, text=text)
+        draws = tuple(part.pin_memory() for part in self.draws)
+        return replace(self, images=images, labels=labels, features=features, text=text, draws=draws)
 
 
 @dataclass(frozen=True)
 class Extras:
-    """What is read beside images and labels."""
+    """What a micro batch holds beside images and labels."""
 
     features: Features | None = None
     """An image encoder's features, for REPA."""
@@ -81,6 +84,8 @@ class Extras:
     """One caption of each image, by seed and position."""
     text: TextFeatures | None = None
     """A text encoder's features of that caption."""
+    draw: Callable[[Positions], tuple[Tensor, ...]] | None = None
+    """Positions -> what the objective draws for them, on the host: picklable, for it is called in the workers."""
 
 
 NO_EXTRAS = Extras()

@@ -46,11 +46,12 @@ class MicroBatches(Dataset[Batch]):
         config: how it is read.
         seed: the run's seed.
         batch: positions of one step.
-        extras: what is to be read too.
+        extras: what is to be read and drawn too.
     """
 
     def __init__(self, located: Located, config: DataConfig, seed: int, batch: int, extras: Extras = NO_EXTRAS) -> None:
         self.located, self.config, self.seed, self.batch = located, config, seed, batch
+        self._draw = extras.draw
         self._features = FeatureReader(extras.features) if extras.features else None
         self._text = TextFeatureReader(extras.text) if extras.text else None
         self._captions = Captions(located.folder, located.index) if extras.captions or extras.text else None
@@ -91,7 +92,8 @@ class MicroBatches(Dataset[Batch]):
         captions, text = self._captions_of(shown, positions)
         times.read += time.perf_counter() - start
         pixels = torch.from_numpy(np.stack(images))
-        return Batch(pixels, torch.tensor(labels), positions, tuple(replaced), times, features, captions, text)
+        draws = self._draw(positions) if self._draw else ()
+        return Batch(pixels, torch.tensor(labels), positions, tuple(replaced), times, features, captions, text, draws)
 
     def _features_of(self, samples: list[int], mirrored: list[bool]) -> Tensor | None:
         """The features of the images that are shown, the replacements among them."""

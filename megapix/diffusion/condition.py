@@ -2,6 +2,7 @@
 
 classes   (y [B] int64,)                              null: the null class, number num_classes
 text      (y [B, T, C_text], mask [B, T] bool)        null: the empty caption's features (or a negative prompt's)
+text      (y [B, T, C_text],)                         the same, where all captions have T tokens: no mask at all
 """
 
 from __future__ import annotations
@@ -50,16 +51,27 @@ def classes(labels: Tensor, num_classes: int) -> Condition:
 
 
 def _same_tokens(cond: Cond, null: Cond) -> tuple[Cond, Cond]:
-    """Both padded to the text tokens of the longer one, the padding masked out. Classes stay as they are."""
+    """Both padded to the text tokens of the longer one, the padding masked out. Classes stay as they are.
+
+    The network pads once more (`TextPixelDiT.ready`), to one of few lengths: all text meets there.
+
+    Raises:
+        ValueError: text without a mask whose lengths differ, or one of both with a mask.
+    """
     if cond[0].dim() < 2:
         return cond, null
-    tokens = max(cond[0].shape[1], null[0].shape[1])
-    return _padded(cond, tokens), _padded(tuple(part.to(like) for part, like in zip(null, cond, strict=True)), tokens)
+    lengths = cond[0].shape[1], null[0].shape[1]
+    if len(cond) != len(null) or (len(cond) == 1 and lengths[0] != lengths[1]):
+        raise ValueError(
+            f"text of {lengths[0]} tokens, null of {lengths[1]}: expected masks, or one length without any"
+        )
+    null = tuple(part.to(like) for part, like in zip(null, cond, strict=True))
+    return _padded(cond, max(lengths)), _padded(null, max(lengths))
 
 
 def _padded(text: Cond, tokens: int) -> Cond:
-    features, mask = text
-    missing = tokens - features.shape[1]
+    missing = tokens - text[0].shape[1]
     if not missing:  # F.pad would copy
         return text
+    features, mask = text
     return F.pad(features, (0, 0, 0, missing)), F.pad(mask, (0, missing))

@@ -2,13 +2,15 @@
 
     x_t = t·x + (1 - t)·ε          v = x - ε          loss = mean (v_θ(x_t, t, y) - v)²
 
-Everything here is a pure function of tensors; random numbers come from `megapix.rng`.
+Everything here is a pure function of tensors. What is random about a sample follows from its position in the run:
+`draw` computes on the host what takes a few numbers a sample, so that the loader's workers can do it ahead of the step,
+and `megapix.diffusion.noise` makes the noise on the device of the images.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -17,6 +19,7 @@ from torch import Tensor
 
 from megapix import rng
 from megapix.config import FlowConfig
+from megapix.diffusion import noise
 from megapix.diffusion.condition import Cond, Condition
 from megapix.rng import Purpose
 
@@ -36,20 +39,6 @@ def timesteps(uniform: Tensor, config: FlowConfig) -> Tensor:
     """Logit-normal times from uniform numbers, then the time shift: float64 [B] in (0, 1) -> float32 [B] in [0, 1]."""
     normal = torch.special.ndtri(uniform) * config.t_std + config.t_mean
     return time_shift(torch.sigmoid(normal), config.time_shift).float()
-
-
-def noise(keys: NDArray[np.uint64], shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """Standard normal noise, one image per key: float32 [len(keys), *shape].
-
-    Image i depends on keys[i] alone, so batching cannot change it. CPU and GPU have different streams, and torch's CPU
-    generator takes the low 32 bits of the key as its seed.
-    """
-    out = torch.empty(len(keys), *shape, device=device)
-    generator = torch.Generator(device)
-    for image, key in zip(out, keys, strict=True):
-        generator.manual_seed(int(key) & (2**63 - 1))
-        image.normal_(generator=generator)
-    return out
 
 
 def interpolate(x: Tensor, eps: Tensor, t: Tensor) -> Tensor:
@@ -87,20 +76,49 @@ class NoisyBatch:
     """The velocity, float32 [B, 3, H, W]."""
 
 
+class Draws(NamedTuple):
+    """What is random about the samples of a micro batch but for the noise itself, on the host."""
+
+    t: Tensor
+    """Times, float32 [B]."""
+    dropped: Tensor
+    """Whether the null condition takes the place of the sample's own, bool [B]."""
+    keys: Tensor
+    """Keys of the noise, int64 [B]: 64 random bits each."""
+
+
+def draw(positions: NDArray[np.int64], seed: int, config: FlowConfig) -> Draws:
+    """The random numbers of the samples at `positions`, int64 [B]."""
+    t = timesteps(torch.from_numpy(rng.uniform(seed, Purpose.TIMESTEP, positions)), config)
+    dropped = rng.uniform(seed, Purpose.LABEL_DROPOUT, positions) < config.label_dropout
+    return Draws(t, torch.from_numpy(dropped), noise.keys_of(rng.bits(seed, Purpose.NOISE, positions)))
+
+
 def noisy_batch(
-    images: Tensor, condition: Condition, positions: NDArray[np.int64], seed: int, config: FlowConfig
+    images: Tensor,
+    condition: Condition,
+    positions: NDArray[np.int64],
+    seed: int,
+    config: FlowConfig,
+    draws: Draws | None = None,
 ) -> NoisyBatch:
     """The samples at `positions` with their noise, times and dropped conditions; arguments as in `training_loss`."""
+    draws = draws or draw(positions, seed, config)
     x = to_images(images)
-    eps = noise(rng.bits(seed, Purpose.NOISE, positions), x.shape[1:], x.device)
-    t = timesteps(torch.from_numpy(rng.uniform(seed, Purpose.TIMESTEP, positions)), config).to(x.device)
-    dropped = rng.uniform(seed, Purpose.LABEL_DROPOUT, positions) < config.label_dropout
-    cond = condition.dropped(torch.from_numpy(dropped).to(x.device))
+    eps = noise.normal(draws.keys, x.shape[1:], x.device, config.generator)
+    t = draws.t.to(x.device, non_blocking=True)
+    cond = condition.dropped(draws.dropped.to(x.device, non_blocking=True))
     return NoisyBatch(interpolate(x, eps, t), t, cond, velocity(x, eps))
 
 
 def training_loss(
-    net: Network, images: Tensor, condition: Condition, positions: NDArray[np.int64], seed: int, config: FlowConfig
+    net: Network,
+    images: Tensor,
+    condition: Condition,
+    positions: NDArray[np.int64],
+    seed: int,
+    config: FlowConfig,
+    draws: Draws | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Loss per sample of a micro batch, with the random numbers of its position in the run.
 
@@ -109,9 +127,11 @@ def training_loss(
         images: uint8 [B, 3, H, W].
         condition: of the images; null takes its place with probability `config.label_dropout`.
         positions: int64 [B].
+        draws: `draw` of these positions, seed and configuration, where that has been done; in page-locked memory it
+            reaches a GPU without a wait.
 
     Returns:
         Squared error [B] float32, with gradient, and t [B] float32.
     """
-    batch = noisy_batch(images, condition, positions, seed, config)
+    batch = noisy_batch(images, condition, positions, seed, config, draws)
     return squared_error(net(batch.x_t, batch.t, *batch.cond), batch.target), batch.t

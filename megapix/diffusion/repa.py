@@ -45,6 +45,7 @@ def training_loss(
     positions: NDArray[np.int64],
     seed: int,
     config: FlowConfig,
+    draws: flow.Draws | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`flow.training_loss` per sample, t, and the alignment loss per sample: [B] float32 each.
 
@@ -53,7 +54,7 @@ def training_loss(
     Args:
         features: the encoder's, of these images: [B, rows, columns, F].
     """
-    batch = flow.noisy_batch(images, condition, positions, seed, config)
+    batch = flow.noisy_batch(images, condition, positions, seed, config, draws)
     rows, columns = features.shape[1:3]
     velocity, projected = net(batch.x_t, batch.t, *batch.cond, grid=(rows, columns))
     return flow.squared_error(velocity, batch.target), batch.t, alignment_loss(projected, features.flatten(1, 2))

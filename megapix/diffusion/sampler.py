@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from megapix import rng
-from megapix.config import Sampler, SamplingConfig
-from megapix.diffusion import flow
+from megapix.config import Generator, Sampler, SamplingConfig
+from megapix.diffusion import flow, noise
 from megapix.diffusion.condition import Condition, classes
 from megapix.diffusion.flow import Network
 from megapix.rng import Purpose
@@ -126,10 +126,16 @@ def _num_classes(net: Network) -> int:
     return found
 
 
-def seeded_noise(seed: int, numbers: list[int], size: tuple[int, int], device: torch.device) -> Tensor:
-    """Noise of the images with these numbers: float32 [B, 3, H, W]; each depends on `seed` and its own number alone."""
-    keys = rng.bits(seed, Purpose.SAMPLE_NOISE, np.asarray(numbers, np.int64))
-    return flow.noise(keys, (3, *size), device)
+def seeded_noise(
+    seed: int, numbers: list[int], size: tuple[int, int], device: torch.device, generator: Generator = "torch"
+) -> Tensor:
+    """Noise of the images with these numbers: float32 [B, 3, H, W]; each depends on `seed` and its own number alone.
+
+    Args:
+        generator: the run's `flow.generator`.
+    """
+    keys = noise.keys_of(rng.bits(seed, Purpose.SAMPLE_NOISE, np.asarray(numbers, np.int64)))
+    return noise.normal(keys, (3, *size), device, generator)
 
 
 def not_finite(source: str) -> str:

@@ -13,6 +13,7 @@ from megapix.dist import World, gather, on_all_ranks
 from megapix.doctor import network, run_files, software
 from megapix.doctor.verdict import Findings, Verdict, table, tried, worst
 from megapix.model import build
+from megapix.train import automatic
 
 
 def examine(requested: Config, world: World) -> int:
@@ -42,6 +43,7 @@ def examine(requested: Config, world: World) -> int:
         tried("clock", lambda: network.clock(world)),
         tried("versions", lambda: software.versions(world)),
         op,
+        tried("compiler", lambda: software.compilation(requested)),
         gpus,
         tried("shared memory", lambda: software.shared_memory(requested, layout, here)),
         tried("run folder", lambda: run_files.run_folder(requested.out, world)),
@@ -55,6 +57,9 @@ def examine(requested: Config, world: World) -> int:
         device = torch.device("cuda", world.local_rank) if torch.cuda.is_available() else torch.device("cpu")
         verdict, sweep = network.bandwidth(world, device, gradient=4 * parameters)
         verdicts.append(verdict)
+        if cards := automatic.cards_of(world, device):
+            lacks = automatic.lacking(world, cards)
+            verdicts.append(tried("memory", lambda: software.memory(requested, cards, not lacks)))
     else:
         verdicts.append(Verdict("all-reduce", "warn", "not measured: not every rank has a GPU"))
 

@@ -15,10 +15,12 @@ import torch
 
 from megapix.config import BatchLayout, Config
 from megapix.config.ds_config import read_knobs
+from megapix.costs import automatic
+from megapix.costs.automatic import Cards
 from megapix.data.loader import PREFETCH
 from megapix.dist import World, gather
 from megapix.doctor.verdict import Verdict
-from megapix.engine import comm_op
+from megapix.engine import comm_op, compiler
 from megapix.errors import InputError
 from megapix.shards.image_features import read_manifest
 
@@ -80,6 +82,20 @@ def communication_op(world: World) -> Verdict:
     return Verdict("op build", "ok", f"DeepSpeed's CPU communication op is in {comm_op.extensions()}, {seconds:.0f} s")
 
 
+def compilation(config: Config) -> Verdict:
+    """What kernels are compiled with, if this run compiles any."""
+    cuda, setting = torch.cuda.is_available(), config.machine.compile
+    option = compiler.asked(config.machine, cuda)
+    if not option and (setting is False or not cuda):
+        return Verdict("compiler", "ok", f"not needed: machine.compile = {setting!r}{'' if cuda else ' on CPUs'}")
+    lacking = compiler.missing(cuda)
+    if not lacking:
+        return Verdict("compiler", "ok", f"all there for {'Triton, on GPUs' if cuda else 'Inductor, on CPUs'}")
+    if option:
+        return Verdict("compiler", "fail", f"{option}: {lacking}")
+    return Verdict("compiler", "warn", f"{lacking}; without, machine.compile = {setting!r} compiles no block: slower")
+
+
 def shared_memory(config: Config, layout: BatchLayout, ranks_here: int) -> Verdict:
     """/dev/shm holds the op's buffers and the batches on their way from the loader's workers."""
     features = 0
@@ -125,6 +141,17 @@ def gpus(config: Config, parameters: int, world: World) -> Verdict:
     if name != first[1]:
         return Verdict("GPU", "warn", f"{detail}, but rank 0 has {first[1]}: every step waits for the slowest")
     return Verdict("GPU", "ok", detail)
+
+
+def memory(config: Config, cards: Cards, compiler: bool) -> Verdict:
+    """What the run would take of its GPUs: what it chooses where an option is 'auto', and how many bytes that needs.
+
+    Frozen encoders beside the engine are not counted here; the run counts them.
+    """
+    choice = automatic.choose(config, cards, compiler)
+    return Verdict(
+        "memory", "ok" if choice.peak <= (1 - automatic.FREE) * cards.memory else "warn", choice.about(cards)
+    )
 
 
 def _own_gpu(world: World) -> bool:

@@ -81,7 +81,10 @@ def grid_of(height: int, width: int) -> tuple[int, int]:
 
 def prepare(images: Tensor, size: tuple[int, int]) -> Tensor:
     """What the encoder is shown: uint8 [B, 3, H, W] -> float32 [B, 3, *size], normalised, then resized (bicubic)."""
-    mean, std = (torch.tensor(values, device=images.device)[:, None, None] for values in (MEAN, STD))
+    # Filled there: a tensor made of a list would be copied from the host, and the copy waited for.
+    mean, std = (
+        torch.stack([torch.full((1, 1), value, device=images.device) for value in values]) for values in (MEAN, STD)
+    )
     pixels = (images.float() / 255.0 - mean) / std
     return pixels if size == pixels.shape[-2:] else F.interpolate(pixels, size, mode="bicubic", align_corners=False)
 

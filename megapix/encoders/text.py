@@ -113,6 +113,8 @@ class TextEncoder:
     def to(self, device: torch.device) -> TextEncoder:
         """Move it to a device; returns itself."""
         self._model.to(device)
+        if device.type == "cuda":
+            library().AttentionMaskInterface.register("sdpa", unread_mask)
         return self
 
     def parameters(self) -> list[Tensor]:
@@ -126,12 +128,12 @@ class TextEncoder:
         """
         found = [features for features, _ in self.each(captions)]
         device = self.parameters()[0].device
-        lengths = torch.tensor([len(features) for features in found], dtype=torch.long)
-        longest = int(lengths.max()) if found else 1
-        padded = torch.zeros(len(found), longest, self.width, device=device)
+        lengths = [len(features) for features in found]
+        longest = max(lengths, default=1)
+        padded, tokens = torch.zeros(len(found), longest, self.width, device=device), torch.arange(longest)
         for row, features in zip(padded, found, strict=True):
             row[: len(features)] = features
-        return padded, (torch.arange(longest) < lengths[:, None]).to(device)
+        return padded, _to(tokens < torch.tensor(lengths, dtype=torch.long)[:, None], device)
 
     def each(self, captions: Sequence[str]) -> list[Encoded]:
         """Features of each caption without padding. A caption that occurs twice is encoded once."""
@@ -200,13 +202,31 @@ class TextEncoder:
         for row, (ids, _, _) in enumerate(tokens):
             shown[row, : len(ids)] = torch.tensor(ids)
             mask[row, : len(ids)] = 1
-        hidden = self._model(input_ids=shown.to(device), attention_mask=mask.to(device)).last_hidden_state.float()
+        told = {"input_ids": _to(shown, device), "attention_mask": _to(mask, device)}
+        hidden = self._model(**told).last_hidden_state.float()
         if self.recipe.normalize == "rms":
             hidden = hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + EPS)
         hidden = hidden * self.recipe.scale
         return [
             torch.cat([hidden[row, :1], hidden[row, start : len(ids)]]) for row, (ids, start, _) in enumerate(tokens)
         ]
+
+
+def unread_mask(**options: Any) -> Tensor:
+    """transformers' mask for SDPA, made without a look at it.
+
+    By itself it reads from the device whether any token is padding, to make no mask where there is none, and so waits.
+    """
+    from transformers.masking_utils import sdpa_mask
+
+    skips = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+    mask: Tensor = sdpa_mask(**options | skips)
+    return mask
+
+
+def _to(made: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on the device; from page-locked memory, so that nobody waits for the copy to a GPU."""
+    return made.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else made.to(device)
 
 
 def digest(model: Any, tokenizer: Any) -> str:

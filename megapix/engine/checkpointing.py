@@ -13,7 +13,6 @@ A policy replaces a block's `forward`; parameters, names and results stay as the
 
 from __future__ import annotations
 
-import logging
 from types import MethodType
 from typing import Any
 
@@ -23,8 +22,11 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from megapix.config import MachineConfig, recomputed_blocks
 from megapix.engine.chunked import chunked
+from megapix.engine.compiled import Compiled, Kinds
 from megapix.engine.offload import offloaded
 from megapix.model import PixelDiT
+from megapix.model.layers import FinalLayer, PatchBlock, PiTBlock
+from megapix.model.pixeldit_t2i import MMDiTBlock, TextPixelDiT
 
 aten = torch.ops.aten
 MATMULS = {
@@ -38,38 +40,79 @@ MATMULS = {
 """What linear layers and attention become, on CPUs and GPUs."""
 
 
-def apply(network: PixelDiT, machine: MachineConfig) -> None:
-    """Give each block the policy of its pathway, and compile it if `machine.compile` is set.
+SIZES = {
+    PiTBlock: ("N..", "BL.", "L."),
+    PatchBlock: ("BL.", "B..", "L."),
+    MMDiTBlock: ("BL.", "BT.", "B..", "L.", "T.", "B..L"),
+    FinalLayer: ("N..",),
+}
+"""Sizes of what a block takes (`compiled.Kind`)."""
+PART_SIZES = {
+    "embed": ("B.HW", "B", ".", "B"),
+    "pixel_condition": ("BL.", "B.."),
+    "pixel_tokens": ("B.HW", "L.."),
+    "output": ("N..", "B.HW"),
+    "project": ("BL.",),
+}
+"""The same of what lies between the blocks; `embed` takes text as TEXT_SIZES."""
+TEXT_SIZES = ("B.HW", "B", ".", "BT.", "BT")
+CHUNK_SIZES = {"_before": ("C..", "C."), "attend": SIZES[PiTBlock], "_after": ("C..", "C..", "C."), "forward": ("C..",)}
+"""The same of the parts of a block that is computed in chunks (`chunked.py`)."""
 
-    The block is compiled with its policy, so the compiler sees what is to be recomputed. Blocks of one kind share their
-    code, so each kind is compiled once and not once per layer. What cannot be compiled is an error, not a slow step.
+
+def apply(network: PixelDiT, machine: MachineConfig, varied: bool = False) -> None:
+    """Give each block the policy of its pathway, and compile the network if `machine.compile` is set.
+
+    A block is compiled with its policy, so the compiler sees what is to be recomputed. Blocks of one kind share their
+    code, so each kind is compiled once and not once per layer. What lies between the blocks is compiled in few graphs
+    of its own. What cannot be compiled is an error, not a slow step.
+
+    Args:
+        varied: whether images have several sizes, or masked texts several lengths: these sizes are open in the graphs
+            from the first step on.
     """
-    if machine.compile:
-        # One graph per kind of block, with and without gradients, and per batch and image size.
-        torch._dynamo.config.recompile_limit = 64
-        # The blocks do write in place, but in autograd functions, into tensors of their own.
-        logging.getLogger("torch._higher_order_ops.wrap").addFilter(lambda r: "in-place ops" not in r.getMessage())
-    for block in (*network.pixel_blocks, network.final_layer):
-        _prepare(block, machine.pixel_checkpointing, machine.compile)
+    kinds = Kinds(varied) if machine.compile is True else None
+    pixel = machine.pixel_checkpointing
+    for block in network.pixel_blocks:
+        _prepare(block, pixel, kinds)
+    apart = pixel in ("chunked", "offload")  # their output layer is compiled by itself
+    _prepare(network.final_layer, pixel, kinds if apart else None)
     recomputed = recomputed_blocks(machine.patch_checkpointing, len(network.patch_blocks))
     for number, block in enumerate(network.patch_blocks, 1):
-        _prepare(block, "full" if number in recomputed else "none", machine.compile)
+        _prepare(block, "full" if number in recomputed else "none", kinds)
+    if kinds:
+        _compile_parts(network, kinds, ["output"] if apart else [])
 
 
-def _prepare(block: nn.Module, policy: str, compiled: bool) -> None:
+def _compile_parts(network: PixelDiT, kinds: Kinds, left_out: list[str]) -> None:
+    text = isinstance(network, TextPixelDiT)
+    if isinstance(network, TextPixelDiT):
+        network.few_lengths = True
+    for name, sizes in PART_SIZES.items():
+        if name not in left_out and hasattr(network, name):
+            kind = kinds.of(name, getattr(type(network), name), TEXT_SIZES if text and name == "embed" else sizes)
+            setattr(network, name, Compiled(kind, network))
+
+
+def _prepare(block: nn.Module, policy: str, kinds: Kinds | None) -> None:
+    name = type(block).__name__ + (", the last" if getattr(block, "last", False) else "")
     if policy == "chunked":
-        block.forward = chunked(block, _compiled if compiled else lambda part: part)
+        block.forward = chunked(block, _in_parts(kinds, name) if kinds else lambda part: part)
         return
-    forward: Any = MethodType(RECOMPUTING.get(policy, type(block).forward), block)
-    if compiled:
-        forward = _compiled(forward)
+    function = RECOMPUTING.get(policy, type(block).forward)
+    forward: Any = MethodType(function, block)
+    if kinds:
+        sizes = next(sizes for kind, sizes in SIZES.items() if isinstance(block, kind))
+        shown = name if policy in ("none", "offload") else f"{name}, {policy}"
+        forward = Compiled(kinds.of(shown, function, sizes), block)
     if policy == "offload":
         forward = offloaded(block, forward)
     block.forward = forward
 
 
-def _compiled(forward: Any) -> Any:
-    return torch.compile(forward, fullgraph=True)
+def _in_parts(kinds: Kinds, name: str) -> Any:
+    """Compiles the parts of a block in chunks."""
+    return lambda part: kinds.of(f"{name}, {part.__name__.strip('_')}", part, CHUNK_SIZES[part.__name__])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

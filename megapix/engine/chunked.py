@@ -101,7 +101,8 @@ class _InChunks(torch.autograd.Function):
     def forward(ctx: Any, run: Run, rows: int, own: int, *tensors: Tensor) -> Tensor:
         ctx.run, ctx.rows, ctx.own = run, rows, tensors[len(tensors) - own :]
         ctx.save_for_backward(*tensors[: len(tensors) - own])
-        others = [t.contiguous() for t in tensors[rows : len(tensors) - own]]
+        tensors = tuple(t.detach() for t in tensors[: len(tensors) - own])  # a compiled part is one for all that ask
+        others = [t.contiguous() for t in tensors[rows:]]
         starts = range(0, len(tensors[0]), CHUNK)
         return torch.cat([run(*(t[n : n + CHUNK] for t in tensors[:rows]), *others) for n in starts])
 

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megapix.engine.clipping import ClippedMean
+
 EMA = "ema"
 """Key of the EMA in each parameter's optimizer state."""
 
@@ -21,6 +23,9 @@ class AdamWWithEMA(torch.optim.AdamW):
 
     torch's foreach implementation equals its for-loop one bit for bit and makes fewer temporaries; `fused` computes a
     step in one pass over memory, equal but for rounding.
+
+    Set `clipping`, and its parameters' gradients are sums: `step` takes their clipped mean, and takes no step, calling
+    `skipped`, if it is not finite.
     """
 
     def __init__(
@@ -34,6 +39,8 @@ class AdamWWithEMA(torch.optim.AdamW):
     ) -> None:
         super().__init__(params, lr=lr, betas=betas, weight_decay=weight_decay, foreach=not fused, fused=fused)
         self.ema_decay, self.fused = ema_decay, fused
+        self.clipping: ClippedMean | None = None
+        self.skipped: Callable[[], None] = lambda: None
 
     @torch.no_grad()
     def begin(self) -> None:
@@ -46,6 +53,9 @@ class AdamWWithEMA(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> Any:
+        if self.clipping and not self._clip(self.clipping):
+            self.skipped()
+            return None
         loss = super().step(closure)
         self.update_ema()
         return loss
@@ -56,6 +66,19 @@ class AdamWWithEMA(torch.optim.AdamW):
         for p in self._params():
             if p.grad is not None:
                 self.state[p][EMA].lerp_(p, 1.0 - self.ema_decay)
+
+    def _clip(self, clipping: ClippedMean) -> bool:
+        """Make the one parameter's gradient the clipped mean; False if it is not finite."""
+        (p,) = self._params()
+        assert p.grad is not None
+        divisor = clipping.divisor(p.grad)
+        if divisor is None:
+            return False
+        if self.fused and p.is_cuda:  # it divides in its own pass
+            self.grad_scale = divisor
+        elif clipping.divides:
+            p.grad.mul_(1.0 / divisor)
+        return True
 
     def _params(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]

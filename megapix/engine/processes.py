@@ -18,6 +18,7 @@ from deepspeed.utils import logger as deepspeed_logger
 
 from megapix.dist import World, on_all_ranks
 from megapix.engine.comm_op import load_comm_op
+from megapix.errors import InputError
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
 """Options of glibc's mallopt (malloc.h): when to give memory back, how much to take at once, maps in all."""
@@ -27,6 +28,7 @@ def start(world: World) -> torch.device:
     """Join the process group (NCCL on GPUs, gloo on CPUs) and return this rank's device.
 
     Raises:
+        InputError: there are GPUs, but none for this rank.
         CollectiveInputError: DeepSpeed's CPU communication op cannot be built on some rank.
     """
     deepspeed_logger.setLevel(logging.WARNING)
@@ -40,6 +42,8 @@ def start(world: World) -> torch.device:
     # DeepSpeed calls it; nothing that a user of megapix could change.
     warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)
     _allow_connections()
+    if get_accelerator().device_name() == "cuda" and world.local_rank >= torch.cuda.device_count():
+        raise InputError(f"no GPU is left for local rank {world.local_rank}: {torch.cuda.device_count()} are visible")
     get_accelerator().set_device(world.local_rank)
     backend = get_accelerator().communication_backend_name()
     if get_accelerator().device_name() == "cpu":

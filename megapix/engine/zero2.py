@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import deepspeed
@@ -18,6 +19,7 @@ from megapix.checkpoint.layout import PARTS, Layout
 from megapix.config import BatchLayout, Config
 from megapix.config.ds_config import deepspeed_config
 from megapix.dist import World, agree, on_all_ranks
+from megapix.engine.clipping import ClippedMean
 from megapix.engine.optim import EMA, AdamWWithEMA
 from megapix.engine.schedule import ImagesSeenSchedule
 from megapix.errors import InputError
@@ -31,7 +33,7 @@ class Zero2Engine:
     optimizer at the last one of a global batch.
     """
 
-    def __init__(self, engine: Any) -> None:
+    def __init__(self, engine: Any, clipping: ClippedMean) -> None:
         self.deepspeed = engine
         """DeepSpeed's own engine, for what measures it from outside."""
         self.network: PixelDiT = engine.module
@@ -39,18 +41,35 @@ class Zero2Engine:
         """Its one parameter is `partition`."""
         self.schedule: ImagesSeenSchedule = engine.lr_scheduler
         self.device: torch.device = engine.device
+        self._clipping = clipping
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The network's forward pass."""
         return self.deepspeed(*args, **kwargs)
 
     def backward(self, loss: Tensor) -> None:
-        """Add a micro batch's gradient; `loss` is its mean, and DeepSpeed divides it by the accumulation."""
-        self.deepspeed.backward(loss)
+        """Add a micro batch's gradient; `loss` is its mean.
 
-    def step(self) -> None:
-        """End a micro batch; at the end of a global batch clip, step, move the EMA and update the weights."""
+        Gradients are added up over micro batches and ranks as they are, and the sum is divided in fp32: a bf16 gradient
+        divided by 3 would be rounded once more.
+        """
+        offloaded = self.deepspeed.optimizer.cpu_offload
+        self.deepspeed.backward(loss / self._clipping.terms if offloaded else loss, scale_wrt_gas=False)
+
+    def step(self, beside: Tensor | None = None) -> list[float] | None:
+        """End a micro batch; at the end of a global batch clip, step, move the EMA and update the weights.
+
+        Args:
+            beside: at the end of a global batch, numbers of this rank (fp64, on its device) to be added up over ranks
+                in the all-reduce of the gradient's norm, so that they cost no wait of their own.
+
+        Returns:
+            Their sums; None without any, or if the optimizer is offloaded, where there is no such all-reduce.
+        """
+        self._clipping.beside, self._clipping.sums = beside, []
         self.deepspeed.step()
+        self._clipping.beside = None
+        return self._clipping.sums or None
 
     @property
     def applied(self) -> bool:
@@ -60,13 +79,18 @@ class Zero2Engine:
     @property
     def grad_norm(self) -> Tensor | float:
         """Norm of the last applied step's whole gradient, averaged over ranks, before clipping; maybe on the device."""
-        norm: Tensor | float = self.deepspeed.get_global_grad_norm()
+        norm: Tensor | float = self._clipping.norm
+        if self.deepspeed.optimizer.cpu_offload:
+            norm = self.deepspeed.get_global_grad_norm()
         return norm
 
     @property
-    def grad_clip(self) -> float:
-        """The norm that gradients are clipped to; 0 is off."""
-        return float(self.deepspeed.gradient_clipping())
+    def unclipped(self) -> float:
+        """What the gradient that the last step of `optimizer` began with times this is the mean before clipping."""
+        if not self.deepspeed.optimizer.cpu_offload:
+            return 1.0 / self._clipping.terms
+        most = self._clipping.most
+        return max(1.0, (float(self.grad_norm) + 1e-6) / most) if most else 1.0
 
     @property
     def partition(self) -> Tensor:
@@ -139,16 +163,15 @@ class Zero2Engine:
         """The network with the EMA gathered into its weights, in eval mode; the training weights come back at the end.
 
         Call it on every rank: each parameter's EMA is gathered from all partitions, and afterwards its weight is
-        restored from the masters, as after a step; no second copy of the weights is held.
+        restored from the masters, as after a step; no second copy of the weights is held. Restoring needs all ranks, so
+        that an exception, which one of them may have alone, leaves the EMA where it is: it must end the training.
         """
         with self.raw_weights() as network:
-            try:
-                with torch.no_grad():
-                    for p in network.parameters():
-                        p.copy_(safe_get_full_optimizer_state(p, EMA))
-                yield network
-            finally:
-                self._weights_from_masters()
+            with torch.no_grad():
+                for p in network.parameters():
+                    p.copy_(safe_get_full_optimizer_state(p, EMA))
+            yield network
+            self._weights_from_masters()
 
     def gathered(self, what: str) -> dict[str, Tensor]:
         """A state of every parameter in fp32, by name, gathered from all partitions after a step. Every rank calls it.
@@ -201,9 +224,14 @@ def build(config: Config, layout: BatchLayout, network: PixelDiT, knobs: dict[st
     # Links parameters to their optimizer state at once, so that the EMA can be gathered; DeepSpeed would do it at the
     # first step. The state's tensors are filled in place from here on.
     engine.optimizer._lazy_init_hp_params_optimizer_state()
+    clipping = ClippedMean(layout.ranks * layout.accumulation, o.grad_clip)
     if engine.optimizer.cpu_offload:
+        # DeepSpeed's own clipping, which divides by a loss scale, too: `backward` takes it out of the loss.
+        engine.optimizer.override_loss_scale(clipping.terms)
         _forget_skipped_gradients(engine.optimizer)
-    return Zero2Engine(engine)
+    else:
+        optimizer.clipping, optimizer.skipped = clipping, partial(setattr, engine.optimizer, "overflow", True)
+    return Zero2Engine(engine, clipping)
 
 
 def _forget_skipped_gradients(optimizer: Any) -> None:

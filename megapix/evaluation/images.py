@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from megapix.config import SamplingConfig
+from megapix.config import Generator, SamplingConfig
 from megapix.diffusion.condition import Condition
 from megapix.diffusion.flow import Network
 from megapix.diffusion.pictures import to_uint8
@@ -34,6 +34,8 @@ class Images:
     size: tuple[int, int]
     """Height and width in pixels."""
     sampling: SamplingConfig
+    generator: Generator = "torch"
+    """Of the noise: the run's `flow.generator`."""
 
     @property
     def blocks(self) -> int:
@@ -73,14 +75,16 @@ def generate_images(
 ) -> Samples:
     """Sample a block and extract its features.
 
-    A whole batch is sampled, of which the last block keeps a part, and its noise is always the CPU's.
+    A whole batch is sampled, of which the last block keeps a part. Its noise is the same on any device: that of torch's
+    generator is always the CPU's.
 
     Args:
         each_step: called before each step of the sampler; an exception from it ends the sampling.
     """
     numbers = list(range(block * images.batch, (block + 1) * images.batch))
     condition = images.condition_of([images.subject(n) for n in numbers])
-    noise = seeded_noise(images.seed, numbers, images.size, torch.device("cpu")).to(device)
+    place = torch.device("cpu") if images.generator == "torch" else device
+    noise = seeded_noise(images.seed, numbers, images.size, place, images.generator).to(device)
     samples = generate_as(net, noise, condition, images.sampling, each_step)
     finite, pixels = bool(samples.isfinite().all()), to_uint8(samples)
     features, logits = extractor(torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous().to(device))

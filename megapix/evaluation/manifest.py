@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from megapix.config import SamplingConfig
+from megapix.config import Generator, SamplingConfig
 from megapix.errors import InputError
 from megapix.evaluation.options import Precision
 from megapix.files import write_atomic
@@ -65,6 +65,8 @@ class Manifest:
     """Of a network that takes text, the folder or hub name and the digest; no path where features were stored."""
     text_features: dict[str, str | int | float | bool] = field(default_factory=dict)
     """Of a network that takes text, whether they were stored, and the options that they were made with."""
+    generator: Generator = "torch"
+    """Of the noise, as the weights say; scores from before there was another one do not name it."""
 
     @property
     def key(self) -> str:

@@ -119,6 +119,7 @@ def _resolve(
             reference_count=reference.moments.count,
             device=gpu,
             versions=versions(),
+            generator=about.generator,
         )
     _check(manifest, about)
     out, subjects = _out(options), manifest.classes
@@ -127,7 +128,7 @@ def _resolve(
         manifest, prompted = _prompted(options, then, manifest, about, device)
         subjects, condition_of = tuple(range(prompted.conditioner.subjects)), prompted.conditioner.of_subjects
     m = manifest
-    images = Images(m.count, m.batch, subjects, condition_of, m.seed, m.size, m.sampling)
+    images = Images(m.count, m.batch, subjects, condition_of, m.seed, m.size, m.sampling, m.generator)
     return ResolvedEvaluation(manifest, weights, standard, out, images, recorded)
 
 

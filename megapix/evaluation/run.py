@@ -16,7 +16,7 @@ from tqdm import tqdm
 from megapix.diffusion.pictures import write_png
 from megapix.diffusion.sampler import not_finite
 from megapix.dist import World, agree, gather, on_all_ranks, warn
-from megapix.errors import InputError, RankLost
+from megapix.errors import InputError, OutOfMemory, RankLost, RunError
 from megapix.evaluation.images import generate_images
 from megapix.evaluation.manifest import Manifest, Scored, read_scores, write_scores
 from megapix.evaluation.options import EvaluateOptions
@@ -25,6 +25,7 @@ from megapix.evaluation.ranks import device_of, join
 from megapix.evaluation.scores import one_thread, score
 from megapix.evaluation.store import Blocks, write_npz
 from megapix.files import write_atomic
+from megapix.resilience import out_of_memory
 from megapix.resilience.run_lock import run_lock
 from megapix.weights.read import network
 
@@ -79,13 +80,16 @@ def _sample_and_score(
     on_all_ranks(world, lambda: _check_shared(resolved.manifest, blocks.folder, world))
     missing = [block for block in range(blocks.images.blocks) if not blocks.done(block)]
     todo = gather(world, missing)[0]
-    problem = None
+    problem = exhausted = None
+    here = out_of_memory.told(world, lambda: (0, "evaluate"), out_of_memory.of_command)
     try:
-        with one_thread() if device.type == "cpu" else nullcontext():
+        with here, one_thread() if device.type == "cpu" else nullcontext():
             _sample(resolved, blocks, todo[world.rank :: world.size], device, world)
     except InputError as error:
         problem = str(error)
-    _meet(world, problem, group)
+    except OutOfMemory as error:
+        exhausted = str(error)
+    _meet(world, problem, exhausted, group)
     return on_all_ranks(world, lambda: _score(resolved, options, blocks) if world.main else None, group)
 
 
@@ -159,10 +163,14 @@ def _sample(resolved: ResolvedEvaluation, blocks: Blocks, mine: list[int], devic
                 bar.update(blocks.images_done() - bar.n)
 
 
-def _meet(world: World, problem: str | None, group: Any) -> None:
-    """Sync all ranks, as `dist.agree`; a rank that has died raises RankLost on the others."""
+def _meet(world: World, problem: str | None, exhausted: str | None, group: Any) -> None:
+    """Sync all ranks, as `dist.agree`; a rank that has died raises RankLost on the others, and one whose memory was
+    `exhausted` a RunError on all."""
     try:
         agree(world, problem, group)
+        lacking = [line for line in gather(world, exhausted, group) if line]
+        if lacking:
+            raise RunError(lacking[0])
     except RuntimeError as error:
         raise RankLost("another rank was lost; the same command resumes with the images that are missing") from error
 

@@ -12,14 +12,37 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from megapix.model.layers import RMSNorm
+from megapix.model.layers import RMSNorm, narrow_linear
 
 TIMESTEP_CHANNELS = 256
 TIMESTEP_MAX_PERIOD = 10.0
 """t lies in [0, 1], so the slowest sinusoid has period 10 (the authors' configuration), not DiT's 10,000."""
 ROPE_THETA = 10_000.0
+SIZES = 256
+"""Sizes of images whose tables are kept: more than there are aspect buckets (docs/data.md)."""
 ROPE_EXTENT = 16.0
 """Patch positions run from 0 to 16 on each axis whatever the resolution."""
+
+
+def patches_of(x: Tensor, patch: int) -> Tensor:
+    """Images as patches, row-major: [B, C, H, W] -> [B, L, C·P], channels first."""
+    images, channels, height, width = x.shape
+    grid = x.reshape(images, channels, height // patch, patch, width // patch, patch)  # [B, C, r, i, q, j]
+    return grid.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+
+
+def pixels_of(x: Tensor, patch: int) -> Tensor:
+    """The same, pixel by pixel: [B, C, H, W] -> [B, L, P, C]."""
+    images, channels, height, width = x.shape
+    grid = x.reshape(images, channels, height // patch, patch, width // patch, patch)  # [B, C, r, i, q, j]
+    return grid.permute(0, 2, 4, 3, 5, 1).flatten(3, 4).flatten(1, 2)
+
+
+def images_of(pixels_NPC: Tensor, like: Tensor, patch: int) -> Tensor:
+    """Images from the pixels of `pixels_of`, [B·L, P, C] -> [B, C, H, W], of the size of `like`."""
+    images, height, width = len(like), like.shape[2] // patch, like.shape[3] // patch
+    grid = pixels_NPC.reshape(images, height, width, patch, patch, -1)  # [B, r, q, i, j, C]
+    return grid.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
 
 
 class PatchEmbedder(nn.Module):
@@ -43,7 +66,7 @@ class PixelEmbedder(nn.Module):
         self.proj = nn.Linear(channels, width)
 
     def forward(self, pixels_NPC: Tensor) -> Tensor:
-        return self.proj(pixels_NPC)  # [B·L, P, d]
+        return narrow_linear(self.proj, pixels_NPC)  # [B·L, P, d]
 
 
 class TimestepEmbedder(nn.Module):
@@ -56,8 +79,10 @@ class TimestepEmbedder(nn.Module):
         nn.init.normal_(first.weight, std=0.02)
         nn.init.normal_(second.weight, std=0.02)
 
-    def forward(self, t_B: Tensor) -> Tensor:
-        angle = t_B.float()[:, None] * timestep_frequencies(t_B.device)  # [B, 128]
+    def forward(self, t_B: Tensor, frequencies: Tensor | None = None) -> Tensor:
+        """`frequencies` is `timestep_frequencies` of the device; a compiled graph would make that table again."""
+        table = timestep_frequencies(t_B.device) if frequencies is None else frequencies
+        angle = t_B.float()[:, None] * table  # [B, 128]
         sinusoids = torch.cat([angle.cos(), angle.sin()], dim=-1)  # [B, 256]
         dtype = next(self.mlp.parameters()).dtype
         return self.mlp(sinusoids.to(dtype))  # [B, D]
@@ -100,7 +125,7 @@ def timestep_frequencies(device: torch.device) -> Tensor:
     return torch.exp(-math.log(TIMESTEP_MAX_PERIOD) * k / half).float().to(device)
 
 
-@lru_cache(maxsize=32)
+@lru_cache(maxsize=SIZES)
 def rope_table(rows: int, cols: int, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Cosine and sine of the 2D rotary angles of a rows × cols grid of patches, each [L, head_dim / 2] float32.
 
@@ -116,20 +141,22 @@ def rope_table(rows: int, cols: int, head_dim: int, device: torch.device) -> tup
     return angle.cos().float().to(device), angle.sin().float().to(device)
 
 
-@lru_cache(maxsize=32)
+@lru_cache(maxsize=8)
 def text_rope_table(tokens: int, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Cosine and sine of the rotary angles of text positions 0, 1, 2, …, each [T, head_dim / 2] float32.
 
-    Pair k is rotated by position·f_k, f_k = 10000^(-2k/head_dim).
+    Pair k is rotated by position·f_k, f_k = 10000^(-2k/head_dim). A caption's are the first rows of the longest one's.
     """
     k = torch.arange(head_dim // 2, dtype=torch.float64)
     angle = torch.arange(tokens, dtype=torch.float64)[:, None] * ROPE_THETA ** (-2.0 * k / head_dim)  # [T, h/2]
     return angle.cos().float().to(device), angle.sin().float().to(device)
 
 
-@lru_cache(maxsize=32)
-def pixel_position_table(height: int, width: int, patch: int, channels: int, device: torch.device) -> Tensor:
-    """Fixed 2D sin-cos positions of all pixels, grouped by patch like the pixel tokens: [L, P, d] float32.
+@lru_cache(maxsize=SIZES)
+def pixel_position_table(
+    height: int, width: int, patch: int, channels: int, device: torch.device, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Fixed 2D sin-cos positions of all pixels, by patch like the pixel tokens: [L, P, d], rounded from float32.
 
     The first d/2 channels use the column, the rest the row (integers from 0); in each half d/4 sines, then d/4
     cosines, with frequencies 10000^(-k/(d/4)).
@@ -146,4 +173,4 @@ def pixel_position_table(height: int, width: int, patch: int, channels: int, dev
     rows = axis(height)[:, None].expand(-1, width, -1)
     table = torch.cat([cols, rows], dim=-1)  # [H, W, d]
     table = rearrange(table, "(r i) (q j) d -> (r q) (i j) d", i=patch, j=patch)
-    return table.float().contiguous().to(device)
+    return table.float().contiguous().to(device, dtype)

@@ -26,16 +26,25 @@ from megapix.model.layers import EPS, PiTBlock, Rope
 
 NORM_BLOCK = 128
 """Rows that a program of the norm's kernels takes at once."""
-TAIL_BLOCK = 64
+TAIL_BLOCK = 32
 """The same of the tail's forward kernel."""
 TAIL_BACKWARD_BLOCK = {2: 32, 4: 16}
-"""The same of its backward kernel, by the bytes of a number: it holds more of a row, and with twice as many its
-registers overflow (docs/architecture.md); in fp32 the LLVM of Triton 3.9.0 even fails then, for sm_90."""
+"""The same of its backward kernel, by the bytes of a number: it holds more of a row, and in bf16 twice as many overflow
+a thread's registers by 600 bytes."""
+SUMS_BLOCK = {"ROWS": 256, "COLUMNS": 16}
+"""Rows and columns of `sums` that a program of `add_rows` takes at once."""
 COMPILED = {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}
 """How Triton compiles each kernel: two stages, so that the next block of rows is fetched while one is computed."""
-PROGRAMS = 512
+TAIL_COMPILED = COMPILED | {"num_warps": 2}
+"""The same of the tail's forward kernel: a warp has 16 rows, the height of a matmul on tensor cores, to itself. Fewer
+than four warps also keep a Hopper's and a Blackwell's matmuls of whole warp groups, made for larger ones, out of it."""
+TAIL_BACKWARD_COMPILED = {2: TAIL_COMPILED | {"num_stages": 3}, 4: COMPILED}
+"""The same of its backward kernel, by the bytes of a number. With four warps each would compute a neighbour's rows once
+more, with one it had no registers for the sums. As two have room for eight warps on a multiprocessor only, two blocks
+of rows are on their way while one is computed."""
+PROGRAMS = 2048
 """Programs of a backward kernel at most, each with a row of sums to be added: a constant, so that the order of a sum
-is the same on every device."""
+is the same on every device. About four times as many as run at once, so that none waits long for the last."""
 
 
 def _check(x: Tensor, modulation: Tensor, chunks: int, *others: Tensor) -> None:
@@ -59,7 +68,17 @@ def _launch(kernel: Any, programs: int, *tensors: Tensor, **constants: int) -> N
     width = tensors[0].shape[-1]
     rows = tensors[0].numel() // width
     with torch.cuda.device_of(tensors[0]):  # type: ignore[no-untyped-call]
-        kernel[(programs,)](*tensors, rows, EPS=EPS, D=width, **constants, **COMPILED)
+        kernel[(programs,)](*tensors, rows, EPS=EPS, D=width, **(COMPILED | constants))
+
+
+def _added(sums: Tensor) -> Tensor:
+    """The sum of the rows of [programs, columns], fp32, in the order of `add_rows`."""
+    programs, columns = sums.shape
+    out = sums.new_empty(columns)
+    with torch.cuda.device_of(sums):  # type: ignore[no-untyped-call]
+        grid = (triton.cdiv(columns, SUMS_BLOCK["COLUMNS"]),)
+        pixel_kernels.add_rows[grid](sums, out, programs, columns, **SUMS_BLOCK, **COMPILED)
+    return out
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -95,7 +114,7 @@ def _norm_modulate_backward(
     d_x, sums = torch.empty_like(x), x.new_empty((programs, weight.numel()), dtype=torch.float32)
     inputs, outputs = (g_out, g_rest, x, weight, modulation), (d_x, d_modulation, sums)
     _launch(pixel_kernels.norm_modulate_backward, programs, *inputs, *outputs, BLOCK=NORM_BLOCK)
-    return d_x, sums.sum(0).to(weight.dtype)
+    return d_x, _added(sums).to(weight.dtype)
 
 
 @_norm_modulate_backward.register_fake
@@ -147,7 +166,7 @@ def _tail(
     x, attended, modulation = x.contiguous(), attended.contiguous(), modulation.contiguous()
     out = torch.empty_like(x)
     inputs, programs = (x, attended, modulation, *weights), _blocks(x, TAIL_BLOCK)
-    _launch(pixel_kernels.tail_forward, programs, *inputs, out, CHUNKS=chunks, BLOCK=TAIL_BLOCK)
+    _launch(pixel_kernels.tail_forward, programs, *inputs, out, CHUNKS=chunks, BLOCK=TAIL_BLOCK, **TAIL_COMPILED)
     return out
 
 
@@ -179,8 +198,9 @@ def _tail_backward(
     programs = min(_blocks(x, block), PROGRAMS)
     sums = x.new_empty((programs, sum(w.numel() for w in weights)), dtype=torch.float32)
     inputs, outputs = (g_out, x, attended, modulation, *weights), (d_x, d_attended, d_modulation, sums)
-    _launch(pixel_kernels.tail_backward, programs, *inputs, *outputs, CHUNKS=chunks, BLOCK=block)
-    return d_x, d_attended, d_modulation, sums.sum(0)
+    constants = {"CHUNKS": chunks, "BLOCK": block, **TAIL_BACKWARD_COMPILED[x.element_size()]}
+    _launch(pixel_kernels.tail_backward, programs, *inputs, *outputs, **constants)
+    return d_x, d_attended, d_modulation, _added(sums)
 
 
 @_tail_backward.register_fake

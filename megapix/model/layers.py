@@ -18,9 +18,12 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from megapix.config import ModelConfig
+from megapix.model.attention import attention
 
 MLP_RATIO = 4
 EPS = 1e-6
+CHANNELS_AT_ONCE = 8
+"""Channels that `narrow_linear` pads to a multiple of: 16 bytes in bf16."""
 Rope = tuple[Tensor, Tensor]
 """Cosine and sine tables, each [L, h/2] float32 (`embed.rope_table`)."""
 
@@ -148,8 +151,9 @@ def _rotate(x_BLHh: Tensor, cos_Lh: Tensor, sin_Lh: Tensor) -> Tensor:
     cos, sin = cos_Lh[:, None, :], sin_Lh[:, None, :]  # [L, 1, h/2]
     pairs = x_BLHh.view(*x_BLHh.shape[:-1], -1, 2)  # [B, L, H, h/2, 2]
     if torch.compiler.is_compiling():  # torch.compile fuses real numbers, and makes nothing of complex ones
-        a, b = pairs.unbind(-1)  # [B, L, H, h/2]
-        return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2)
+        # Not stack() of the two halves, for which Inductor would write keys to memory in fp32.
+        sign = torch.arange(-1, 2, 2, device=x_BLHh.device)  # (a, b)·cos + (b, a)·(-sin, sin)
+        return (pairs * cos[..., None] + pairs.flip(-1) * (sin[..., None] * sign)).flatten(-2)
     # (a + ib)·(cos + i·sin) in one operation, where stack() copies number by number: a sixth of the time on CPUs.
     # Gradients of keys come transposed from attention that is not fused, and complex numbers have to lie side by side.
     rotated = torch.view_as_complex(pairs.contiguous()) * torch.complex(cos, sin)  # [B, L, H, h/2]
@@ -169,23 +173,12 @@ def projected(
     return q_norm.rotated(q, rope), k_norm.rotated(k, rope), v
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Softmax attention of [B, L, H, h] queries, keys and values, heads laid end to end: [B, L, D].
-
-    Args:
-        mask: bool [B, L], true for the tokens that take part as keys; None for all.
-    """
-    keys = None if mask is None else mask[:, None, None]  # [B, 1, 1, L]
-    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), keys)  # [B, H, L, h]
-    return out.transpose(1, 2).flatten(2)  # [B, L, D]
-
-
 class Attention(nn.Module):
     """Self-attention over patches with QK-RMSNorm per head and 2D RoPE: [B, L, D] -> [B, L, D]."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.sdpa = heads, "auto"
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.q_norm = RMSNorm(width // heads)
         self.k_norm = RMSNorm(width // heads)
@@ -193,7 +186,22 @@ class Attention(nn.Module):
 
     def forward(self, x_BLD: Tensor, rope: Rope) -> Tensor:
         q, k, v = projected(x_BLD, self.qkv, self.q_norm, self.k_norm, rope, self.heads)  # [B, L, H, h] each
-        return self.proj(attention(q, k, v))  # [B, L, D]
+        return self.proj(attention(q, k, v, kernel=self.sdpa))  # [B, L, D]
+
+
+def aligned(x: Tensor) -> bool:
+    """Whether products of few channels are padded where x lies: on GPUs, whose fast kernels want 16 bytes a row."""
+    return x.is_cuda
+
+
+def narrow_linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    """A linear layer to or from few channels, on GPUs padded by zeros to a multiple of CHANNELS_AT_ONCE inside:
+    [..., in] -> [..., out], the same numbers but for rounding."""
+    if not aligned(x):
+        return layer(x)
+    more_in, more_out = -layer.in_features % CHANNELS_AT_ONCE, -layer.out_features % CHANNELS_AT_ONCE
+    weight, bias = F.pad(layer.weight, (0, more_in, 0, more_out)), F.pad(layer.bias, (0, more_out))
+    return F.linear(F.pad(x, (0, more_in)), weight, bias)[..., : layer.out_features]
 
 
 class GeluMlp(nn.Module):
@@ -309,4 +317,4 @@ class FinalLayer(nn.Module):
         self.linear = zero_linear(width, channels)
 
     def forward(self, x_NPd: Tensor) -> Tensor:
-        return self.linear(self.norm(x_NPd))  # [N, P, C]
+        return narrow_linear(self.linear, self.norm(x_NPd))  # [N, P, C]

@@ -1,7 +1,10 @@
 """PixelDiT: patch pathway for semantics, pixel pathway for texture (section 3); here conditioned on a class.
 
-The condition enters the network in two places, which a subclass replaces (`pixeldit_t2i.py`): the layers that
-`add_condition` makes, and the blocks that `through_blocks` runs.
+The condition enters the network in four places, which a subclass replaces (`pixeldit_t2i.py`): the layers that
+`add_condition` makes, what `embed` makes of it with them, and what `ready` and `through_blocks` do before and after.
+
+What is not a block lies in four functions of tensors alone, `embed`, `pixel_condition`, `pixel_tokens` and `output`
+(PARTS), so that each can be compiled as the blocks are (`engine/checkpointing.py`); tables come from outside.
 
 Shape suffixes: B batch, C = 3 colours, L patches, P pixels of a patch, N = B·L, D patch width, d pixel width.
 """
@@ -12,7 +15,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from megapix.config import ModelConfig
@@ -21,12 +23,18 @@ from megapix.model.embed import (
     PatchEmbedder,
     PixelEmbedder,
     TimestepEmbedder,
+    images_of,
+    patches_of,
     pixel_position_table,
+    pixels_of,
     rope_table,
+    timestep_frequencies,
 )
 from megapix.model.layers import FinalLayer, PatchBlock, PiTBlock, Rope
 
 CHANNELS = 3
+PARTS = ("embed", "pixel_condition", "pixel_tokens", "output")
+"""The methods that are all of the network but its blocks, and REPA's projector."""
 
 
 class PixelDiT(nn.Module):
@@ -89,22 +97,40 @@ class PixelDiT(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Semantics: attention and FFN over patches; returns the pixel pathway's condition [B, L, D], and the tokens
         [B, L, D] after block number `after`, counted from 1; 0 gives those before the first."""
-        patch, c = self.config.patch_size, self.config
-        patches = rearrange(x, "b c (r i) (q j) -> b (r q) (c i j)", i=patch, j=patch)
-        s = tokens = first = self.s_embedder(patches)  # [B, L, D]
-        t_emb = self.t_embedder(t)[:, None]  # [B, 1, D]
-        blocks = self.through_blocks(first, t_emb, self._rope(x, c.width // c.heads), *condition)
+        c = self.config
+        s, t_emb, *told = self.embed(x, t, timestep_frequencies(t.device), *self.ready(condition))
+        tokens, blocks = s, self.through_blocks(s, self._rope(x, c.width // c.heads), *told)
         for number, s in enumerate(blocks, 1):
             tokens = s if number == after else tokens
-        return F.silu(t_emb + s), tokens  # [B, L, D] each
+        return self.pixel_condition(s, t_emb), tokens  # [B, L, D] each
 
-    def through_blocks(self, s: Tensor, t_emb: Tensor, rope: Rope, *condition: Any) -> Iterator[Tensor]:
-        """The patch tokens [B, L, D] after each block; t_emb [B, 1, D], y [B]."""
+    def ready(self, condition: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+        """The condition in the shape that `embed` takes it."""
+        return condition
+
+    def embed(self, x: Tensor, t: Tensor, frequencies: Tensor, *condition: Tensor | None) -> tuple[Any, ...]:
+        """Embedded patches [B, L, D] and time [B, 1, D], and what the blocks are told of the condition: c [B, 1, D].
+
+        Args:
+            frequencies: `timestep_frequencies` of the device.
+        """
         (y,) = condition
-        c = F.silu(t_emb + self.y_embedder(y)[:, None])  # [B, 1, D]
+        s, t_emb = self._embedded(x, t, frequencies)
+        return s, t_emb, F.silu(t_emb + self.y_embedder(y)[:, None])
+
+    def _embedded(self, x: Tensor, t: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
+        patches = patches_of(x, self.config.patch_size)
+        return self.s_embedder(patches), self.t_embedder(t, frequencies)[:, None]  # [B, L, D], [B, 1, D]
+
+    def through_blocks(self, s: Tensor, rope: Rope, *told: Any) -> Iterator[Tensor]:
+        """The patch tokens [B, L, D] after each block, which are told what `embed` has made of the condition."""
         for block in self.patch_blocks:
-            s = block(s, c, rope)  # [B, L, D]
+            s = block(s, *told, rope)  # [B, L, D]
             yield s
+
+    def pixel_condition(self, s: Tensor, t_emb: Tensor) -> Tensor:
+        """What the pixel pathway is told: [B, L, D]."""
+        return F.silu(t_emb + s)
 
     def _rope(self, x: Tensor, head_dim: int) -> Rope:
         rows, columns = (side // self.config.patch_size for side in x.shape[-2:])
@@ -114,10 +140,16 @@ class PixelDiT(nn.Module):
         """Texture: every pixel a token, conditioned on its patch's s [B, L, D]; returns the velocity [B, C, H, W]."""
         patch, (height, width), c = self.config.patch_size, x.shape[-2:], self.config
         rope = self._rope(x, c.attention_width // c.attention_heads)
-        positions = pixel_position_table(height, width, patch, self.config.pixel_width, x.device)
-        pixels = rearrange(x, "b c (r i) (q j) -> b (r q) (i j) c", i=patch, j=patch)
-        tokens = (self.pixel_embedder(pixels) + positions.to(x.dtype)).flatten(0, 1)  # [N, P, d]
+        positions = pixel_position_table(height, width, patch, c.pixel_width, x.device, x.dtype)
+        tokens = self.pixel_tokens(x, positions)  # [N, P, d]
         for block in self.pixel_blocks:
             tokens = block(tokens, s, rope)  # [N, P, d]
-        out = self.final_layer(tokens)  # [N, P, C]
-        return rearrange(out, "(b r q) (i j) c -> b c (r i) (q j)", r=height // patch, q=width // patch, i=patch)
+        return self.output(tokens, x)
+
+    def pixel_tokens(self, x: Tensor, positions: Tensor) -> Tensor:
+        """Embedded pixels with their positions [L, P, d]: [N, P, d]."""
+        return (self.pixel_embedder(pixels_of(x, self.config.patch_size)) + positions).flatten(0, 1)
+
+    def output(self, tokens: Tensor, like: Tensor) -> Tensor:
+        """The velocity from the last block's pixel tokens [N, P, d]: [B, C, H, W], of the size of `like`."""
+        return images_of(self.final_layer(tokens), like, self.config.patch_size)

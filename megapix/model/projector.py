@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -58,7 +59,11 @@ class _Aligned(PixelDiT):
         velocity, tokens_BLD = self.with_tokens(x, t, condition, self.layer)
         patch, (height, width) = self.config.patch_size, x.shape[-2:]
         tokens_BGD = regrid(tokens_BLD, (height // patch, width // patch), grid)
-        return velocity, self.projector(tokens_BGD)  # [B, C, H, W], [B, G, F]
+        return velocity, self.project(tokens_BGD)  # [B, C, H, W], [B, G, F]
+
+    def project(self, tokens_BGD: Tensor) -> Tensor:
+        """The projector, by a name that can be compiled as the network's other parts: [B, G, D] -> [B, G, F]."""
+        return self.projector(tokens_BGD)
 
 
 class AlignedPixelDiT(_Aligned, PixelDiT):
@@ -73,13 +78,29 @@ def regrid(tokens_BLD: Tensor, have: tuple[int, int], want: tuple[int, int]) -> 
     """Tokens of a grid of `have` (rows, columns) on one of `want`: [B, L, D] -> [B, G, D], row-major.
 
     A larger grid is averaged over the cells of the smaller one (`adaptive_avg_pool2d`), a smaller one interpolated
-    bilinearly, both in fp32.
+    bilinearly, both in fp32. torch's average has no deterministic backward on GPUs: where that is asked for, it is two
+    products with matrices of weights.
     """
     if have == want:
         return tokens_BLD
     image = tokens_BLD.transpose(1, 2).reshape(len(tokens_BLD), -1, *have).float()  # [B, D, rows, columns]
     if have[0] >= want[0] and have[1] >= want[1]:
-        image = F.adaptive_avg_pool2d(image, want)
+        image = _averaged(image, want) if _exactly(image) else F.adaptive_avg_pool2d(image, want)
     else:
         image = F.interpolate(image, want, mode="bilinear", align_corners=False)
     return image.flatten(2).transpose(1, 2).to(tokens_BLD.dtype)
+
+
+def _exactly(image: Tensor) -> bool:
+    return image.is_cuda and torch.are_deterministic_algorithms_enabled()
+
+
+def _averaged(image: Tensor, want: tuple[int, int]) -> Tensor:
+    """`adaptive_avg_pool2d` by matrices [want, have] of rows and columns: cell i of n takes those from floor(i·have/n)
+    to ceil((i + 1)·have/n), each with the same weight."""
+    matrices = []
+    for have, cells in zip(image.shape[-2:], want, strict=True):
+        place, cell = torch.arange(have, device=image.device), torch.arange(cells, device=image.device)[:, None]
+        taken = (place >= cell * have // cells) & (place < -(-(cell + 1) * have // cells))
+        matrices.append(taken.to(image.dtype) / taken.sum(1, keepdim=True))
+    return matrices[0] @ image @ matrices[1].T

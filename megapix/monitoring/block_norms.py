@@ -41,7 +41,6 @@ class Watch:
         self._gradients = torch.zeros(len(names), dtype=torch.float64, device=engine.device)
         self._rows = {name: row for row, name in enumerate(names)}
         self._modulation: dict[str, Tensor] = {}
-        self._applied = False
         # A compiled block's graph knows no hooks: this step runs eagerly.
         self._stance: Any = torch.compiler.set_stance("force_eager")
         self._handles = [engine.optimizer.register_step_pre_hook(self._add_gradients)]
@@ -59,26 +58,25 @@ class Watch:
         for handle in self._handles:
             handle.remove()
         self._stance.__exit__(None, None, None)  # as it was
-        if not self._applied:
+        if not self._engine.applied:
             return {}
         modulation = torch.cat(list(self._modulation.values()))  # [tags, 2]: sum of squares, count
         if ranks > 1:
             torch.distributed.all_reduce(self._gradients)
             torch.distributed.all_reduce(modulation)
-        norms = (self._gradients.sqrt() * self._clipped_by()).tolist()
+        norms = (self._gradients.sqrt() * self._engine.unclipped).tolist()
         row = {f"blocks/grad_norm/{name}": norms[i] for name, i in self._rows.items()}
         tags = [tag for name, sums in self._modulation.items() for tag in _tags(name, len(sums))]
         rms = (modulation[:, 0] / modulation[:, 1]).sqrt().tolist()
         return row | {f"blocks/modulation_rms/{tag}": value for tag, value in zip(tags, rms, strict=True)}
 
     def _add_gradients(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        """ZeRO-2 has put the fp32 gradient of this rank's partition, averaged and clipped, into its one parameter."""
+        """ZeRO-2 has put the fp32 gradient of this rank's partition into its one parameter; `unclipped` says which."""
         (partition,) = optimizer.param_groups[0]["params"]
         self._gradients.zero_()
         for name, start, count in self._slices:
             norm = torch.linalg.vector_norm(partition.grad[start : start + count]).double()
             self._gradients[self._rows[name]] += norm.square().to(self._gradients.device)
-        self._applied = True
 
     def _add_modulation(self, name: str, chunks: int, width: int, module: nn.Module, _: Any, out: Tensor) -> None:
         """Sums of squares per part; a block that is recomputed in backward adds the same numbers twice."""
@@ -87,11 +85,6 @@ class Watch:
             squares = torch.linalg.vector_norm(parts, dim=(0, 2), dtype=torch.float32).double().square()
             sums = torch.stack([squares, torch.full_like(squares, parts.numel() / parts.shape[1])], dim=1)
             self._modulation[name] = self._modulation.get(name, torch.zeros_like(sums)) + sums
-
-    def _clipped_by(self) -> float:
-        """What DeepSpeed has divided the gradient by to clip it."""
-        clip = self._engine.grad_clip
-        return max(1.0, (float(self._engine.grad_norm) + 1e-6) / clip) if clip else 1.0
 
 
 def block_of(name: str) -> str:

@@ -15,7 +15,7 @@ MODEL = ModelConfig(patch_size=4, width=32, depth=2, heads=2, pixel_width=8, pix
 TEXT_MODEL = replace(
     MODEL, num_classes=0, text_width=12, text_tokens=6, mlp="swiglu", pixel_attention_width=24, pixel_heads=3
 )
-LOCAL_RANKS = (2, 4, 1)
+LOCAL_RANKS = (2, 4, 1, 3, 6)
 SMALL_BUCKET = 5_000
 """Elements: fewer than the largest layers of the network have, so that these are reduced outside the buckets."""
 CLIP = {"hit": 0.05, "not hit": 1e3}
@@ -78,7 +78,7 @@ def configuration(case: Case) -> Config:
 
     The learning rate is a hundred times the recipe's, so that a wrong gradient moves the weights far in few steps.
     """
-    smallest = 4 * case.ranks
+    smallest = math.lcm(4, case.accumulation) * case.ranks
     total = smallest * math.ceil(16 / smallest)
     return Config(
         seed=3,

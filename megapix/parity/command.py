@@ -3,7 +3,7 @@
 A pairwise cover of the options that could change the result is trained for a few AdamW steps, through the same engine
 as a run, on a tiny network and synthetic images. Each case is compared with the reference (`plain.train`) on the same
 positions: losses, gradient norms, weights and EMA. Under a launcher the cases run on its ranks; without one, this
-command starts 1, 2 and 4 local ranks itself.
+command starts 1, 2, 3, 4 and 6 local ranks itself.
 """
 
 from __future__ import annotations
@@ -31,13 +31,14 @@ from megapix.parity.compare import GRADIENT_TYPES, Difference, Result, measure, 
 class ParityOptions:
     """Compare ZeRO-2 with a plain PyTorch reference, on a pairwise cover of the options that could change the result.
 
-    Under a launcher it runs on its ranks; without one on 1, 2 and 4 local ranks. Exit code 1 if a case differs."""
+    Under a launcher it runs on its ranks; without one on 1, 2, 3, 4 and 6 local ranks.
+    Exit code 1 if a case differs."""
 
     out: Path | None = None
     """Markdown file of the table."""
     ranks: tuple[int, ...] = ()
     """Numbers of ranks to cover; a launcher's ranks run their own part of that cover.
-    The default is the launcher's number, or without one 2, 4 and 1 (on a machine with GPUs: no more than it has)."""
+    The default is the launcher's number, or without one 2, 4, 1, 3 and 6 (with GPUs: no more than there are)."""
     compile: bool = True
     """Cover torch.compile, too."""
     results: Path | None = None

@@ -26,7 +26,7 @@ from types import TracebackType
 from typing import Any
 
 from megapix.dist import World, gather, on_all_ranks
-from megapix.errors import InputError, RunError
+from megapix.errors import InputError, OutOfMemory, RunError
 from megapix.resilience.heartbeat import BEAT, Link, Peer, Word
 from megapix.resilience.stopping import StopRequested
 
@@ -64,10 +64,11 @@ class Watchdog:
         self._host = socket.gethostname()
         self._word = Word(patience=seconds * PATIENCE)
         self._first: int | None = None
+        self._begun = False
         self._took: dict[str, float] = {}  # phase -> seconds, the first time after the first step
         self._peers: dict[int, Peer] = {}
         self._leaving: dict[str, Any] | None = None
-        self._failed: tuple[float, int, str] | None = None
+        self._failed: tuple[float, int, str, str] | None = None
         self._every = min(BEAT, seconds / 4)
         self._stuck: set[tuple[int, int, int]] = set()
         self._stuck_since = 0.0
@@ -76,18 +77,28 @@ class Watchdog:
         self._selector = selectors.DefaultSelector()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
-    def note(self, step: int, phase: str) -> None:
-        """Say where this rank is: the step it is at, and what it does next. Takes microseconds."""
+    def note(self, step: int, phase: str, begins: bool = False) -> None:
+        """Say where this rank is: the step it is at, and what it does next. Takes microseconds.
+
+        Args:
+            begins: the phase begins with something else than what is noted in it later on, and what that takes is not
+                what the phase usually takes.
+        """
         last, now = self._word, time.monotonic()
         if self._first is None:
             self._first = step
-        elif last.step != self._first:
+        elif last.step != self._first and not self._begun:
             self._took.setdefault(last.phase, self._idle(last, now))
         turn = 0 if step != last.step else last.turn + (phase != last.phase)
         long = phase in LONG or step == self._first or phase not in self._took
         patience = max(self._seconds * (PATIENCE if long else 1.0), USUAL * self._took.get(phase, 0.0))
         patience += self._longer.get(phase, 0.0)
+        self._begun = begins
         self._word = Word(step, phase, turn, patience, at=now)  # one assignment: the thread never sees half a word
+
+    def where(self) -> tuple[int, str]:
+        """Step and phase of the last note."""
+        return self._word.step, self._word.phase
 
     # -----------------------------------------------------------------------------------------------------------------
     # In and out
@@ -112,7 +123,7 @@ class Watchdog:
         try:
             on_all_ranks(self._world, lambda: None if server else self._connect(port))
         except InputError:
-            self._leaving = {"left": 2, "reason": ""}
+            self._leaving = {"left": 2, "reason": "", "told": False}
             raise
         for peer in self._peers.values():
             peer.heard = time.monotonic()
@@ -130,7 +141,8 @@ class Watchdog:
             self._thread.join(VERDICT)
         code = 0 if error is None or isinstance(error, StopRequested) else 2 if isinstance(error, InputError) else 1
         reason = f"{kind.__name__}: {' '.join(str(error).split())}" if kind else ""
-        self._leaving = {"left": code, "reason": reason}
+        told = isinstance(error, OutOfMemory)  # by this rank, which it names
+        self._leaving = {"left": code, "reason": str(error) if told else reason, "told": told}
         self._wake.send(b"!")
         self._thread.join(2 * GRACE)
 
@@ -236,11 +248,13 @@ class Watchdog:
             peer.left = True
             if message["left"] and not self._failed:
                 about = f"rank {rank} on {peer.host} ended with an error: {message['reason']}"
-                self._failed = (peer.heard + GRACE, message["left"], about)
+                told_on = peer.host if message["told"] else ""
+                self._failed = (peer.heard + GRACE, message["left"], message["reason"] if told_on else about, told_on)
             if peer.link:
                 peer.link.finish()
         elif "end" in message:
-            if self._world.local_rank == 0 and self._host != peer.host:  # there, rank 0 has said it already
+            said = peer.host, message["told"]  # rank 0 has said it there
+            if self._world.local_rank == 0 and self._host not in said:
                 os.write(2, f"\nmegapix: error: {message['reason']} (rank 0 on {peer.host} says more)\n".encode())
             os._exit(message["end"])
 
@@ -266,9 +280,9 @@ class Watchdog:
                 ],
             )
         if self._failed:
-            at, code, reason = self._failed
+            at, code, reason, told_on = self._failed
             if now > at:
-                self._end(code, [reason])
+                self._end(code, [reason], told_on)
         elif self._world.main and max(silent.values(), default=0.0) < 3 * BEAT:
             # Ranks that wait for a silent one say nothing new either; whether it is lost shows in a while.
             self._judge_progress(now, {self._world.rank: self._word} | {r: peer.word for r, peer in watched.items()})
@@ -301,9 +315,13 @@ class Watchdog:
     # The end
     # -----------------------------------------------------------------------------------------------------------------
 
-    def _end(self, code: int, reasons: list[str]) -> None:
-        """Tell the ranks and the user, and end this process, whatever its other threads wait for."""
-        self._tell({"end": code, "reason": reasons[0]})
+    def _end(self, code: int, reasons: list[str], told_on: str = "") -> None:
+        """Tell the ranks and the user, and end this process, whatever its other threads wait for.
+
+        Args:
+            told_on: the host whose log has the only reason already, and needs no more.
+        """
+        self._tell({"end": code, "reason": reasons[0], "told": told_on})
         last_resort = threading.Timer(GRACE, os._exit, (code,))  # stderr may be a pipe that nobody reads any more
         last_resort.daemon = True
         last_resort.start()
@@ -319,7 +337,8 @@ class Watchdog:
             )
         resumes = "; the same command resumes from the last checkpoint" if code == EXIT_LOST else ""
         lines.append(f"megapix: every rank ends with code {code}{resumes}")
-        os.write(2, ("\n" + "\n".join(lines) + "\n").encode())
+        if told_on != self._host:
+            os.write(2, ("\n" + "\n".join(lines[:1] if told_on else lines) + "\n").encode())
         self._hang_up()
         os._exit(code)
 

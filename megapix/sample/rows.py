@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import groupby
+from operator import itemgetter
 from typing import Any, Protocol
 
 import numpy as np
@@ -113,13 +115,18 @@ def _sampled(
     images: list[tuple[int, int]],
     device: torch.device,
 ) -> Iterator[np.ndarray]:
-    noise = [
-        seeded_noise(seed, [number], request.size, device) for seed, number in (request.noise_of(*i) for i in images)
-    ]
+    of = [request.noise_of(*image) for image in images]
+    noise = [seeded_noise(*one, request.size, device, weights.about.generator) for one in _by_seed(of)]
     samples = generate_as(net, torch.cat(noise), condition_of([row for row, _ in images]), request.sampling)
     if not samples.isfinite().all():
         raise InputError(not_finite(weights.about.source))
     yield from to_uint8(samples)
+
+
+def _by_seed(noise: list[tuple[int, int]]) -> Iterator[tuple[int, list[int]]]:
+    """(seed, number) of images -> (seed, numbers) of those in a row that share a seed."""
+    for seed, same in groupby(noise, key=itemgetter(0)):
+        yield seed, [number for _, number in same]
 
 
 def metadata(weights: Weights, request: Request, row: int, column: int) -> dict[str, Any]:
@@ -135,4 +142,5 @@ def metadata(weights: Weights, request: Request, row: int, column: int) -> dict[
         "number": number,
         "size": list(request.size),
         **asdict(request.sampling),
+        **({"generator": a.generator} if a.generator != "torch" else {}),
     }

@@ -4,10 +4,12 @@ on."""
 from __future__ import annotations
 
 from collections.abc import Generator
+from dataclasses import replace
+from functools import partial
 
 from megapix.data import loader
 from megapix.data.batch import Batch, ReadTimes
-from megapix.diffusion import repa
+from megapix.diffusion import flow, repa
 from megapix.dist import gather, warn
 from megapix.monitoring.meters import Clock
 from megapix.train.progress import Progress
@@ -55,7 +57,8 @@ class Feed:
         self._batches.close()
 
     def _open(self) -> Generator[Batch, None, None]:
-        resolved, counters = self._run.resolved, self._progress.counters
+        resolved, counters, c = self._run.resolved, self._progress.counters, self._run.config
+        draw = partial(flow.draw, seed=c.seed, config=c.flow)
         return loader.batches(
             resolved.config.data,
             resolved.located,
@@ -64,5 +67,5 @@ class Feed:
             self._run.world.rank,
             counters.position,
             counters.skipped,
-            resolved.text.extras(self._stored),
+            replace(resolved.text.extras(self._stored), draw=draw),
         )

@@ -26,14 +26,14 @@ from megapix.engine.schedule import learning_rate
 from megapix.errors import RunError
 from megapix.monitoring.block_norms import Watch
 from megapix.monitoring.report import Report
-from megapix.resilience import agreement
+from megapix.resilience import agreement, out_of_memory
 from megapix.resilience.agreement import StepOutcome
 from megapix.resilience.health import Spike
 from megapix.resilience.run_lock import run_lock
 from megapix.resilience.stopping import StopRequest, StopRequested
 from megapix.resilience.watchdog import Watchdog
 from megapix.shards import storage
-from megapix.train import rollback, run_folder
+from megapix.train import automatic, rollback, run_folder
 from megapix.train.feed import Feed
 from megapix.train.progress import Progress
 from megapix.train.resolve import resolve
@@ -72,18 +72,26 @@ def train(requested: Config, world: World) -> None:
     stop = StopRequest(Path(requested.out), world)
     choice = choose(Path(requested.out), requested.resume, world)
     resolved = on_all_ranks(world, lambda: resolve(requested, world.size, choice))
+    cards = automatic.cards_of(world, device)
+    lacks = automatic.lacking(world, cards)
+    resolved, lines = on_all_ranks(world, lambda: automatic.settle(resolved, cards, lacks))
     run_folder.same_everywhere(world, resolved)
     folder, c = Path(resolved.config.out), resolved.config
     for reason in choice.refused if world.main else ():
         dist.warn(f"checkpoint refused: {reason}")
+    for line in resolved.kept:
+        world.say(line)
     for change in resolved.changes:
         world.say(f"changed since the checkpoint: {change}")
+    for line in lines:
+        world.say(line)
     if resolved.saved and resolved.finished:
         seen = resolved.saved.state.counters.images_seen
         world.say(f"{folder} is finished: {seen:,} images seen, {resolved.saved.folder}")
         return
     with run_lock(folder, world), Watchdog(world, c.machine.watchdog, _waits(c)) as watchdog:
-        with ExitStack() as at_end:
+        ways = partial(out_of_memory.of_run, c, resolved.layout.micro)
+        with out_of_memory.told(world, watchdog.where, ways), ExitStack() as at_end:
             train_from(*build(resolved, world, device, stop, watchdog, at_end))
         dist.barrier(world)  # no rank says goodbye while another still works
     world.say(f"finished: {resolved.end:,} images seen; {latest(folder)}")
@@ -132,19 +140,22 @@ def take_step(run: Run, progress: Progress, feed: Feed, report: Report) -> StepO
         run.trace.begin_step()
     norms = Watch(engine) if progress.next_due(run.config.log.blocks_every) else None
     accumulation, step_loss = run.resolved.layout.accumulation, torch.zeros((), device=run.device)
-    for _ in range(accumulation):
+    for number in range(1, accumulation + 1):
         note("data")
         batch = feed.next()
         note("backward")
         losses = losses_of(run, batch, feed.aligned)
         engine.backward(total(losses, run.config.repa.weight))
-        note("step")
-        engine.step()
         report.add(*losses)
         step_loss += losses.flow.detach().mean() / accumulation
+        note("step")
+        ends = number == accumulation
+        word = agreement.word(run.world, step_loss, run.stop.asked, run.saver.failed) if ends else None
+        sums = engine.step(word)
     note("agree")
-    norm = engine.grad_norm if engine.applied else math.nan
-    outcome = agreement.after_step(run.world, step_loss, norm, run.stop.asked, run.saver.failed)
+    assert word is not None
+    sums = sums or dist.total(run.world, word)  # an offloaded optimizer has not added them up
+    outcome = agreement.outcome(run.world, sums, float(engine.grad_norm) if engine.applied else math.nan)
     if norms:
         report.scalars(step, norms.read(run.world.size))
     return outcome
@@ -154,10 +165,11 @@ def losses_of(run: Run, batch: Batch, aligned: bool) -> Losses:
     """The network's losses on a micro batch."""
     c = run.config
     images, condition = batch.images.to(run.device, non_blocking=True), run.conditioner.of(batch)
+    drawn = images, condition, batch.positions, c.seed, c.flow, flow.Draws(*batch.draws)
     if not aligned:
-        return Losses(*flow.training_loss(run.engine, images, condition, batch.positions, c.seed, c.flow), None)
+        return Losses(*flow.training_loss(run.engine, *drawn), None)
     features = run.resolved.teacher(images) if run.resolved.teacher else _stored(batch, run.device)
-    return Losses(*repa.training_loss(run.engine, features, images, condition, batch.positions, c.seed, c.flow))
+    return Losses(*repa.training_loss(run.engine, features, *drawn))
 
 
 def total(losses: Losses, weight: float) -> Tensor:
@@ -216,12 +228,16 @@ def measure(run: Run, progress: Progress, report: Report, outcome: StepOutcome) 
     c, step, listen = run.config, progress.step, partial(run.listen, progress.step)
     if outcome.stop:
         raise StopRequested
+    begin = partial(run.watchdog.note, step, begins=True)
     if progress.due(c.log.samples_every):
+        begin("sample")
         picture = ema_grid(run.engine, c, run.rows, run.world, run.device, partial(listen, "sample"))
         report.image(step, "samples/ema", picture)
     if run.validation and progress.due(c.validation.every):
+        begin("validate")
         report.scalars(step, run.validation.losses(run.engine, partial(listen, "validate")))
     if run.evaluation and progress.due(c.evaluation.every):
+        begin("evaluate")
         report.scalars(step, run.evaluation.scores(run.engine, listen))
 
 

@@ -38,6 +38,8 @@ class ResolvedRun:
     """The validation set, if there is one."""
     changes: list[str]
     """Schedule options, and the number of ranks, where they differ from the checkpoint's."""
+    kept: tuple[str, ...] = ()
+    """What the run has of the checkpoint's although another value was asked for, a line each."""
     teacher: Encoder | None = None
     """REPA's frozen encoder, if there is one."""
     features: Features | None = None
@@ -46,6 +48,8 @@ class ResolvedRun:
     """Reference statistics and extractor of the small evaluation, if there is one."""
     text: TextSource = field(default_factory=TextSource)
     """Where the text of a network that takes text comes from."""
+    cards: str = ""
+    """The ranks' GPUs in words, or that there are none; known once the ranks have met (`automatic.settle`)."""
 
     @property
     def saved(self) -> Saved | None:
@@ -111,9 +115,10 @@ def resolve(requested: Config, ranks: int, choice: Choice | None = None) -> Reso
             from megapix.weights import stages  # late: torch, which no other check needs
 
             stages.check(resolved)
-        return ResolvedRun(resolved, located, layout, choice, validation, [], teacher, features, standard, text)
+        return ResolvedRun(resolved, located, layout, choice, validation, [], (), teacher, features, standard, text)
     folder, state = choice.saved.folder, choice.saved.state
     _check_batch(state, layout, str(folder))
+    resolved, kept = _kept(resolved, state.config)
     changes = config.compare(state.config, resolved, str(folder))
     if state.data_digest != index.digest:
         raise InputError(
@@ -122,7 +127,14 @@ def resolve(requested: Config, ranks: int, choice: Choice | None = None) -> Reso
         )
     if state.layout.ranks != ranks:
         changes.append(f"ranks: {state.layout.ranks} -> {ranks}")
-    return ResolvedRun(resolved, located, layout, choice, validation, changes, teacher, features, standard, text)
+    return ResolvedRun(resolved, located, layout, choice, validation, changes, kept, teacher, features, standard, text)
+
+
+def _kept(resolved: Config, saved: Config) -> tuple[Config, tuple[str, ...]]:
+    """With the noise generator of a checkpoint from before the presets named another one, and a line that says so."""
+    if (saved.flow.generator, resolved.flow.generator) != ("torch", "philox"):
+        return resolved, ()
+    return config.replace(resolved, "flow.generator", "torch"), ("flow.generator: 'torch' of the checkpoint is kept",)
 
 
 def _teacher(repa: RepaConfig) -> Encoder | None:

@@ -20,7 +20,7 @@ from megapix.data import workers
 from megapix.diffusion.condition import Condition
 from megapix.dist import World, gather, on_all_ranks
 from megapix.engine import zero2
-from megapix.engine.network import build_network
+from megapix.engine.network import attention_of, build_network
 from megapix.engine.zero2 import Zero2Engine
 from megapix.model import Alignment, PixelDiT
 from megapix.monitoring.profiling import Trace
@@ -102,15 +102,17 @@ def build(
         resolved.teacher.to(device)
     resolved.text.to(device)
     alignment = Alignment(c.repa.layer, resolved.aligned_width) if resolved.aligned_width else None
-    network = build_network(c.model, c.seed, c.machine, alignment)
+    buckets = len({shard.bucket for shard in resolved.located.index.shards})
+    network = build_network(c.model, c.seed, c.machine, alignment, buckets, c.text.max_tokens)
+    attention = on_all_ranks(world, lambda: attention_of(c, device))
     before = () if saved else _initialise(network, c, world)
     engine = zero2.build(c, resolved.layout, network)
     if saved:
         engine.load(saved, world)
     layout, index = engine.layout(world), resolved.located.index
     fresh = State(Counters(), c, index.digest, index.class_names, layout, adam_steps=0, stages=before)
-    state = replace(saved.state if saved else fresh, config=c, layout=layout, files={})
-    _announce(resolved, world, network)
+    state = replace(saved.state if saved else fresh, config=c, cards=resolved.cards, layout=layout, files={})
+    _announce(resolved, world, network, attention)
     write_config(world, resolved)
     conditioner = of_run(c, resolved.text, world, device, folder)
     rows = conditioner.rows(c.log.grid_classes)
@@ -147,13 +149,14 @@ def _measures(
     return validation, evaluation
 
 
-def _announce(resolved: ResolvedRun, world: World, network: PixelDiT) -> None:
+def _announce(resolved: ResolvedRun, world: World, network: PixelDiT, attention: str) -> None:
     c, layout, standard = resolved.config, resolved.layout, resolved.standard
     millions = sum(parameter.numel() for parameter in network.parameters()) / 1e6
     index = resolved.located.index
     about = resolved.text.about or f"in {len(index.classes)} classes"
     world.say(f"run {c.out}: {millions:.1f} M parameters, {c.precision}, {index.samples:,} images {about}")
     world.say(f"global batch {layout}")
+    world.say(f"attention: {attention}")
     for key in unproven(c) if world.main and torch.cuda.is_available() else ():
         dist.warn(f"{key}: docs/parity.md tests it on CPU ranks only; `megapix doctor --parity` tests it on these GPUs")
     if c.machine.pixel_kernels == "triton" and world.main and torch.cuda.is_available():

@@ -32,7 +32,8 @@ def ema_grid(
     columns = config.log.grid_columns
     numbers = list(range(len(rows) * columns))
     mine = numbers[world.rank :: world.size]
-    noise = seeded_noise(config.seed, mine, (config.data.image_size, config.data.image_size), device)
+    size = config.data.image_size, config.data.image_size
+    noise = seeded_noise(config.seed, mine, size, device, config.flow.generator)
     condition = rows.at([n // columns for n in mine])
     with engine.ema_weights() as net:
         if mine:

@@ -42,7 +42,8 @@ class SmallEvaluation:
         self._standard, self._world, self._device = standard, world, device
         c, size = config.evaluation, config.data.image_size
         subjects = range(conditioner.subjects)
-        self._images = Images(c.count, c.batch, subjects, conditioner.of_subjects, SEED, (size, size), config.sampling)
+        of, generator = conditioner.of_subjects, config.flow.generator
+        self._images = Images(c.count, c.batch, subjects, of, SEED, (size, size), config.sampling, generator)
         standard.extractor.to(device)
 
     def scores(self, engine: Zero2Engine, listen: Callable[[str], None]) -> dict[str, float]:

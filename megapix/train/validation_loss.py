@@ -15,7 +15,7 @@ from megapix.config import Config
 from megapix.data.batch import Extras
 from megapix.data.loader import MicroBatches
 from megapix.data.locate import Located
-from megapix.diffusion import flow
+from megapix.diffusion import flow, noise
 from megapix.diffusion.flow import Network
 from megapix.dist import World, gather, merge_round_robin, round_robin
 from megapix.engine.zero2 import Zero2Engine
@@ -50,6 +50,7 @@ class ValidationLoss:
         device: torch.device,
     ) -> None:
         self._conditioner, self._world, self._device = conditioner, world, device
+        self._generator = config.flow.generator
         total = located.index.samples
         count = min(config.validation.samples or total, total)
         groups = -(-count // GROUP)
@@ -97,7 +98,8 @@ class ValidationLoss:
             raise batch
         x = flow.to_images(batch.images.to(self._device))
         cond = self._conditioner.of(batch).cond
-        eps = flow.noise(rng.bits(SEED, Purpose.VALIDATION_NOISE, batch.positions), x.shape[1:], x.device)
+        keys = noise.keys_of(rng.bits(SEED, Purpose.VALIDATION_NOISE, batch.positions))
+        eps = noise.normal(keys, x.shape[1:], x.device, self._generator)
         sums = []
         for time in TIMES:
             t = torch.full((len(x),), time, device=x.device)

@@ -12,7 +12,7 @@ from torch import Tensor
 from megapix import config
 from megapix.checkpoint.find import Saved
 from megapix.checkpoint.manifest import Stage
-from megapix.config import ModelConfig, SamplingConfig, TextConfig
+from megapix.config import FlowConfig, Generator, ModelConfig, SamplingConfig, TextConfig
 from megapix.errors import InputError
 from megapix.model.projector import PROJECTOR
 
@@ -39,6 +39,8 @@ class About:
     images_seen: int
     stages: tuple[Stage, ...] = ()
     """The stages of training before this one, oldest first."""
+    generator: Generator = "torch"
+    """Of the noise that images start from: the run's `flow.generator`; a file that does not name it has torch's."""
 
     @property
     def kind(self) -> str:
@@ -73,8 +75,9 @@ def part_of(ema: bool) -> str:
 def about_saved(saved: Saved, ema: bool) -> About:
     """`About` of a checkpoint's weights."""
     c, state = saved.state.config, saved.state
-    size, seen = c.data.image_size, state.counters.images_seen
-    return About(c.model, c.sampling, size, c.text, state.classes, ema, str(saved.folder), seen, state.stages)
+    size, seen, source = c.data.image_size, state.counters.images_seen, str(saved.folder)
+    generator = c.flow.generator
+    return About(c.model, c.sampling, size, c.text, state.classes, ema, source, seen, state.stages, generator)
 
 
 def metadata_of(about: About) -> dict[str, str]:
@@ -100,4 +103,6 @@ def parsed(data: dict[str, Any], path: Path) -> About:
     sampling = config.from_dict(SamplingConfig, data["sampling"], str(path))
     text = config.from_dict(TextConfig, data.get("text", {}), str(path))
     classes, stages = tuple(data["classes"]), tuple(Stage(**stage) for stage in data.get("stages", ()))
-    return About(model, sampling, size, text, classes, data["ema"], str(path), data["images_seen"], stages)
+    named = {"generator": data["generator"]} if "generator" in data else {}
+    generator, ema, seen = config.from_dict(FlowConfig, named, str(path)).generator, data["ema"], data["images_seen"]
+    return About(model, sampling, size, text, classes, ema, str(path), seen, stages, generator)

@@ -342,7 +342,7 @@ def weights_of(released: Released, image_size: int | None, source: Path) -> Weig
         sampling = (config.imagenet_512 if size >= 512 else config.imagenet_256)(model).sampling
     options = TextConfig(max_tokens=model.text_tokens) if text else TextConfig()
     classes = tuple(str(number) for number in range(model.num_classes))
-    about = About(model, sampling, size, options, classes, released.ema, str(source), 0)
+    about = About(model, sampling, size, options, classes, released.ema, str(source), images_seen=0, generator="philox")
     return Weights(released.tensors, about)
 
 

@@ -54,6 +54,7 @@ def write_model(out: Path, weights: Weights) -> None:
         "data": {"image_size": about["image_size"]},
         "sampling": about["sampling"],
         "text": about["text"],
+        "flow": {"generator": about["generator"]},
     }
     with appearing(out) as temporary:
         temporary.mkdir(parents=True)

@@ -13,7 +13,17 @@ from tests.support.launch import succeed
 def test_a_step_is_measured_by_the_gpus_own_events(tmp_path: Path) -> None:
     out = tmp_path / "step.json"
     options = ["bench", "step", "t2i-tiny", "--repeats", "1", "--warmup", "1", "--micro-batch", "2", "--out", str(out)]
-    options += ["--model.width", "32", "--model.heads", "2", "--model.depth", "1", "--save", str(tmp_path)]
+    options += [
+        "--model.width",
+        "32",
+        "--model.heads",
+        "2",
+        "--model.depth",
+        "1",
+        "--save",
+        str(tmp_path),
+        "--machine.no-compile",
+    ]
     succeed(1, "tests.programs.on_gpus", options, RECORD=str(tmp_path))
     n, calls = json.loads(out.read_text()), json.loads((tmp_path / "rank-0.json").read_text())
     assert n["machine"]["device"] == NAMES[0]
@@ -23,6 +33,7 @@ def test_a_step_is_measured_by_the_gpus_own_events(tmp_path: Path) -> None:
     }  # fmt: skip
     assert list(n["parts"]) == list(PARTS)
     assert {"16 x 16 x 16", "24 x 24 x 24"} <= set(n["peak"]["products"]), "squares of a GPU, here small ones"
+    assert n["configuration"]["machine"]["pixel_checkpointing"] == "none"
     assert calls[0] == ["set_device", 0]
     moved = [call["copy"] for call in calls if isinstance(call, dict)]
     made_up = [copy for copy in moved if copy["dtype"] == "torch.uint8" and copy["target"] == "cuda:0"]

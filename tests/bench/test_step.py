@@ -16,6 +16,7 @@ from benchmarks.step import compare
 from megapix import config
 from megapix.bench import peak, stopwatch
 from megapix.bench.command import batches, prepare
+from megapix.bench.kernels import Kernels
 from megapix.bench.options import StepOptions
 from megapix.bench.peak import Matmul
 from megapix.bench.report import Measured, Saves, numbers, table
@@ -69,7 +70,8 @@ def measured(saves: Saves | None = None) -> Measured:
     second = dict.fromkeys(PARTS, 0.0) | {"patch_forward": 1.0, "backward": 2.0, "ema": 0.5, "unexplained": 0.5}
     products = {Matmul(8, 8, 8): 0.001, Matmul(16, 8, 8): 0.004}
     c = config.replace(config.tiny(), "machine.peak_tflops", 0.01)
-    return Measured(c, BatchLayout(4, 1, 2), CPU, [first, second], products, saves)
+    ran = Kernels({"flash for CPUs": 5}, 3, 0, {})
+    return Measured(c, BatchLayout(4, 1, 2), CPU, [first, second], products, ran, saves)
 
 
 def test_numbers_by_hand() -> None:
@@ -86,6 +88,7 @@ def test_numbers_by_hand() -> None:
     assert sum(part["share"] for part in n["parts"].values()) == pytest.approx(1)
     assert n["batch"] == {"micro": 4, "accumulation": 1, "ranks": 2, "total": 8}
     assert n["save"] is None
+    assert n["kernels"] == {"attention": {"flash for CPUs": 5}, "graphs": 3, "fused": 0, "launches": {}}
     assert json.loads(json.dumps(n)) == json.loads(json.dumps(numbers(measured())))
 
 
@@ -100,6 +103,7 @@ def test_the_table_has_all_parts() -> None:
     text = table(numbers(measured(Saves([0.5, 0.25, 0.75], [2.0, 3.0, 4.0]))))
     for what in PARTS.values():
         assert f"\n{what} " in text
+    assert "\nkernels   attention flash for CPUs x 5; 3 compiled graphs; plain pixel kernels\n" in text
     backward = next(line for line in text.splitlines() if line.startswith("backward"))
     assert backward.split()[-2:] == ["50.0", "%"]
     assert "save      training waits 0.5 s (0.25 to 0.75); written after 3 s (2 to 4)" in text
@@ -178,6 +182,7 @@ def test_what_a_step_consists_of(shards: Path) -> None:
     prepared = prepare(own, 2)
     assert prepared.layout == BatchLayout(8, 2, 2)
     assert prepared.config.optim == config.freeze(config.tiny(), 1).optim
+    assert (prepared.config.machine.compile, prepared.config.machine.pixel_checkpointing) == (False, "none")
     made_up = batches(prepared, World(1, 2, 1), CPU)
     first, second = next(made_up), next(made_up)
     assert first.images.shape == (8, 3, 32, 32)
@@ -276,6 +281,8 @@ def test_on_two_ranks_with_real_data_and_saves(shards: Path, tmp_path: Path) -> 
     ranks = succeed(2, "megapix", [*options, "--save", tmp_path, "--repeats", "2", "--warmup", "1"])
     n = json.loads(out.read_text())
     check_parts(n)
+    passes = 2 * (3 + 2)  # two micro batches; the tiny preset's blocks, of which none is recomputed
+    assert n["kernels"] == {"attention": {"flash for CPUs": passes}, "graphs": 0, "fused": 0, "launches": {}}
     assert n["batch"] == {"micro": 8, "accumulation": 2, "ranks": 2, "total": 32}
     assert 0 < n["save"]["stall"]["median"] < n["save"]["written"]["low"]
     assert "MFU" in ranks[0].out

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from megapix.checkpoint import buffers
 from megapix.checkpoint import vectors as flat
 from megapix.checkpoint.find import choose
 from megapix.checkpoint.folder import complete
@@ -137,7 +138,8 @@ def test_the_next_save_leaves_the_numbers_of_the_last_alone(
 def test_a_gpus_numbers_have_arrived_before_they_are_written(
     saver: Saver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Into pinned memory without waiting for each, and one wait for all of them; the memory is kept for the next."""
+    """Into pinned memory, piece by piece without waiting for any, and one wait for all of them; the memory is kept for
+    the next."""
 
     def noted(what: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -146,6 +148,8 @@ def test_a_gpus_numbers_have_arrived_before_they_are_written(
 
         return run
 
+    monkeypatch.setattr(buffers, "PIECE", 8)  # 13 numbers of a part: 8, 4 and 1
+    monkeypatch.setattr(buffers, "SMALLEST", 4)
     with FakeCuda(monkeypatch.setattr) as cuda:
         monkeypatch.setattr(threading.Thread, "start", noted("start", threading.Thread.start))
         monkeypatch.setattr(flat, "write", noted("write", flat.write))
@@ -156,9 +160,10 @@ def test_a_gpus_numbers_have_arrived_before_they_are_written(
             for vector in live.values():
                 vector.fill_(-1.0)
             saver.finish()
-            copy = Copy("saver", "cuda:1", "cpu", (LAYOUT.total,), torch.float32, pinned=True, non_blocking=True)
-            made = [("pinned", (LAYOUT.total,), torch.float32)] if number == 0 else []
-            assert cuda.calls == [*(4 * [*made, copy]), ("synchronize",), "start", "write"]
+            pieces = [(8,), (4,), (1,)]
+            copied = [Copy("buffers", "cuda:1", "cpu", piece, torch.float32, True, True) for piece in pieces]
+            made = [("pinned", piece, torch.float32) for piece in pieces] if number == 0 else []
+            assert cuda.calls == [*(4 * [*made, *copied]), ("synchronize",), "start", "write"]
     for number in range(2):
         assert equal(saved(tmp_path, 7 + number), share(100 * number))
 

@@ -84,6 +84,30 @@ def test_configuration_files(own_shards: Path, tmp_path: Path, capsys: pytest.Ca
         assert str(path) in error
 
 
+def test_a_runs_own_noise_is_kept_when_the_preset_has_another(own_shards: Path, tmp_path: Path) -> None:
+    """And no other identity option; nor is torch's noise put in the place of Philox's."""
+    asked = config.replace(config.replace(SMALL, "data.path", str(own_shards)), "out", str(tmp_path / "run"))
+    philox = config.replace(asked, "flow.generator", "philox")
+    checkpoint_of(config.freeze(SMALL, 40), own_shards, tmp_path / "run", ranks=2)
+    resumed = resolve(philox, 2)
+    assert resumed.kept == ("flow.generator: 'torch' of the checkpoint is kept",)
+    assert (resumed.config.flow.generator, resumed.changes) == ("torch", [])
+    assert resolve(asked, 2).kept == ()
+    with pytest.raises(InputError, match=r"flow\.time_shift is 1\.0 there and 3\.0 here"):
+        resolve(config.replace(philox, "flow.time_shift", 3.0), 2)
+    other = config.replace(philox, "out", str(tmp_path / "other"))
+    assert resolve(other, 2).config.flow.generator == "philox"
+    checkpoint_of(config.freeze(philox, 40), own_shards, tmp_path / "other", ranks=2)
+    assert (resolve(other, 2).config.flow.generator, resolve(other, 2).kept) == ("philox", ())
+    with pytest.raises(InputError, match=r"flow\.generator is 'philox' there and 'torch' here"):
+        resolve(config.replace(other, "flow.generator", "torch"), 2)
+
+
+def test_presets_have_philox_and_what_lacks_the_key_has_torch() -> None:
+    assert {config.preset(name).flow.generator for name in config.PRESETS} == {"philox"}
+    assert config.from_dict(config.Config, {"flow": {"time_shift": 2.0}}, "x").flow.generator == "torch"
+
+
 def test_marks_are_complete_and_frozen() -> None:
     marks = {key: mark for key, _, mark in config.leaves(config.Config())}
     assert set(marks.values()) == {"identity", "schedule", "machine"}

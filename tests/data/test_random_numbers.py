@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
+from statistics import NormalDist
 
 import numpy as np
 import pytest
@@ -16,11 +19,12 @@ from PIL import Image
 from data_prep.sources.image_text import ImageText
 from data_prep.writing.plan import Options
 from data_prep.writing.write import write
-from megapix.config import BatchLayout, DataConfig
+from megapix.config import BatchLayout, DataConfig, FlowConfig
 from megapix.data.batch import Batch, Extras
 from megapix.data.loader import MicroBatches, batches
 from megapix.data.locate import locate
 from megapix.data.order import Order, SampleOrder
+from megapix.diffusion.flow import Draws, draw
 from megapix.shards.image_policy import Policy
 from megapix.shards.index import TABLE_NAME, ShardEntry, read_index
 from megapix.shards.table import RECORD
@@ -91,6 +95,26 @@ def test_captions_by_weight_and_position(tmp_path: Path) -> None:
         kind = "a" if left < 1.0 else "b" if left < 1.25 else "c"
         assert caption == f"{image[0, 0, 0].item() // 20} {kind}", position
     assert {caption[-1] for caption in found.captions} == {"a", "b", "c"}
+
+
+def test_workers_draw_times_dropout_and_keys(shards: Path) -> None:
+    """Of each rank's own positions; a function and its options reach the worker's process."""
+    reading = DataConfig(path=str(shards), image_size=16, workers=1)
+    options = FlowConfig(t_mean=0.25, time_shift=2.0, label_dropout=0.4)
+    extras, layout = Extras(draw=partial(draw, seed=SEED, config=options)), BatchLayout(5, 1, 3)
+    dropped = list[bool]()
+    for batch in islice(batches(reading, locate(reading), SEED, layout, 2, 30, (), extras), 4):
+        found = Draws(*batch.draws)
+        assert [part.dtype for part in found] == [torch.float32, torch.bool, torch.int64]
+        for t, drop, key, position in zip(*(part.tolist() for part in found), batch.positions.tolist(), strict=True):
+            z = NormalDist(0.25, 1.0).inv_cdf(random_numbers.uniform(SEED, "timestep", position))
+            plain = 1 / (1 + math.exp(-z))
+            assert abs(t - plain / (plain + (1 - plain) * 2.0)) < 1e-6
+            assert drop == (random_numbers.uniform(SEED, "label_dropout", position) < 0.4)
+            assert key % 2**64 == random_numbers.bits(SEED, "noise", position)
+            dropped.append(drop)
+    assert 2 <= sum(dropped) <= 18
+    assert read(MicroBatches(locate(reading), reading, SEED, 15), [0]).draws == ()
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -52,24 +52,6 @@ def test_time_shift_moves_towards_noise() -> None:
     assert flow.time_shift(torch.tensor([0.0, 0.5, 1.0]), 3.0).tolist() == [0.0, 0.25, 1.0]
 
 
-def test_noise_of_a_sample_does_not_depend_on_its_batch() -> None:
-    positions = np.arange(5, 11)
-    together = flow.noise(rng.bits(7, Purpose.NOISE, positions), (3, 4, 4), torch.device("cpu"))
-    for i, position in enumerate(positions):
-        alone = flow.noise(rng.bits(7, Purpose.NOISE, np.array([position])), (3, 4, 4), torch.device("cpu"))
-        assert torch.equal(together[i], alone[0])
-    other = flow.noise(rng.bits(8, Purpose.NOISE, positions), (3, 4, 4), torch.device("cpu"))
-    assert not torch.equal(together, other)
-
-
-def test_noise_is_standard_normal() -> None:
-    noise = flow.noise(rng.bits(0, Purpose.NOISE, np.arange(64)), (3, 32, 32), torch.device("cpu"))
-    assert noise.mean().item() == pytest.approx(0.0, abs=0.01)
-    assert noise.std().item() == pytest.approx(1.0, abs=0.01)
-    between = np.corrcoef(noise.flatten(1).numpy())
-    assert np.abs(between - np.eye(64)).max() < 0.1
-
-
 def test_draws_are_uniform_and_independent_between_purposes() -> None:
     positions = np.arange(100_000)
     u = {purpose: rng.uniform(3, purpose, positions) for purpose in Purpose}

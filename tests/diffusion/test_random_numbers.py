@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from statistics import NormalDist
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 
 from megapix.config import FlowConfig
 from megapix.diffusion.condition import classes
-from megapix.diffusion.flow import noisy_batch
+from megapix.diffusion.flow import draw, noisy_batch
 from megapix.diffusion.sampler import seeded_noise
 from tests.support import random_numbers
 
@@ -41,8 +42,30 @@ def test_every_position_has_random_numbers_of_its_own() -> None:
     assert 2 <= sum(dropped) <= len(POSITIONS) - 2, "both kinds are there"
 
 
+def test_every_position_has_philox_noise_of_its_own() -> None:
+    """The same samples, all else unchanged; ready-made draws change nothing."""
+    images = torch.full((len(POSITIONS), *SHAPE), 51, dtype=torch.uint8)  # -0.6
+    condition, config = (
+        classes(torch.zeros(len(POSITIONS), dtype=torch.long), NULL),
+        replace(CONFIG, generator="philox"),
+    )
+    batch = noisy_batch(images, condition, np.array(POSITIONS), SEED, config)
+    of_torch = noisy_batch(images, condition, np.array(POSITIONS), SEED, CONFIG)
+    assert torch.equal(batch.t, of_torch.t)
+    assert torch.equal(batch.cond[0], of_torch.cond[0])
+    for target, position in zip(batch.target, POSITIONS, strict=True):
+        eps = random_numbers.philox_normal(SEED, "noise", position, target.numel())
+        assert (target.flatten() + 0.6 + torch.tensor(eps)).abs().max() < 1e-6, position
+    drawn = noisy_batch(images, condition, np.array([0]), 0, config, draw(np.array(POSITIONS), SEED, config))
+    assert torch.equal(drawn.x_t, batch.x_t)
+    assert torch.equal(drawn.cond[0], batch.cond[0])
+
+
 def test_every_drawn_image_has_noise_of_its_own() -> None:
     numbers = [*range(7), 97, 1_000_003]
     found = seeded_noise(5, numbers, (6, 5), torch.device("cpu"))
     for image, number in zip(found, numbers, strict=True):
         assert torch.equal(image, random_numbers.normal(5, "sample_noise", number, (3, 6, 5))), number
+    for image, number in zip(seeded_noise(5, numbers, (6, 5), torch.device("cpu"), "philox"), numbers, strict=True):
+        expected = torch.tensor(random_numbers.philox_normal(5, "sample_noise", number, 90))
+        assert (image.flatten() - expected).abs().max() < 1e-6, number

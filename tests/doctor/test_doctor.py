@@ -22,8 +22,8 @@ from tests.support.launch import ROOT, Rank, free_port, start
 from tests.support.programs import needs
 from tests.support.small_run import SMALL, arguments
 
-CHECKS = ["hosts", "names", "clock", "versions", "op build", "GPU", "shared memory", "run folder", "disk", "shards"]
-CHECKS += ["command", "all-reduce"]
+CHECKS = ["hosts", "names", "clock", "versions", "op build", "compiler", "GPU", "shared memory", "run folder", "disk"]
+CHECKS += ["shards", "command", "all-reduce"]
 
 
 def doctor(ranks: int, shards: Path, out: Path, *overrides: str) -> list[Rank]:

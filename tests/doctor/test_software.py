@@ -8,11 +8,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from torch._inductor import cpp_builder
 
 from megapix import config
 from megapix.config import Config
+from megapix.costs.automatic import Cards
 from megapix.dist import World
 from megapix.doctor import software
+from megapix.doctor.verdict import tried
 from tests.support.fake_cuda import NAMES, FakeCuda
 from tests.support.small_run import SMALL
 
@@ -80,6 +83,16 @@ def test_weights_and_optimizer_must_fit(precision: str, knobs: str, bytes_each: 
     assert (status, detail.partition("; ")[2]) == ("fail", "weights and optimizer alone need 80.0 GiB")
 
 
+def test_a_slice_of_a_gpu_is_what_it_says(beside: Callable[[object], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of its own size, and not the same as the GPU that it is named after."""
+    cuda = FakeCuda(monkeypatch.setattr, names=(f"{H100} MIG 1g.10gb",))
+    cuda.total, cuda.free = 10 * GIB, [10 * GIB - 1]
+    assert said(RANK_0) == ("ok", f"1 x {H100} MIG 1g.10gb, 10 GiB, 10 GiB free")
+    assert said(World(1, 2, 0), 10 * GIB)[0] == "fail"
+    beside((True, H100))
+    assert said(World(1, 2, 0))[0] == "warn"
+
+
 @pytest.mark.usefixtures("cuda")
 def test_gpus_need_neither_the_op_nor_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     assert software.communication_op(World()).detail == "GPUs need no op of DeepSpeed's"
@@ -93,3 +106,50 @@ def test_gpus_need_neither_the_op_nor_its_memory(monkeypatch: pytest.MonkeyPatch
 
     assert verdict(5 * batches) == "ok"
     assert verdict(5 * batches - 1) == "fail"
+
+
+@pytest.mark.parametrize("gpus", [True, False])
+@pytest.mark.parametrize(
+    "option", [{"compile": True}, {"compile": "auto"}, {"compile": False}, {"pixel_kernels": "triton"}]
+)
+def test_a_missing_compiler_stops_who_asks_for_it(
+    option: dict[str, Any], gpus: bool, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is on the PATH. 'auto' does without."""
+    if gpus:
+        request.getfixturevalue("cuda")
+    for name in ("CC", "CXX", "TRITON_INTERPRET"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", "/no-such-folder")
+    cpp_builder.cpp_compiler_search.cache_clear()
+    (name, value), c = *option.items(), SMALL
+    c = config.replace(config.replace(c, "machine.compile", False), f"machine.{name}", value)
+    verdict = software.compilation(c)
+    which = "Triton finds no C compiler" if gpus else "torch.compile finds no C++ compiler"
+    compiled = value is True or (gpus and value in ("auto", "triton"))
+    assert verdict.status == (("warn" if value == "auto" else "fail") if compiled else "ok")
+    assert (which in verdict.detail) == compiled
+    if verdict.status == "fail":
+        assert verdict.detail.startswith(f"machine.{name} = {value!r}: ")
+    if verdict.status == "warn":
+        assert verdict.detail.endswith("without, machine.compile = 'auto' compiles no block: slower")
+    if not compiled and name == "compile":
+        assert verdict.detail.startswith("not needed: machine.compile = ")
+    cpp_builder.cpp_compiler_search.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("gigabytes", "micro", "status", "said"),
+    [
+        (80, 0, "ok", "compiled, pixel checkpointing none, micro batch 32 x accumulation 1: "),
+        (20, 32, "warn", "GiB predicted of 18.6 GiB (8 x H100)"),
+        (8, 32, "fail", "machine.micro_batch = 32 with machine.pixel_checkpointing = 'none': weights and optimizer"),
+    ],
+)
+def test_what_the_run_would_take_of_its_gpus(gigabytes: int, micro: int, status: str, said: str) -> None:
+    c = config.replace(config.preset("xl-256"), "machine.micro_batch", micro)
+    c = config.replace(c, "machine.pixel_checkpointing", "none" if micro else "auto")
+    cards = Cards("NVIDIA H100 80GB HBM3", gigabytes * 10**9, 8, 1, "8 x H100")
+    verdict = tried("memory", lambda: software.memory(c, cards, True))
+    assert (verdict.check, verdict.status) == ("memory", status)
+    assert said in verdict.detail

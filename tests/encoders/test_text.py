@@ -14,6 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as masks
 
 from megapix.encoders import text as text_encoder
 from megapix.encoders.text import TextEncoder
@@ -317,3 +319,29 @@ def test_names_and_kinds_that_are_none(tmp_path: Path) -> None:
     images = image_encoders.make(tmp_path / "dinov2")
     with pytest.raises(InputError, match=r"text.encoder = .*is of kind 'dinov2': expected an encoder of text"):
         load(images)
+
+
+class Reads(TorchDispatchMode):
+    """Counts the numbers that a program asks for: on a GPU it would wait for each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_is_read_from_a_gpu(kind: str, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers looks whether there is padding, but for the mask that encoders on GPUs have; features stay alike."""
+    encoder, found = load(folders[kind]), dict[str, list[Tensor]]()
+    for name in ("theirs", "ours"):
+        if name == "ours":
+            monkeypatch.setitem(masks._global_mapping, "sdpa", text_encoder.unread_mask)
+        with Reads() as reads:
+            found[name] = [encoder(some)[0] for some in (CAPTIONS, CAPTIONS[:1])]
+        if encoder._model.config._attn_implementation == "sdpa" or name == "ours":
+            assert bool(reads.count) == (name == "theirs")
+    assert all(close(*pair) for pair in zip(found["ours"], found["theirs"], strict=True))

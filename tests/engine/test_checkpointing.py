@@ -262,7 +262,7 @@ class Twice(nn.Module):
 )
 def test_each_policy_on_a_case_counted_by_hand(policy: PixelPolicy, device: int, host: int) -> None:
     block, x = Twice(), torch.randn(100, 50)
-    checkpointing._prepare(block, policy, compiled=False)
+    checkpointing._prepare(block, policy, None)
     assert held_by(lambda: block(x)) == Held(device * 4, host * 4)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -37,3 +39,22 @@ def test_on_a_gpu_copies_go_through_pinned_memory_and_nothing_waits(monkeypatch:
     assert {(copy.source, copy.pinned, copy.non_blocking) for copy in back} == {("cpu", True, True)}
     assert len(back) == len(there)
     assert ("synchronize",) not in cuda.calls
+
+
+def test_views_of_one_storage_share_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There and back: d/dx of sin(2 x[:2]) + cos(2 x[1:])."""
+
+    def waves(x: torch.Tensor) -> torch.Tensor:
+        y = x * 2
+        return y[:2].sin() + y[1:].cos()
+
+    with FakeCuda(monkeypatch.setattr) as cuda:
+        x = torch.tensor([0.5, 1.0, 1.5], device="cuda:1", requires_grad=True)
+        offloaded(nn.Identity(), waves)(x).sum().backward()
+        assert isinstance(x.grad, torch.Tensor)
+        found = x.grad.tolist()
+    sines, cosines = [0.5, 1.0], [1.0, 1.5]
+    by_hand = [2 * math.cos(2 * v) for v in sines] + [0.0]
+    by_hand = [v - w for v, w in zip(by_hand, [0.0, *(2 * math.sin(2 * v) for v in cosines)], strict=True)]
+    assert found == pytest.approx(by_hand, abs=1e-6)
+    assert [(copy.source, copy.target) for copy in cuda.copies] == [("cuda:1", "cpu"), ("cpu", "cuda:1")]

@@ -52,6 +52,13 @@ def test_a_rank_takes_the_gpu_of_its_number_on_its_node(
     assert cuda.calls == [("set_device", local_rank), ("joined through", "nccl")]
 
 
+def test_more_ranks_than_gpus(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Said before it joins, and before it takes another rank's."""
+    monkeypatch.setattr(deepspeed, "init_distributed", lambda *_, **__: None)
+    assert refused(lambda: processes.start(World(4, 8, 4))) == "no GPU is left for local rank 4: 4 are visible"
+    assert cuda.calls == []
+
+
 @pytest.mark.parametrize(("there", "accelerator"), [(True, None), (False, "cpu")])
 def test_deepspeed_is_told_of_cpus_where_there_is_no_gpu(
     there: bool, accelerator: str | None, monkeypatch: pytest.MonkeyPatch
@@ -73,21 +80,19 @@ def refused(build: Callable[[], object]) -> str:
 
 
 @pytest.mark.parametrize("gpus", [True, False])
-def test_blocks_for_gpus_need_no_c_compiler_and_take_tritons_kernels(
+def test_tritons_kernels_are_for_gpus(
     gpus: bool, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def missing() -> str:
         raise exc.InvalidCxxCompiler("none")
 
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     if gpus:
         request.getfixturevalue("cuda")
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", missing)
-    compiled = MachineConfig(compile=True, pixel_checkpointing="none")
-    said = [refused(lambda: build_network(SMALL.model, 0, compiled)), refused(lambda: pit_block("triton"))]
-    if gpus:
-        assert said == ["", ""]
         assert pit_block("triton") is not PiTBlock
     else:
-        assert "machine.compile = True: torch.compile finds no C++ compiler" in said[0]
-        assert "machine.pixel_kernels = 'triton': Triton compiles for GPUs only" in said[1]
+        assert "machine.pixel_kernels = 'triton': Triton compiles for GPUs only" in refused(lambda: pit_block("triton"))
+        monkeypatch.setattr(cpp_builder, "get_cpp_compiler", missing)
+        compiled = MachineConfig(compile=True, pixel_checkpointing="none")
+        said = refused(lambda: build_network(SMALL.model, 0, compiled))
+        assert "machine.compile = True: torch.compile finds no C++ compiler" in said

@@ -236,6 +236,16 @@ def test_a_lost_rank_is_told(files: Files, tmp_path: Path) -> None:
     assert (tmp_path / "x.json").exists()
 
 
+def test_a_full_gpu_of_one_rank_ends_all(files: Files, tmp_path: Path) -> None:
+    """In one line, and code 1; the others do not take it for a rank that was lost."""
+    command = ["megapix evaluate", "1", *files.command(tmp_path / "score.json", "--count", "9", "--batch", "2")]
+    done = start(2, "tests.programs.out_of_memory", command)
+    assert [rank.code for rank in done] == [1, 1], done[0].err
+    (line,) = [line for rank in done for line in rank.err.splitlines() if "megapix: error: " in line]
+    assert "out of GPU memory on rank 1 (" in line
+    assert "), phase 'evaluate': 2.00 GiB asked, 1.02 GiB of 79.11 GiB free; less is needed with --batch or" in line
+
+
 @pytest.mark.long
 def test_hundreds_of_images_on_one_and_two_ranks_and_after_a_kill(files: Files, tmp_path: Path) -> None:
     options = ["--count", "300", "--batch", "50"]

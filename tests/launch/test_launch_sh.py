@@ -5,7 +5,9 @@ DeepSpeed's launcher is played by a small script; tests/launch/test_nodes.py sta
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,8 +21,10 @@ from tests.support.small_run import arguments
 LAUNCHER = """#!/bin/sh
 case "$*" in
   *deepspeed.launcher*) {played} ;;
-  *"megapix train"*--dry-run) if [ "$checked" = false ]; then echo '{{"out": "run"}}'; else exec "{python}" "$@"; fi ;;
-  *"megapix train"*) echo "rank $RANK of $WORLD_SIZE, local $LOCAL_RANK, at $MASTER_ADDR:$MASTER_PORT" ;;
+  *"megapix train"*--dry-run)
+    if [ "$checked" ]; then printf '{{"out": "%s"}}' "$checked"; else exec "{python}" "$@"; fi
+    ;;
+  *"megapix train"*) echo "rank $RANK of $WORLD_SIZE, local $LOCAL_RANK, at $MASTER_ADDR:$MASTER_PORT, $HF_TOKEN" ;;
   *) exec "{python}" "$@" ;;
 esac
 """
@@ -92,17 +96,27 @@ def test_a_line_of_the_hostfile_is_named(tmp_path: Path) -> None:
     assert f"--hostfile {hostfile}: line 'node02 8': expected 'HOST slots=RANKS'" in err
 
 
-def play_pdsh(folder: Path, played: str) -> None:
-    """A script as pdsh, for `start`."""
-    program = folder / "bin" / "pdsh"
-    program.parent.mkdir(exist_ok=True)
-    program.write_text(f"#!/bin/sh\n{played}\n")
-    program.chmod(0o755)
+def play(folder: Path, **programs: str) -> None:
+    """Scripts as pdsh or ssh, for `start`."""
+    (folder / "bin").mkdir(exist_ok=True)
+    for name, played in programs.items():
+        program = folder / "bin" / name
+        program.write_text(f"#!/bin/sh\n{played}\n")
+        program.chmod(0o755)
+
+
+HERE = 'for last; do :; done; echo "$@" >>{folder}/ssh.log; sh -c "$last"'
+"""An ssh whose every host is this machine; the command is its last argument."""
+NODES = "node01 slots=2\nnode02 slots=1\n"
+
+
+def files_in_memory() -> set[Path]:
+    return set(Path("/dev/shm").glob("megapix-environment-*"))
 
 
 @pytest.mark.optional_programs  # pdsh, which is played
 def test_what_deepspeeds_launcher_is_asked(train: list[str], tmp_path: Path) -> None:
-    play_pdsh(tmp_path, "exit 9")  # launch.sh only looks whether it is there
+    play(tmp_path, pdsh="exit 9", ssh=HERE.format(folder=tmp_path))  # of pdsh it only looks whether it is there
     hostfile = tmp_path / "hostfile"
     hostfile.write_text("node01 slots=2\nnode02 slots=2\n")
     ours = {"GLOO_SOCKET_IFNAME": "eth7", "MASTER_PORT": "4242"}
@@ -113,18 +127,151 @@ def test_what_deepspeeds_launcher_is_asked(train: list[str], tmp_path: Path) -> 
     )
     assert code == 0, err
     assert f"--hostfile {hostfile} --force_multi --master_addr 10.0.0.1 --master_port 4242 " in out
-    assert {"GLOO_SOCKET_IFNAME=eth7", "DS_ACCELERATOR=cpu"} <= set(out.splitlines())
+    assert "DS_ACCELERATOR=cpu" in out.splitlines()
     (tmp_path / ".deepspeed_env").write_text("# nothing yet\n")
     odd = ["--data.path", "https://here/x?a=1&b=(2)", "--init", ""]
     command = ["--hostfile", hostfile, "tiny", "--out", tmp_path / "run", *odd]
-    code, out, err = finish(start(tmp_path, 'echo "$@"', *command, HOME=str(tmp_path), checked="false"))
+    code, out, err = finish(start(tmp_path, 'echo "$@"', *command, HOME=str(tmp_path), checked=str(tmp_path / "run")))
     assert code == 0, err
     assert r"--data.path https://here/x\?a=1\&b=\(2\) --init ''" in out, "shells on the nodes read them"
     without_ssh = ["--no-ssh", "--nnodes", "2", "--ranks", "2", "--node-rank", "1", "--master-addr", "10.0.0.1"]
-    code, out, err = finish(start(tmp_path, 'echo "$@"; cat "$6"', *without_ssh, *train))
+    code, out, err = finish(start(tmp_path, 'echo "$@ $HF_TOKEN"; cat "$6"', *without_ssh, *train, HF_TOKEN="a token"))
     assert code == 0, err
     assert " --no_ssh --node_rank 1 --master_addr 10.0.0.1 --master_port 29500 " in out
-    assert out.endswith("node-0 slots=2\nnode-1 slots=2\n")
+    assert out.endswith(" a token\nnode-0 slots=2\nnode-1 slots=2\n")
+
+
+RANKS = """
+base=$(sed -n s/^MEGAPIX_ENVIRONMENT=//p "$DS_ENV_FILE")
+stat -c "%a %U" $base.0 $base.2 >&2
+cp "$DS_ENV_FILE" {folder}/exported
+env >{folder}/runner
+for RANK in 0 1 2; do
+  env -i RANK=$RANK HF_TOKEN=of-the-node MEGAPIX_ENVIRONMENT=$base {python} -c '
+import json, os
+from megapix.cli.environment import take_over
+take_over()
+print(json.dumps([dict(os.environ)]))'
+  ls $base.* >&2 || :
+done
+"""
+"""DeepSpeed's launcher, starting two ranks on one node and one on another with what its nodes have got."""
+ODD = {
+    "HF_TOKEN": "hf_ $HOME `id` \\n \\\\ \"double\" 'single' %n end ",
+    "AWS_SECRET_ACCESS_KEY": "first line\nsecond line\n",
+    "https_proxy": "http://me:pa$$word@proxy:3128",
+    "NO_PROXY": "",
+    "AWS_PROFILE": "\udcff is no UTF-8",
+    "PYTORCH_ALLOC_CONF": "expandable_segments:False",
+    "TRITON_CACHE_DIR": "/tmp/a folder",
+    "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+    "TORCHINDUCTOR_CACHE_DIR": "/tmp/inductor",
+    "TORCH_LOGS": "recompiles",
+    "MLFLOW_TRACKING_PASSWORD": "of-mlflow",
+    "PYTHON_KEYRING_TOKEN": "of-a-keyring",
+    "NCCL_DEBUG": "INFO",
+    "CC": "gcc",
+}
+
+
+@pytest.mark.optional_programs  # pdsh and ssh, which are played
+def test_every_rank_gets_the_environment_as_it_is(tmp_path: Path) -> None:
+    """Through the stdin of ssh, and never in a command line, where DeepSpeed puts what it is told to and some more."""
+    play(tmp_path, pdsh="exit 9", ssh=HERE.format(folder=tmp_path))
+    (tmp_path / "hostfile").write_text(NODES)
+    theirs = "# mine\nexport none\nNCCL_ALGO=Ring\nHF_HOME=$HOME/hf\nWANDB_API_KEY=a$b c\nNCCL_DEBUG=WARN\nODD=a=b"
+    (tmp_path / ".deepspeed_env").write_text(theirs)
+    others = {"CUDA_VISIBLE_DEVICES": "", "EDITOR": "vi", "TORCHELASTIC_RUN_ID": "1", "PYTHONWARNINGS": "ignore"}
+    before = files_in_memory()
+    played = RANKS.format(folder=tmp_path, python=sys.executable)
+    environment = ODD | others | {"HOME": str(tmp_path), "PYTHONPATH": str(ROOT), "checked": "run"}
+    code, out, err = finish(start(tmp_path, played, "--hostfile", tmp_path / "hostfile", "tiny", **environment))
+    assert code == 0, err
+    ranks = [json.loads(line)[0] for line in out.splitlines() if line.startswith("[")]
+    assert len(ranks) == 3
+    for rank, found in enumerate(ranks):
+        assert found.pop("RANK") == str(rank)
+        assert {name: found.get(name) for name in ODD} == ODD | {"NCCL_DEBUG": None}, "the user's file exports that one"
+        assert found["WANDB_API_KEY"] == "a$b c"
+        assert not found.keys() & {*others, "NCCL_ALGO", "HF_HOME", "MEGAPIX_ENVIRONMENT"}
+    me = Path(tmp_path).owner()
+    assert err.splitlines()[:2] == [f"600 {me}"] * 2
+    exported = (tmp_path / "exported").read_text().splitlines()
+    assert {"NCCL_ALGO=Ring", "HF_HOME=$HOME/hf", "NCCL_DEBUG=WARN", "ODD=a=b"} <= set(exported)
+    runner = (tmp_path / "runner").read_text(errors="surrogateescape")
+    commands = (tmp_path / "ssh.log").read_text()
+    assert commands.count("umask 077") == 2
+    assert " node01 exec sh -c " in commands
+    assert " node02 exec sh -c " in commands
+    for secret in ("hf_", "second line", "pa$$word", "of-mlflow", "of-a-keyring", "a$b c"):
+        assert secret not in "\n".join([*exported, commands, out.partition("[")[0], err]), secret
+    by_itself = ("MLFLOW", "PYTHON", "MV2", "UCX", "NCCL")  # EXPORT_ENVS of DeepSpeed's runner, and a GPU's
+    left = [line for line in runner.splitlines() if line.startswith(by_itself)]
+    assert not any(word in line for line in left for word in ("of-mlflow", "of-a-keyring")), left
+    gone = re.findall(r"cannot access", err)
+    assert len(gone) == 1, "a rank removes its own"
+    assert files_in_memory() == before
+
+
+@pytest.mark.optional_programs
+@pytest.mark.parametrize("value", ['a "b"', "a$b", "a`b`", "a\\b", "a\nb", "/%h/b", " a", "a "])
+def test_what_ssh_would_change_is_refused(value: str, tmp_path: Path) -> None:
+    """What a process needs before its Python starts stands in the command line."""
+    play(tmp_path, pdsh="exit 9", ssh="exit 9")
+    (tmp_path / "hostfile").write_text(NODES)
+    code, _, err = finish(
+        start(tmp_path, "exit 9", "--hostfile", tmp_path / "hostfile", "tiny", LD_LIBRARY_PATH=value, checked="run")
+    )
+    assert (code, err.count("\n")) == (2, 1)
+    assert err.startswith(
+        "launch.sh: error: environment variable LD_LIBRARY_PATH does not survive ssh: expected no quote"
+    )
+
+
+@pytest.mark.optional_programs
+@pytest.mark.parametrize(
+    ("ssh", "code", "words"),
+    [
+        ("cat >/dev/null; exit 255", 69, "node01 is not reached by ssh"),
+        ("cat >/dev/null; exit 1", 2, "node01 does not take the environment of this node: expected a /dev/shm that"),
+    ],
+)
+def test_nodes_that_take_no_environment(ssh: str, code: int, words: str, tmp_path: Path) -> None:
+    play(tmp_path, pdsh="exit 9", ssh=ssh)
+    (tmp_path / "hostfile").write_text(NODES)
+    found, _, err = finish(
+        start(tmp_path, "exit 9", "--hostfile", tmp_path / "hostfile", "tiny", HF_TOKEN="hf_", checked="run")
+    )
+    assert found == code
+    assert words in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.optional_programs
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT, pytest.param(signal.SIGHUP, marks=pytest.mark.long)])
+@pytest.mark.parametrize("when", ["ranks", "ssh"])
+def test_files_are_gone_after_a_signal(when: str, sent: signal.Signals, tmp_path: Path) -> None:
+    """While ranks run that have not read them, and before ssh has written them."""
+    stop, before, gate = tmp_path / "run" / "stop", files_in_memory(), tmp_path / "gate"
+    here = HERE.format(folder=tmp_path)
+    if when == "ssh":
+        here = f"case $* in *umask*) echo up; until [ -e {gate} ]; do sleep 0.1; done ;; esac; {here}"
+    play(tmp_path, pdsh=f"touch {stop}", ssh=here)
+    (tmp_path / "hostfile").write_text(NODES)
+    played = f"echo up; until [ -e {stop} ]; do sleep 0.1; done; exit 75"
+    process = start(
+        tmp_path, played, "--hostfile", tmp_path / "hostfile", "tiny", HF_TOKEN="hf_", checked=str(stop.parent)
+    )
+    assert process.stdout
+    for _ in range(2 if when == "ssh" else 1):
+        assert process.stdout.readline() == "up\n"
+    assert len(files_in_memory() - before) == (0 if when == "ssh" else 3)
+    process.send_signal(sent)
+    if when == "ssh":
+        gate.touch()
+    code, _, err = finish(process)
+    assert code == (-sent if when == "ssh" else 130 if sent == signal.SIGINT else 75), err
+    assert files_in_memory() == before
 
 
 def test_doctor_and_evaluate_are_handed_on(tmp_path: Path) -> None:
@@ -140,8 +287,8 @@ def test_doctor_and_evaluate_are_handed_on(tmp_path: Path) -> None:
 def test_under_srun_a_task_is_a_rank(nodes: str, first: str, train: list[str], tmp_path: Path) -> None:
     slurm = {"SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_STEP_NODELIST": nodes}
     slurm |= {"SLURM_JOB_ID": "123456", "SLURM_STEP_ID": "2"}
-    code, out, _ = finish(start(tmp_path, "exit 9", *train, **slurm))
-    assert (code, out) == (0, f"rank 5 of 8, local 1, at {first}:23458\n")
+    code, out, _ = finish(start(tmp_path, "exit 9", *train, **slurm, HF_TOKEN="its token"))
+    assert (code, out) == (0, f"rank 5 of 8, local 1, at {first}:23458, its token\n")
 
 
 @pytest.mark.parametrize(("played", "code"), [(0, 0), (1, 1), (2, 2), (75, 75), (69, 69), (247, 69), (255, 69)])
@@ -196,7 +343,7 @@ def test_int_or_a_second_signal_ends_at_once(sent: list[signal.Signals], train: 
 @pytest.mark.optional_programs
 def test_lost_nodes_are_given_up(train: list[str], tmp_path: Path) -> None:
     """One node is done, the other never: pdsh says so, and waits. The patience is shortened in a copy of the script."""
-    play_pdsh(tmp_path, f'echo "$@" >{tmp_path}/asked')
+    play(tmp_path, pdsh=f'echo "$@" >{tmp_path}/asked', ssh=HERE.format(folder=tmp_path))
     hostfile = tmp_path / "hostfile"
     hostfile.write_text("node01 slots=1\nnode02 slots=1\n")
     copy = tmp_path / "launch.sh"

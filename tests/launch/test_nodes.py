@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -96,6 +99,71 @@ def test_hostfile_trains_saves_and_resumes(pair: list[Host], shards: Path, tmp_p
     assert f"resuming from {run}/checkpoints/images-000000000080" in out
     assert images_seen(run) == 160
     assert list(scalars(run, "loss/train")) == list(range(1, 21))
+
+
+SECRETS = {
+    "HF_TOKEN": 'hf_of a "test" with $HOME',
+    "AWS_SECRET_ACCESS_KEY": "aws/of+a\\test",
+    "https_proxy": "http://me:password-of-a-test@proxy:3128",
+}
+HANDED = SECRETS | {"TRITON_CACHE_DIR": "/tmp/triton of a test", "PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:512"}
+TOLD = """
+import atexit, json, os, pathlib, sys
+if "RANK" in os.environ:
+    def tell():
+        found = {name: os.environ.get(name) for name in NAMES}
+        pathlib.Path(FOLDER, os.environ["RANK"] + os.environ["LOCAL_RANK"]).write_text(json.dumps(found))
+    atexit.register(tell)
+"""
+
+
+def command_lines() -> str:
+    """Of every process that there is now, on all hosts."""
+    lines = b""
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            lines += path.read_bytes() + b"\n"
+    return lines.decode(errors="replace")
+
+
+@pytest.mark.parametrize("end", ["finished", "SIGTERM"])
+def test_secrets_reach_every_rank_and_no_command_line(end: str, pair: list[Host], shards: Path, tmp_path: Path) -> None:
+    """Two ranks on the first host and one on the second, which are looked at as long as launch.sh lives."""
+    told, run = tmp_path / "told", tmp_path / "run"
+    told.mkdir()
+    (tmp_path / "sitecustomize.py").write_text(
+        TOLD.replace("NAMES", repr([*HANDED])).replace("FOLDER", repr(str(told)))
+    )
+    hostfile = tmp_path / "hostfile"
+    hostfile.write_text("nodea slots=2\nnodeb slots=1\n")
+    before = set(Path("/dev/shm").glob("megapix-environment-*"))
+    options = ["--optim.global-batch", "9", "--machine.micro-batch", "3", "--optim.end-at", "9000000"]
+    if end == "finished":
+        options[-1] = "90"
+    train = [ROOT / "launch.sh", "--hostfile", hostfile, *command(shards, run, *options)]
+    process = pair[0].popen(train, **HANDED, PYTHONPATH=os.pathsep.join([str(tmp_path), str(ROOT)]))
+    seen, asked = "", False
+    while process.poll() is None:
+        seen += command_lines()
+        if end != "finished" and not asked and (run / "checkpoints" / "latest").exists():
+            launcher = next(
+                p for p in psutil.Process(process.pid).children(True) if "launch.sh" in " ".join(p.cmdline())
+            )
+            launcher.send_signal(signal.Signals[end])
+            asked = True
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=0.05)
+    ((code, out, err),) = finish(process)
+    assert code == {"finished": 0, "SIGTERM": 75}[end], err
+    assert "deepspeed.launcher.launch" in seen
+    assert "MEGAPIX_ENVIRONMENT=/dev/shm/megapix-environment-" in seen, "the way to the file is no secret"
+    logs = "".join(path.read_text(errors="replace") for path in run.rglob("*") if path.is_file())
+    for secret in ("hf_of a", "aws/of+a", "password-of-a-test"):
+        assert secret not in seen
+        assert secret not in out + err + logs
+    assert set(Path("/dev/shm").glob("megapix-environment-*")) == before
+    if end == "finished":
+        assert [json.loads(path.read_text()) for path in sorted(told.iterdir())] == [HANDED] * 3
 
 
 def test_the_doctor_examines_both_hosts(pair: list[Host], shards: Path, tmp_path: Path) -> None:

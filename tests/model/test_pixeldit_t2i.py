@@ -212,3 +212,66 @@ def test_repa_takes_the_image_tokens_of_a_text_network() -> None:
     assert projected.shape == (2, 6, 5)
     torch.testing.assert_close(projected, net.projector(tokens[0]))
     assert torch.equal(velocity, net(x, t, y, mask))
+
+
+LONG = replace(TEXT, text_tokens=150)
+
+
+@pytest.mark.parametrize(("tokens", "padded"), [(1, 64), (63, 64), (64, 64), (65, 128), (129, 150), (150, 150)])
+def test_masked_text_is_padded_to_few_lengths_where_each_costs(tokens: int, padded: int) -> None:
+    """Which changes nothing but rounding, in the output and in every gradient."""
+    generator = torch.Generator().manual_seed(2)
+    y, (x, t, _, _) = torch.randn(2, tokens, LONG.text_width, generator=generator), inputs()
+    mask = torch.arange(tokens) < torch.tensor([[tokens], [-(-tokens // 3)]])
+    nets = [randomised(LONG), randomised(LONG)]
+    nets[1].few_lengths = True  # type: ignore[assignment]
+    assert [net.ready((y, mask))[0].shape[1] for net in nets] == [tokens, padded]  # type: ignore[union-attr]
+    shown = nets[1].ready((y, mask))[1]
+    assert shown is not None
+    assert torch.equal(shown[:, :tokens], mask)
+    assert not shown[:, tokens:].any()
+    outs = [net(x, t, y, mask) for net in nets]
+    torch.testing.assert_close(outs[1], outs[0], rtol=1e-5, atol=1e-5)
+    for out in outs:
+        out.square().mean().backward()
+    for (name, p), q in zip(nets[0].named_parameters(), nets[1].parameters(), strict=True):
+        if p.grad is not None:
+            assert q.grad is not None
+            scale = float(p.grad.abs().max())
+            torch.testing.assert_close(q.grad, p.grad, rtol=1e-4, atol=2e-5 * scale, msg=name)
+
+
+def test_text_is_padded_to_the_runs_longest_caption_at_most() -> None:
+    net = build(LONG)
+    net.few_lengths, net.most_tokens = True, 77  # type: ignore[assignment]
+    lengths = [
+        net.ready((torch.ones(1, n, 10), torch.ones(1, n, dtype=torch.bool)))[0].shape[1] for n in (9, 65, 77, 90)
+    ]  # type: ignore[union-attr]
+    assert lengths == [64, 77, 77, 90], "what is longer is taken as it comes"
+    assert net.ready((torch.ones(1, 9, 10), None))[0].shape[1] == 9, "nothing is padded without a mask"  # type: ignore[union-attr]
+
+
+def test_a_new_length_of_text_needs_no_new_table() -> None:
+    net, (x, t, y, mask) = randomised(LONG), inputs()
+    net(x, t, y, mask)
+    before = embed.text_rope_table.cache_info().misses
+    for tokens in range(1, 51):
+        net(x, t, y[:, :1].expand(-1, tokens, -1), None)
+    assert embed.text_rope_table.cache_info().misses == before
+
+
+@pytest.mark.parametrize("channels", [8, 64, 72])
+def test_the_rows_of_the_longest_texts_table_are_those_of_a_shorter_one(channels: int) -> None:
+    tables = embed.text_rope_table(300, channels, torch.device("cpu"))
+    for tokens in (1, 7, 64, 299):
+        own = embed.text_rope_table(tokens, channels, torch.device("cpu"))
+        assert all(torch.equal(table[:tokens], short) for table, short in zip(tables, own, strict=True))
+
+
+def test_repa_of_text_without_a_mask() -> None:
+    torch.manual_seed(0)
+    net, (x, t, y, mask) = build(TEXT, Alignment(layer=1, features=5)), inputs()
+    found = net(x, t, y, grid=(2, 3))
+    expected = net(x, t, y, torch.ones_like(mask), grid=(2, 3))
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from megapix.config import ModelConfig
 from megapix.model import build
+from megapix.model.attention import attention, key_bias
 from megapix.model.embed import TimestepEmbedder
-from megapix.model.layers import Attention, RMSNorm, attention, modulate, projected
+from megapix.model.layers import Attention, RMSNorm, modulate, projected
 from megapix.model.pixeldit_t2i import JointAttention
 from tests.support import second_network
 from tests.support.rounding import assert_rounded_once
@@ -118,13 +119,14 @@ def test_queries_and_keys_are_those_of_the_linear_layer_normed_and_turned() -> N
 def test_the_softmax() -> None:
     """Scores of some dozens, which in bf16 would be 10 % wrong after the exponential."""
     q, k, v = 6 * random(2, 37, 3, 12), 6 * random(2, 37, 3, 12, seed=1), random(2, 37, 3, 12, seed=2)
-    mask = torch.arange(37) < torch.tensor([[37], [29]])
+    mask = (torch.arange(37) < torch.tensor([[20], [12]])) | (torch.arange(37) >= 20)  # 20 tokens of text, 17 patches
     wide = [part.double().transpose(1, 2) for part in (q, k, v)]
     scores = wide[0] @ wide[1].transpose(-1, -2) / math.sqrt(12)
     for some in (None, mask):
         masked = scores if some is None else scores.masked_fill(~some[:, None, None], -math.inf)
         expected = (masked.softmax(-1) @ wide[2]).transpose(1, 2).flatten(2)
-        error = (attention(q, k, v, some).double() - expected).norm() / expected.norm()
+        bias = None if some is None else key_bias(some[:, :20], 17, q.dtype)
+        error = (attention(q, k, v, bias).double() - expected).norm() / expected.norm()
         assert error < 0.003, "three times what rounding the result alone makes"
 
 

@@ -52,7 +52,7 @@ def test_every_two_values_of_two_options_meet(sizes: list[int]) -> None:
     assert all(list(row) == list(options) for row in rows)
 
 
-@pytest.mark.parametrize("ranks", [(2, 4, 1), (8,)])
+@pytest.mark.parametrize("ranks", [LOCAL_RANKS, (8,)])
 def test_the_table_covers_all_pairs_in_few_cases(ranks: tuple[int, ...]) -> None:
     covered = cases(ranks, compiling=True)
     assert len(covered) == len(set(covered)) <= 30
@@ -68,7 +68,7 @@ def test_the_table_covers_all_pairs_in_few_cases(ranks: tuple[int, ...]) -> None
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 6, 8])
-@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize("accumulation", [1, 3, 4])
 def test_a_case_has_the_accumulation_it_names(ranks: int, accumulation: int) -> None:
     layout = config.batch_layout(configuration(Case(ranks, accumulation)), ranks)
     assert (layout.ranks, layout.accumulation) == (ranks, accumulation)
@@ -169,12 +169,24 @@ def test_a_case_that_differs_is_named_and_ends_with_code_1(capsys: pytest.Captur
 
 @pytest.mark.long
 def test_zero2_computes_what_a_plain_process_computes() -> None:
-    succeed(2, "tests.programs.parity_cases", [])
+    succeed(2, "tests.programs.parity_cases", ["handful"])
+
+
+@pytest.mark.parametrize(
+    ("ranks", "which"),
+    [
+        (3, "thirds"),
+        *(pytest.param(*row, marks=pytest.mark.long) for row in ((1, "thirds"), (3, "odd"), (6, "thirds"), (6, "odd"))),
+    ],
+)
+def test_dividing_by_three_costs_no_rounding(ranks: int, which: str) -> None:
+    """Ranks and micro batches whose number is no power of two: a bf16 gradient divided by it would be off by 2e-3."""
+    succeed(ranks, "tests.programs.parity_cases", [which])
 
 
 @pytest.mark.long
 def test_the_whole_table_holds(tmp_path: Path) -> None:
-    """1, 2 and 4 ranks, started by the command itself; torch.compile too."""
+    """1, 2, 3, 4 and 6 ranks, started by the command itself; torch.compile too."""
     command = [sys.executable, "-m", "megapix", "doctor", "--parity", "--out", str(tmp_path / "table.md")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=3000)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -225,7 +237,7 @@ def test_compiling_changes_no_name_and_happens_once_a_kind(monkeypatch: pytest.M
     compiled = []
 
     def record(forward: Callable[..., object], fullgraph: bool) -> Callable[..., object]:
-        compiled.append(forward.__func__)  # type: ignore[attr-defined]
+        compiled.append(forward)
         assert fullgraph, "what cannot be compiled is an error"
         return forward
 
@@ -233,17 +245,18 @@ def test_compiling_changes_no_name_and_happens_once_a_kind(monkeypatch: pytest.M
     c = configuration(Case(compile=True))
     net, usual = build_network(c.model, 0, c.machine), build_network(c.model, 0)
     assert list(net.state_dict()) == list(usual.state_dict())
-    assert len(compiled) == c.model.depth + c.model.pixel_depth + 1
-    assert len(set(compiled)) == 3
+    assert len(compiled) == 2 + 4, "patch blocks, PiT blocks, and what is no block: embed, two of the pixels, output"
+    assert len(set(compiled)) == len(compiled)
 
 
-def test_compiling_without_a_compiler_is_bad_input(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiling_without_a_compiler_is_bad_input() -> None:
     from torch._inductor import config as inductor
     from torch._inductor import cpp_builder
 
-    monkeypatch.setattr(inductor.cpp, "cxx", (None, "no-such-compiler"))
     cpp_builder.cpp_compiler_search.cache_clear()
-    with pytest.raises(InputError, match=r"machine\.compile = True: .* no C\+\+ compiler; expected g\+\+"):
+    # Not monkeypatch, which takes the configuration for a class, and deletes from it what it should put back.
+    without = inductor.patch({"cpp.cxx": (None, "no-such-compiler")})
+    with without, pytest.raises(InputError, match=r"machine\.compile = True: .* no C\+\+ compiler; expected g\+\+"):
         build_network(configuration(Case()).model, 0, MachineConfig(compile=True))
 
 
@@ -266,7 +279,9 @@ OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
     [
         ({"overlap_comm": True}, {}, "docs/parity.md tests it on CPU ranks only"),
         ({"allgather_partitions": True}, {}, "is refused: DeepSpeed's ZeRO-2 does not read it"),
-        ({"round_robin_gradients": True}, {}, "is refused: docs/parity.md does not test it"),
+        ({"round_robin_gradients": True}, {}, "checkpoints hold the network's order of parameters"),
+        ({"compute_grad_norm": False}, {}, "is refused: the optimizer's step needs the norm"),
+        ({}, {"gradient_allreduce_op": "mean"}, "set by optim.global_batch: gradients are summed"),
         ({}, {"prescale_gradients": True}, "'prescale_gradients' is refused: gradients are reduced in fp32"),
         ({}, {"compile": {}}, "'compile' does not belong here; it is set by machine.compile"),
         (OFFLOAD, {}, "zero_force_ds_cpu_optimizer = None: expected false beside offload_optimizer"),

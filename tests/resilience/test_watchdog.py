@@ -291,5 +291,11 @@ def test_a_phase_may_take_three_times_what_it_took_the_first_time(monkeypatch: p
     assert watch._word.patience == USUAL * 5.0
     watch.note(4, "step")
     assert watch._word.patience == SECONDS
-    watch.note(4, "sample")
+    watch.note(4, "sample", begins=True)
     assert watch._word.patience == SECONDS * PATIENCE
+    now += 1.0
+    watch.note(4, "sample")
+    assert watch._word.patience == SECONDS * PATIENCE, "the first step of the sampler may compile"
+    now += 7.0
+    watch.note(4, "sample")
+    assert watch._word.patience == USUAL * 7.0

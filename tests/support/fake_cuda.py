@@ -54,6 +54,14 @@ class Copy:
     non_blocking: bool
 
 
+@dataclass(frozen=True)
+class Properties:
+    """What is asked of a GPU's properties."""
+
+    name: str
+    total_memory: int
+
+
 class FakeCuda(TorchFunctionMode):
     """GPUs of these names, as a context.
 
@@ -84,6 +92,7 @@ class FakeCuda(TorchFunctionMode):
             "synchronize": self._wait,
         }.items():
             put(torch.cuda, name, self._told(name, answer))
+        put(torch.cuda, "get_device_properties", lambda device=None: Properties(names[self._index(device)], self.total))
         put(torch.cuda, "is_available", lambda: bool(names))
         put(torch.cuda, "device_count", lambda: len(names))
         put(torch.cuda, "current_device", lambda: self.current)
@@ -95,6 +104,8 @@ class FakeCuda(TorchFunctionMode):
         put(torch, "empty", self._within(torch.empty))  # for hooks of autograd, which run without the mode
         put(torch.autograd, "_engine_run_backward", self._within(self._backward(torch.autograd._engine_run_backward)))
         put(torch.distributed, "all_reduce", self._reduced(torch.distributed.all_reduce))
+        group = torch.optim.Optimizer._group_tensors_by_device_and_dtype  # C++, which is not told of a tensor's place
+        put(torch.optim.Optimizer, "_group_tensors_by_device_and_dtype", staticmethod(self._grouped(group)))
         put(UntypedStorage, "device", property(self._device_of))
         put(UntypedStorage, "is_cuda", property(lambda storage: self._device_of(storage).type == "cuda"))
         put(UntypedStorage, "copy_", lambda target, *source, **how: self._copy_storage(target, *source, **how))
@@ -172,6 +183,16 @@ class FakeCuda(TorchFunctionMode):
             return reduce(tensor, *args, group=group, **kwargs)
 
         return all_reduce
+
+    def _grouped(self, group: Callable[..., Any]) -> Callable[..., Any]:
+        def grouped(lists: Any, with_indices: bool = False) -> Any:
+            """By the place of a group's first tensor; no optimizer of ours has tensors in two."""
+            found = group(lists, with_indices).items()
+            return {
+                (self.place(tensors[0][0]) or device, kind): (tensors, at) for (device, kind), (tensors, at) in found
+            }
+
+        return grouped
 
     # -----------------------------------------------------------------------------------------------------------------
     # Storages

@@ -2,10 +2,14 @@
 
 The 64 bits of (seed, purpose, position) are the finaliser of SplitMix64, taken of the seed, then the purpose, then the
 position. Uniform numbers are their upper 53 bits, permutations six Feistel rounds keyed by them, and noise is what
-torch's CPU generator makes of them as its seed. It shares no code with `megapix`.
+torch's CPU generator makes of them as its seed, or Philox4x32-10 with them as its key (Salmon et al. 2011). It shares
+no code with `megapix`.
 """
 
 from __future__ import annotations
+
+import math
+from statistics import NormalDist
 
 import torch
 from torch import Tensor
@@ -47,6 +51,26 @@ def normal(seed: int, purpose: str, position: int, shape: tuple[int, ...]) -> Te
     """Standard normal numbers, float32."""
     generator = torch.Generator().manual_seed(bits(seed, purpose, position) % 2**63)
     return torch.randn(shape, generator=generator)
+
+
+def philox(counter: int, key: int) -> list[int]:
+    """The four words of a 128-bit counter and a 64-bit key."""
+    c0, c1, c2, c3 = (counter >> 32 * n & 0xFFFFFFFF for n in range(4))
+    k0, k1 = key & 0xFFFFFFFF, key >> 32
+    for _ in range(10):
+        one, other = 0xD2511F53 * c0, 0xCD9E8D57 * c2
+        c0, c1, c2, c3 = other >> 32 ^ c1 ^ k0, other & 0xFFFFFFFF, one >> 32 ^ c3 ^ k1, one & 0xFFFFFFFF
+        k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
+    return [c0, c1, c2, c3]
+
+
+def philox_normal(seed: int, purpose: str, position: int, count: int) -> list[float]:
+    """Standard normal numbers of an image, to double precision: each word's upper tail, of odd numbers alone."""
+    key, numbers = bits(seed, purpose, position), list[float]()
+    for word in (word for block in range(-(-count // 4)) for word in philox(block, key)):
+        odd = (word | 1) - (2**32 if word >= 2**31 else 0)
+        numbers.append(math.copysign(-NormalDist().inv_cdf(abs(odd) / 2**32), odd))
+    return numbers[:count]
 
 
 def permuted(seed: int, stream: int, size: int, index: int) -> int:

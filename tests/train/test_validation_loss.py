@@ -15,7 +15,7 @@ from megapix import config, load_model, rng
 from megapix.checkpoint.layout import PARTS
 from megapix.data.loader import MicroBatches
 from megapix.data.locate import locate
-from megapix.diffusion import flow
+from megapix.diffusion import noise
 from megapix.errors import InputError
 from megapix.rng import Purpose
 from megapix.train.resolve import resolve
@@ -46,7 +46,8 @@ def by_hand(run: Path, ema: bool, held_out: Path) -> list[float]:
     for position in range(20):
         batch = batches[np.array([position])]
         x = batch.images / 127.5 - 1
-        eps = flow.noise(rng.bits(0, Purpose.VALIDATION_NOISE, np.array([position])), (3, 16, 16), x.device)
+        keys = noise.keys_of(rng.bits(0, Purpose.VALIDATION_NOISE, np.array([position])))
+        eps = noise.normal(keys, (3, 16, 16), x.device, SMALL.flow.generator)
         for i in range(8):
             t = torch.tensor([(2 * i + 1) / 16])
             with torch.no_grad():

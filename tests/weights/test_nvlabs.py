@@ -395,6 +395,7 @@ def test_the_folder_says_what_it_holds(tmp_path: Path) -> None:
         assert (about["image_size"], about["classes"], about["ema"]) == (int(size), ["0", "1", "2"], True)
         assert config.from_dict(config.Config, json.loads((folder / "config.json").read_text()), "x") == config.Config(
             model=ModelConfig(4, 32, 2, 2, 8, 2, mlp="swiglu", modulation="pre", num_classes=3),
+            flow=config.FlowConfig(generator="philox"),
             data=config.DataConfig(image_size=int(size)),
             sampling=config.SamplingConfig(guidance=guidance, guidance_to=to, shift=shift),
         )
@@ -417,10 +418,14 @@ def test_the_folder_of_a_text_network_says_what_it_holds(tmp_path: Path) -> None
         assert run("import", file, "--out", folder, *options) == 0
         sampling = config.SamplingConfig("ab2", 50, 2.75, 0.0, 1.0, shift)
         about = weights.load_weights(folder).about
-        assert replace(about, source="") == About(model, sampling, size, text, (), True, "", 0)
+        assert replace(about, source="") == About(model, sampling, size, text, (), True, "", 0, generator="philox")
         written = config.from_dict(config.Config, json.loads((folder / "config.json").read_text()), "x")
         assert written == config.Config(
-            model=model, data=config.DataConfig(image_size=size), sampling=sampling, text=text
+            model=model,
+            flow=config.FlowConfig(generator="philox"),
+            data=config.DataConfig(image_size=size),
+            sampling=sampling,
+            text=text,
         )
         config.validate(replace(written, out="run", data=replace(written.data, path="shards")))
 
