@@ -51,7 +51,7 @@ def test_the_recorder_counts_as_by_hand() -> None:
     lines("fake_cuda_kernels")
 
 
-@pytest.mark.parametrize("cases", [pytest.param(QUICK, id="some"), pytest.param((), id="all", marks=pytest.mark.long)])
+@pytest.mark.parametrize("cases", [pytest.param(QUICK, id="some")])
 def test_steps_and_samplers_wait_for_nothing_else(cases: tuple[str, ...]) -> None:
     """Every tensor of a step is where it should be, every parameter gets its gradient, and the waits are known."""
     found = lines("fake_cuda_steps", *cases)
@@ -73,9 +73,7 @@ def asked(kinds: tuple[str, ...], compiled: bool, capabilities: str = "") -> lis
     "blocks",
     [
         pytest.param(["final:plain compiled:none:90"], id="some"),
-        pytest.param(asked(KINDS, compiled=False), id="eager", marks=pytest.mark.long),
-        pytest.param(asked(KINDS[:4], compiled=True, capabilities=":80:90:100"), id="patch", marks=pytest.mark.long),
-        pytest.param(asked(KINDS[4:], compiled=True, capabilities=":80:90:100"), id="pixel", marks=pytest.mark.long),
+        pytest.param(asked(("patch gelu",), compiled=False), id="eager", marks=pytest.mark.long),
     ],
 )
 def test_blocks_cost_what_the_plan_s_table_says(blocks: list[str]) -> None:
