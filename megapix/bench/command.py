@@ -28,7 +28,7 @@ from megapix.checkpoint.saver import Saver
 from megapix.conditioning.conditioner import Classes, Conditioner, StoredText, of_run
 from megapix.config import IMAGENET_IMAGES, BatchLayout, CheckpointConfig, Config
 from megapix.config.ds_config import read_knobs
-from megapix.costs.automatic import Cards, choose
+from megapix.costs.automatic import Cards
 from megapix.data import loader
 from megapix.data.batch import Batch
 from megapix.diffusion import flow
@@ -150,11 +150,8 @@ def prepare(options: StepOptions, ranks: int, cards: Cards | None = None, lacks:
             return Prepared(p.config, p.layout, p)
     read_knobs(requested.machine.ds_config, requested.machine.unproven)
     c = config.freeze(requested, IMAGENET_IMAGES)
-    if cards is None:
-        c = dataclasses.replace(c, machine=config.on_cpus(c.machine))
-        return Prepared(c, config.batch_layout(c, ranks), None)
-    chosen = choose(c, cards, not lacks)
-    return Prepared(chosen.config, chosen.layout, None)
+    c, _, layout = automatic.settled(c, config.batch_layout(c, ranks), cards, lacks)
+    return Prepared(c, layout, None)
 
 
 def batches(prepared: Prepared, world: World, device: torch.device) -> Iterator[Batch]:

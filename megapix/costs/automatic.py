@@ -1,19 +1,18 @@
 """What 'auto' stands for on a GPU: compilation, the pixel pathway's policy and the micro batch, chosen together.
 
-The choice is the most images/s that `megapix plan` predicts among those with a tenth of the card's memory free. A step
-that logs the norms of blocks runs eagerly, so it has to fit too.
+The choice is the most images/s that `megapix plan` predicts among those with a tenth of the card's memory free. Bytes
+are those of eager blocks, which keep at least as much as compiled ones: a step that logs norms of blocks runs eagerly.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from megapix.config import BatchLayout, Config, PixelPolicy, batch_layout, replace
 from megapix.config.ds_config import read_knobs
 from megapix.costs import memory, speed
 from megapix.costs.assumptions import Machine, of_card
-from megapix.costs.memory import Bytes
 from megapix.errors import InputError
 
 FREE = 0.1
@@ -36,6 +35,11 @@ class Cards:
     about: str
     """All of them in words: a resume compares it with the checkpoint's."""
 
+    @property
+    def room(self) -> float:
+        """Bytes of that card that a choice may take."""
+        return (1 - FREE) * self.memory
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -45,18 +49,28 @@ class Choice:
     layout: BatchLayout
     peak: int
     """Bytes at the most."""
-    held: int
-    """Bytes of weights, states and what the policies keep: the least that a step cannot do without."""
+    states: int
+    """Bytes of weights, optimizer states and encoders."""
+    activations: int
+    """Bytes that the policies keep."""
     images_per_s: float
+
+    @property
+    def held(self) -> int:
+        """The least that a step cannot do without."""
+        return self.states + self.activations
 
     def about(self, cards: Cards) -> str:
         """One line for the run's start."""
-        m = self.config.machine
-        return (
-            f"{'compiled' if m.compile else 'not compiled'}, pixel checkpointing {m.pixel_checkpointing}, micro batch "
-            f"{self.layout.micro} x accumulation {self.layout.accumulation}: {self.peak / GIB:.1f} GiB predicted of "
-            f"{cards.memory / GIB:.1f} GiB ({cards.about})"
-        )
+        taken = f"{self.peak / GIB:.1f} GiB predicted of {cards.memory / GIB:.1f} GiB ({cards.about})"
+        return f"{in_words(self.config, self.layout)} x accumulation {self.layout.accumulation}: {taken}"
+
+
+def in_words(c: Config, layout: BatchLayout) -> str:
+    """What is chosen, of a configuration without 'auto'."""
+    m = c.machine
+    compiled = "compiled" if m.compile else "not compiled"
+    return f"{compiled}, pixel checkpointing {m.pixel_checkpointing}, micro batch {layout.micro}"
 
 
 def is_open(c: Config) -> bool:
@@ -79,13 +93,18 @@ def choose(c: Config, cards: Cards, compiler: bool, encoders: int = 0) -> Choice
     """
     m = of_card(cards.name, cards.memory, c.precision, c.machine.peak_tflops)
     found = list(_choices(c, cards, m, compiler, encoders))
-    roomy = [x for x in found if x.peak <= (1 - FREE) * cards.memory]
-    if roomy:
-        return max(roomy, key=lambda x: x.images_per_s)
+    if best := _fastest(found, cards):
+        return best
     least = min(found, key=lambda x: (x.held, x.peak))
     if least.held > cards.memory:
-        raise _refusal(c, least, cards, m, compiler, encoders)
+        free = replace(replace(c, "machine.micro_batch", 0), "machine.pixel_checkpointing", "auto")
+        raise _refusal(least, cards, _fastest(_choices(free, cards, m, compiler, encoders), cards))
     return least
+
+
+def _fastest(found: Iterable[Choice], cards: Cards) -> Choice | None:
+    """The most images/s that fit; of equals the first."""
+    return max((x for x in found if x.peak <= cards.room), key=lambda x: x.images_per_s, default=None)
 
 
 def _choices(c: Config, cards: Cards, m: Machine, compiler: bool, encoders: int) -> Iterator[Choice]:
@@ -98,31 +117,20 @@ def _choices(c: Config, cards: Cards, m: Machine, compiler: bool, encoders: int)
         planned = replace(replace(c, "machine.compile", compiled), "machine.pixel_checkpointing", policy)
         for micro in micros:
             accumulation = images // micro
-            used = _most(planned, knobs, cards.ranks, micro, accumulation, encoders)
+            used = memory.of_rank(planned, knobs, cards.ranks, micro, accumulation)
             seconds = speed.of_step(planned, knobs, cards.ranks, cards.nodes, micro, accumulation, m)
             yield Choice(
                 replace(planned, "machine.micro_batch", micro),
                 BatchLayout(micro, accumulation, cards.ranks),
                 used.peak + encoders,
-                used.states + used.activations + encoders,
+                used.states + encoders,
+                used.activations,
                 c.optim.global_batch / seconds.total,
             )
 
 
-def _most(c: Config, knobs: dict[str, object], ranks: int, micro: int, accumulation: int, encoders: int) -> Bytes:
-    """Bytes of a rank in the step that takes the most: an eager one, if any is."""
-    eager = replace(c, "machine.compile", c.machine.compile is True and c.log.blocks_every == "never")
-    return memory.of_rank(eager, knobs, ranks, micro, accumulation)
-
-
-def _refusal(c: Config, least: Choice, cards: Cards, m: Machine, compiler: bool, encoders: int) -> InputError:
+def _refusal(least: Choice, cards: Cards, best: Choice | None) -> InputError:
     machine, micro = least.config.machine, least.layout.micro
-    knobs = read_knobs(machine.ds_config, machine.unproven)
-    used = _most(least.config, knobs, cards.ranks, micro, least.layout.accumulation, encoders)
-    states = used.states + encoders
-    free = replace(replace(c, "machine.micro_batch", 0), "machine.pixel_checkpointing", "auto")
-    fitting = [x for x in _choices(free, cards, m, compiler, encoders) if x.peak <= (1 - FREE) * cards.memory]
-    best = max(fitting, key=lambda x: x.images_per_s, default=None)
     if best:
         fits = (
             f"--machine.micro-batch {best.layout.micro} --machine.pixel-checkpointing "
@@ -132,6 +140,7 @@ def _refusal(c: Config, least: Choice, cards: Cards, m: Machine, compiler: bool,
         fits = "more ranks, --machine.patch-checkpointing full, or --machine.ds-config zero2_offload"
     return InputError(
         f"machine.micro_batch = {micro} with machine.pixel_checkpointing = {machine.pixel_checkpointing!r}: weights "
-        f"and optimizer states {states / GIB:.1f} GiB + activations {micro} x {used.activations / micro / GIB:.2f} GiB "
-        f"= {least.held / GIB:.1f} GiB, and {cards.name} has {cards.memory / GIB:.1f} GiB; expected {fits}"
+        f"and optimizer states {least.states / GIB:.1f} GiB + activations {micro} x "
+        f"{least.activations / micro / GIB:.2f} GiB = {least.held / GIB:.1f} GiB, and {cards.name} has "
+        f"{cards.memory / GIB:.1f} GiB; expected {fits}"
     )

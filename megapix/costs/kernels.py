@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megapix.config import ModelConfig, recomputed_blocks
-
-CHANNELS = 3
+from megapix.costs.flops import CHANNELS
 
 
 @dataclass(frozen=True)
@@ -38,16 +37,6 @@ class Moved:
 
     def __add__(self, other: Moved) -> Moved:
         return Moved(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
-
-
-@dataclass(frozen=True)
-class Kept:
-    """Bytes that one image holds between forward and backward in blocks that are compiled."""
-
-    patch: float
-    """The patch blocks': their outputs, and what backward needs of the rest."""
-    pixel: float
-    """The same of the PiT blocks and the output layer."""
 
 
 def moved(
@@ -85,20 +74,6 @@ def moved(
     return Moved(
         total.elementwise * wider, total.sums * wider, total.narrow * wider, total.launches, total.matmuls, total.small
     )
-
-
-def kept(
-    model: ModelConfig, size: int, tokens: int, kernels: str, pixel_policy: str, patch_policy: str | int, width: int
-) -> Kept:
-    """What the blocks keep when they are compiled; arguments as of `moved`.
-
-    A block's input is the output of the one before; what lies before, between and after the blocks is not in it.
-    """
-    numbers, held = _numbers(model, size, tokens), {"pixels": 0.0, "tokens": 0.0}
-    for times, kind, policy in _blocks(model, pixel_policy, patch_policy):
-        unit = "pixels" if kind.startswith(("pit", "final")) else "tokens"
-        held[unit] += times * _row(kind, True, kernels, policy)["kept"] * numbers[unit] * width / 2
-    return Kept(patch=held["tokens"], pixel=held["pixels"])
 
 
 def _blocks(model: ModelConfig, pixel_policy: str, patch_policy: str | int) -> list[tuple[int, str, str]]:

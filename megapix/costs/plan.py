@@ -75,14 +75,14 @@ def _automatic(c: Config, o: PlanOptions, m: Machine) -> str:
 
 def _ways(best: Candidate, m: Machine) -> list[tuple[str, int, Seconds]]:
     """The recommended step, run in each way that there is."""
-    knobs, micro = read_knobs(best.config.machine.ds_config, best.config.machine.unproven), best.config.machine
-    found = []
+    machine, found = best.config.machine, []
+    knobs = read_knobs(machine.ds_config, machine.unproven)
     for name, compiled, fused in WAYS:
         c = replace(replace(best.config, "machine.compile", compiled), "machine.pixel_kernels", fused)
-        if fused == "triton" and micro.pixel_checkpointing == "chunked":
+        if fused == "triton" and machine.pixel_checkpointing == "chunked":
             continue  # the fused kernels take all patches at once
         launches = best.accumulation * speed.moved(c).launches
-        step = speed.of_step(c, knobs, best.ranks, best.nodes, micro.micro_batch, best.accumulation, m)
+        step = speed.of_step(c, knobs, best.ranks, best.nodes, machine.micro_batch, best.accumulation, m)
         found.append((name, launches, step))
     return found
 

@@ -149,9 +149,7 @@ def memory(config: Config, cards: Cards, compiler: bool) -> Verdict:
     Frozen encoders beside the engine are not counted here; the run counts them.
     """
     choice = automatic.choose(config, cards, compiler)
-    return Verdict(
-        "memory", "ok" if choice.peak <= (1 - automatic.FREE) * cards.memory else "warn", choice.about(cards)
-    )
+    return Verdict("memory", "ok" if choice.peak <= cards.room else "warn", choice.about(cards))
 
 
 def _own_gpu(world: World) -> bool:

@@ -85,12 +85,13 @@ def apply(network: PixelDiT, machine: MachineConfig, varied: bool = False) -> No
 
 
 def _compile_parts(network: PixelDiT, kinds: Kinds, left_out: list[str]) -> None:
-    text = isinstance(network, TextPixelDiT)
+    part_sizes = PART_SIZES
     if isinstance(network, TextPixelDiT):
         network.few_lengths = True
-    for name, sizes in PART_SIZES.items():
+        part_sizes = PART_SIZES | {"embed": TEXT_SIZES}
+    for name, sizes in part_sizes.items():
         if name not in left_out and hasattr(network, name):
-            kind = kinds.of(name, getattr(type(network), name), TEXT_SIZES if text and name == "embed" else sizes)
+            kind = kinds.of(name, getattr(type(network), name), sizes)
             setattr(network, name, Compiled(kind, network))
 
 

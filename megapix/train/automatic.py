@@ -10,7 +10,7 @@ import torch
 
 from megapix import config
 from megapix.checkpoint.find import Saved
-from megapix.config import Config, batch_layout, get
+from megapix.config import BatchLayout, Config, batch_layout, get
 from megapix.costs import automatic
 from megapix.costs.automatic import GIB, Cards
 from megapix.dist import World, gather
@@ -44,33 +44,42 @@ def lacking(world: World, cards: Cards | None) -> str:
 def settle(resolved: ResolvedRun, cards: Cards | None, lacks: str) -> tuple[ResolvedRun, list[str]]:
     """The run without 'auto', and lines about that for its start; a pure function of its arguments.
 
+    Raises:
+        InputError: as `settled`.
+    """
+    c, lines, layout = settled(
+        resolved.config, resolved.layout, cards, lacks, resolved.saved, _encoders(resolved) if cards else 0
+    )
+    about = cards.about if cards else CPUS
+    return replace(resolved, config=c, layout=layout, cards=about), lines
+
+
+def settled(
+    c: Config, layout: BatchLayout, cards: Cards | None, lacks: str, saved: Saved | None = None, encoders: int = 0
+) -> tuple[Config, list[str], BatchLayout]:
+    """A configuration without 'auto', lines about that, and its layout in place of the one that was asked for.
+
     Args:
         cards: the run's GPUs; None on CPUs.
         lacks: what compilation lacks; 'auto' does without it then.
+        saved: the checkpoint that the run resumes from.
+        encoders: bytes of frozen encoders on each GPU.
 
     Raises:
         InputError: the micro batch, or what fits at all, exceeds the smallest GPU.
     """
-    c, saved = resolved.config, resolved.saved
-    about = cards.about if cards else CPUS
     if cards is None:
-        c = replace(c, machine=config.on_cpus(c.machine))
-        return replace(resolved, config=c, cards=about), _moved(saved, about)
+        return replace(c, machine=config.on_cpus(c.machine)), _moved(saved, CPUS), layout
     if (kept := _kept(c, saved, cards)) is not None:
         layout = batch_layout(kept, cards.ranks)
-        m = kept.machine
-        said = (
-            f"as in the checkpoint: {'compiled' if m.compile else 'not compiled'}, pixel checkpointing "
-            f"{m.pixel_checkpointing}, micro batch {layout.micro}"
-        )
-        return replace(resolved, config=kept, layout=layout, cards=about), [said] if automatic.is_open(c) else []
-    choice = automatic.choose(c, cards, not lacks, _encoders(resolved))
-    lines = _moved(saved, about)
+        said = f"as in the checkpoint: {automatic.in_words(kept, layout)}"
+        return kept, [said] if automatic.is_open(c) else [], layout
+    choice, lines = automatic.choose(c, cards, not lacks, encoders), _moved(saved, cards.about)
     if lacks and c.machine.compile == "auto":
         lines.append(f"not compiled: {lacks}")
     if automatic.is_open(c):
         lines.append(f"chosen for these GPUs: {choice.about(cards)}")
-    return replace(resolved, config=choice.config, layout=choice.layout, cards=about), lines
+    return choice.config, lines, choice.layout
 
 
 def _missing(cards: Cards | None) -> str:
