@@ -51,7 +51,7 @@ def test_the_recorder_counts_as_by_hand() -> None:
     lines("fake_cuda_kernels")
 
 
-@pytest.mark.parametrize("cases", [pytest.param(QUICK, id="some")])
+@pytest.mark.parametrize("cases", [pytest.param(QUICK, id="some"), pytest.param((), id="all", marks=pytest.mark.long)])
 def test_steps_and_samplers_wait_for_nothing_else(cases: tuple[str, ...]) -> None:
     """Every tensor of a step is where it should be, every parameter gets its gradient, and the waits are known."""
     found = lines("fake_cuda_steps", *cases)
