@@ -54,7 +54,8 @@ quickstart-t2i: $(VENV)/.installed-t2i
 	@echo "your words   $(BIN)/megapix sample $(T2I) --prompts FILE --encoder $(MINILM)"
 	@echo "stages, GenEval, a megapixel: docs/text.md"
 
-test test-long: export PATH := $(PATH):/usr/sbin # where Debian has sshd and nginx, which some tests use
+# Where Debian has sshd and nginx, which some tests use. (A comment behind it would leave a space at the end of PATH.)
+test test-long: export PATH := $(PATH):/usr/sbin
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest $(PARALLEL)
