@@ -72,7 +72,7 @@ def asked(kinds: tuple[str, ...], compiled: bool, capabilities: str = "") -> lis
 @pytest.mark.parametrize(
     "blocks",
     [
-        pytest.param(["final:plain compiled:none:90"], id="some"),
+        pytest.param(["final:plain compiled:none:90"], id="some", marks=pytest.mark.long),
         pytest.param(asked(("patch gelu",), compiled=False), id="eager", marks=pytest.mark.long),
     ],
 )

@@ -107,11 +107,11 @@ PARTS = {"embed", "pixel_condition", "pixel_tokens"}
 @pytest.mark.parametrize(
     ("name", "pixel", "patch", "blocks"),
     [
-        ("text", "none", "none", {"MMDiTBlock", "MMDiTBlock, the last", "PiTBlock", "output"}),
+        ("classes", "none", "none", {"PatchBlock", "PiTBlock", "output"}),
         *(
             pytest.param(*case, marks=pytest.mark.long)
             for case in (
-                ("classes", "none", "none", {"PatchBlock", "PiTBlock", "output"}),
+                ("text", "none", "none", {"MMDiTBlock", "MMDiTBlock, the last", "PiTBlock", "output"}),
                 ("buckets", "none", "none", {"PatchBlock", "PiTBlock", "output"}),
                 ("text", "full", 2, {"MMDiTBlock", "MMDiTBlock, the last, full", "PiTBlock, full", "output"}),
                 ("buckets", "selective", "full", {"PatchBlock, full", "PiTBlock, selective", "output"}),
@@ -138,6 +138,7 @@ def test_three_graphs_of_each_kind_are_enough_for_all_sizes(
     assert all(1 <= count <= MOST_GRAPHS for count in graphs(kinds).values()), graphs(kinds)
 
 
+@pytest.mark.long
 def test_repas_projector_is_compiled_too(kinds: list[Kind]) -> None:
     net, alignment = network(CLASSES, 2, alignment=Alignment(1, 5)), Alignment(1, 5)
     plain = network(CLASSES, compiled=False, alignment=alignment)
