@@ -16,7 +16,7 @@ EMBED   = --encoder $(MINILM) --max-tokens 32 --scale 1 --dtype fp32
 # A file's tests stay together, with what they share.
 PARALLEL = --numprocesses 2 --dist loadfile
 
-.PHONY: quickstart quickstart-t2i test test-long gpu-checks checks clean
+.PHONY: quickstart quickstart-t2i test test-long gpu-checks checks image clean
 .DELETE_ON_ERROR:
 
 quickstart: $(VENV)/.installed
@@ -73,6 +73,11 @@ checks: $(VENV)/.installed-dev
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/test_layout.py tests/promises/test_docs.py
 	$(BIN)/shellcheck launch.sh .ci/run
+
+# With podman or docker, whichever there is.
+image:
+	@builder=$$(command -v podman || command -v docker) || { echo "make image: error: neither podman nor docker" >&2; exit 2; }; \
+	"$$builder" build --file Containerfile --tag $(or $(IMAGE),megapix) .
 
 # The stamp is newer than the files it was made from, so a changed pin installs again.
 $(VENV)/.installed: pyproject.toml constraints.txt

@@ -61,13 +61,16 @@ class Collectives(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "c10d":
-            name = func._schema.name.split("::")[1]
-            tensors = [x for x in tree_leaves(args[:1]) if isinstance(x, torch.Tensor)]  # the first is the output
-            if name not in RING:
-                raise RuntimeError(f"collective {name}: this program doesn't know what it sends")
-            self.sent.calls[name, tensors[0].dtype] += 1
-            self.sent.numbers[name, tensors[0].dtype] += sum(x.numel() for x in tensors)
+            self.note(func._schema.name.split("::")[1], args)
         return func(*args, **(kwargs or {}))
+
+    def note(self, name: str, args: Any) -> None:
+        """Note one collective that is about to be called with `args`."""
+        tensors = [x for x in tree_leaves(args[:1]) if isinstance(x, torch.Tensor)]  # the first is the output
+        if name not in RING:
+            raise RuntimeError(f"collective {name}: this program doesn't know what it sends")
+        self.sent.calls[name, tensors[0].dtype] += 1
+        self.sent.numbers[name, tensors[0].dtype] += sum(x.numel() for x in tensors)
 
 
 def step(e: Any, c: Config, accumulation: int, micro: int) -> None:

@@ -145,10 +145,40 @@ def kinds() -> dict[str, tuple[str, ModelConfig]]:
     }
 
 
+def sizes_of(model: ModelConfig) -> tuple[int, int, int]:
+    """Images, their side and the tokens of a caption with which the table is counted."""
+    return (8, 512, 300) if model.text_width else (32, 256, 0)
+
+
 def row(found: Count, unit: int, way: str) -> dict[str, Any]:
     """A row of the table: passes by COLUMNS, bytes per number of the stream; kept bytes likewise, if compiled."""
     passes: dict[str, Any] = {"forward": _per(found.forward, unit), "backward": _per(found.backward, unit)}
     return passes | ({"kept": round(found.kept / unit, 4)} if way.endswith("compiled") else {})
+
+
+def in_two_streams(model: ModelConfig, batch: int, size: int, way: str, policy: str) -> dict[str, Any]:
+    """A row of a PiT block: what is left per pixel number, and `compact`, per number of its attention's tokens.
+
+    It is counted twice, the second time with twice the attention's width.
+    """
+    width, heads = model.attention_width, model.attention_heads
+    wider = dataclasses.replace(model, pixel_attention_width=2 * width, pixel_heads=2 * heads)
+    (once, unit), (more, _) = (one("pit", each, batch, size, 0, way, policy) for each in (model, wider))
+    small, large = row(once, 1, way), row(more, 1, way)
+    numbers = batch * (size // model.patch_size) ** 2 * width
+    compact: dict[str, Any] = {
+        part: [0, 0, 0] + [round((b - a) / numbers, 4) for a, b in zip(small[part][3:], large[part][3:], strict=True)]
+        for part in ("forward", "backward")
+    }
+    found: dict[str, Any] = {
+        part: small[part][:3]
+        + [round((a - b * numbers) / unit, 4) for a, b in zip(small[part][3:], compact[part][3:], strict=True)]
+        for part in ("forward", "backward")
+    }
+    if "kept" in small:
+        compact["kept"] = round((large["kept"] - small["kept"]) / numbers, 4)
+        found["kept"] = round((small["kept"] - compact["kept"] * numbers) / unit, 4)
+    return found | {"compact": compact}
 
 
 def _per(tally: Tally, unit: int) -> list[float]:
@@ -160,12 +190,15 @@ def table() -> dict[str, Any]:
     """The whole of kernels.json."""
     blocks: dict[str, Any] = {}
     for name, (kind, model) in kinds().items():
-        batch, size, tokens = (8, 512, 300) if model.text_width else (32, 256, 0)
+        batch, size, tokens = sizes_of(model)
         ways = WAYS if kind == "pit" else WAYS[:2]
         policies = PIXEL_POLICIES if kind in ("pit", "final") else PATCH_POLICIES
         for way in ways:
             for policy in policies:
-                made = row(*one(kind, model, batch, size, tokens, way, policy), way)
+                if kind == "pit":
+                    made = in_two_streams(model, batch, size, way, policy)
+                else:
+                    made = row(*one(kind, model, batch, size, tokens, way, policy), way)
                 blocks.setdefault(name, {}).setdefault(way, {})[policy] = made
                 print(name, way, policy, made, file=sys.stderr, flush=True)
     return {

@@ -27,8 +27,8 @@ from data_prep.options import (
     Verify,
     Write,
 )
-from megapix import __version__
-from megapix.errors import InputError
+from megapix import __version__, outage
+from megapix.errors import InputError, StorageError
 
 if TYPE_CHECKING:
     from megapix.shards.image_policy import Policy
@@ -60,6 +60,9 @@ def main(argv: list[str] | None = None) -> int:
     except InputError as error:
         print(f"data_prep: error: {error}", file=sys.stderr)
         return 2
+    except StorageError as error:
+        print(f"data_prep: error: {error}", file=sys.stderr)
+        return error.exit_code
     except OSError as error:
         print(f"data_prep: error: {str(error.filename or '')!r}: {error.strerror or error}", file=sys.stderr)
         return 2
@@ -147,9 +150,15 @@ def _policy(command: ImageOptions) -> Policy:
 def _access(command: RemoteOptions) -> Access:
     from megapix.shards.storage import Access
 
-    if not 0 < command.timeout < float("inf") or command.retries < 0:
-        raise InputError(f"--timeout = {command.timeout}, --retries = {command.retries}: expected above 0, 0 or more")
-    return Access(command.timeout, command.retries)
+    endless = float("inf")
+    if not 0 < command.timeout < endless or not 0 <= command.outage_minutes < endless:
+        raise InputError(
+            f"--timeout = {command.timeout}, --outage-minutes = {command.outage_minutes}: expected above 0, 0 or more"
+        )
+    if command.retries is not None:
+        print("data_prep: warning: --retries has no effect any more: --outage-minutes takes its place", file=sys.stderr)
+    outage.wait_at_most(command.outage_minutes)
+    return Access(command.timeout, command.outage_minutes)
 
 
 def _size(size: int) -> str:

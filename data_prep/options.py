@@ -58,8 +58,10 @@ class RemoteOptions:
 
     timeout: float = 30.0
     """Seconds without a byte after which a remote request is given up and tried again."""
-    retries: int = 5
-    """Further tries after a remote request that failed."""
+    outage_minutes: float = 10.0
+    """Minutes for which shards that cannot be read now are waited for."""
+    retries: int | None = None
+    """Has no effect any more: outage-minutes takes its place."""
 
 
 @dataclass(frozen=True, kw_only=True)

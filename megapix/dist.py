@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import atexit
 import os
+import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar, cast
 
-from megapix.errors import InputError
+from megapix.errors import InputError, StorageError
 
 if TYPE_CHECKING:
     import torch
@@ -20,6 +22,8 @@ T = TypeVar("T")
 DEFAULTS = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
 """The environment of a launcher, and what holds without one."""
 
+STOPS = (signal.SIGTERM, signal.SIGUSR1)
+"""Signals that ask a run to stop (`resilience/stopping.py`)."""
 STORE_PATIENCE = timedelta(seconds=5)
 """How long a rank that ends waits for the store that all ranks have met at."""
 
@@ -58,6 +62,26 @@ def _print(line: str, file: TextIO) -> None:
 class CollectiveInputError(InputError):
     """An InputError that every rank has raised, so that all can leave in order."""
 
+    collective = True
+
+
+class CollectiveStorageError(StorageError):
+    """A StorageError that every rank has raised, so that all can leave in order."""
+
+    collective = True
+
+
+@contextmanager
+def stops_held_back() -> Iterator[None]:
+    """Keep the signals that ask a run to stop from what this thread does, and from the processes that it starts. They
+    come afterwards. A launcher sends them to every process of a job, and a compiler would end in the midst of its work.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
 
 def from_environment() -> World:
     """Read RANK, WORLD_SIZE and LOCAL_RANK as `deepspeed` and `torchrun` set them.
@@ -72,7 +96,7 @@ def from_environment() -> World:
     return World(int(values["RANK"]), int(values["WORLD_SIZE"]), int(values["LOCAL_RANK"]))
 
 
-def agree(world: World, problem: str | None = None, group: Any = None) -> None:
+def agree(world: World, problem: str | InputError | StorageError | None = None, group: Any = None) -> None:
     """Sync all ranks; if any reports a problem, raise the same error on every one, so that none hangs.
 
     Args:
@@ -80,30 +104,30 @@ def agree(world: World, problem: str | None = None, group: Any = None) -> None:
 
     Raises:
         CollectiveInputError: the first problem, with the rank and host that reported it unless all have the same.
+        CollectiveStorageError: the same, if that is a StorageError.
     """
-    if world.size == 1:
-        if problem:
-            raise CollectiveInputError(problem)
-        return
-    problems = gather(world, (problem, socket.gethostname()), group)
-    bad = [(rank, host, text) for rank, (text, host) in enumerate(problems) if text]
+    mine = (None if problem is None else str(problem), isinstance(problem, StorageError), socket.gethostname())
+    problems = gather(world, mine, group)
+    bad = [(rank, host, text, storage) for rank, (text, storage, host) in enumerate(problems) if text]
     if bad:
-        rank, host, text = bad[0]
-        everyone = len(bad) == world.size and len({text for _, _, text in bad}) == 1
-        raise CollectiveInputError(text if everyone else f"rank {rank} on {host}: {text}")
+        rank, host, text, storage = bad[0]
+        everyone = len(bad) == world.size and len({text for _, _, text, _ in bad}) == 1
+        kind = CollectiveStorageError if storage else CollectiveInputError
+        raise kind(text if everyone else f"rank {rank} on {host}: {text}")
 
 
 def on_all_ranks(world: World, work: Callable[[], T], group: Any = None) -> T:
     """Run `work` on every rank and return its value.
 
     Raises:
-        CollectiveInputError: on every rank, if `work` raised InputError on any.
+        CollectiveInputError: on every rank, if `work` raised InputError on any; StorageError, CollectiveStorageError.
     """
-    value, problem = None, None
+    value: T | None = None
+    problem: InputError | StorageError | None = None
     try:
         value = work()
-    except InputError as error:
-        problem = str(error)
+    except (InputError, StorageError) as error:
+        problem = error
     agree(world, problem, group)
     return cast(T, value)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 
 class InputError(Exception):
     """Bad input: a file, option or value that the user can put right.
@@ -10,12 +12,29 @@ class InputError(Exception):
     The command line prints it without a traceback and exits with code 2.
     """
 
+    exit_code: ClassVar[int] = 2
+
 
 class RunError(Exception):
     """A run that cannot continue though its input was right: it diverged, or a checkpoint could not be written.
 
     Raised on every rank. The command line prints it without a traceback and exits with code 1.
     """
+
+    exit_code: ClassVar[int] = 1
+    collective: ClassVar[bool] = True
+    """Whether every rank raises it, so that all can leave in order; what has no such attribute may be of one rank."""
+
+
+class StorageError(RunError):
+    """Storage that cannot be read or written now, for longer than it is waited for, or that is full; on this rank, and
+    perhaps on this one alone. It says nothing about what lies there.
+
+    The command line prints it without a traceback and exits with code 74: the same command resumes.
+    """
+
+    exit_code: ClassVar[int] = 74
+    collective: ClassVar[bool] = False
 
 
 class OutOfMemory(RunError):
@@ -24,9 +43,26 @@ class OutOfMemory(RunError):
     The first rank to tell prints it, and each ends with code 1 by itself (`resilience/out_of_memory.py`).
     """
 
+    collective = False
+
+
+class Reported(Exception):
+    """The end of a rank because of an error, its own or another rank's, that the log has and all ranks know of.
+
+    Nothing more is to be said, and no collective may follow: the process ends with `code`.
+    """
+
+    def __init__(self, code: int) -> None:
+        super().__init__(f"code {code}")
+        self.code = code
+
 
 class RankLost(RunError):
-    """Another rank has ended. Each remaining rank prints its message; the command line exits with 69."""
+    """Another rank has ended, or this rank's data workers are killed again and again. Each rank that is left prints its
+    message; the command line exits with 69, after which the same command resumes."""
+
+    exit_code = 69
+    collective = False
 
 
 def one_of(name: str, names: list[str] | tuple[str, ...]) -> str:

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from megapix.errors import InputError
+from megapix.outage import persist
 
 
 @contextmanager
@@ -58,13 +60,70 @@ def check_writable(option: str, path: Path) -> None:
         raise InputError(f"{option} {str(path)!r}: nothing can be written there: {error.strerror}") from error
 
 
+def size_of(path: Path, minutes: float | None = None) -> int | None:
+    """Bytes of a file; None if no file is there. `read_bytes` has the errors and `minutes`."""
+    found = _stat(path, minutes)
+    return found.st_size if found and stat.S_ISREG(found.st_mode) else None
+
+
+def is_there(path: Path, minutes: float | None = None) -> bool:
+    """Whether a path names anything. `read_bytes` has the errors and `minutes`."""
+    return _stat(path, minutes) is not None
+
+
+def _stat(path: Path, minutes: float | None) -> os.stat_result | None:
+    try:
+        return persist(path, lambda: os.stat(path), minutes=minutes)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def names_in(folder: Path, minutes: float | None = None) -> list[str]:
+    """Names in a folder, in order; none if there is no such folder. `read_bytes` has the errors and `minutes`.
+
+    pathlib's `glob` takes a folder that cannot be read now for an empty one.
+    """
+    try:
+        return sorted(persist(folder, lambda: os.listdir(folder), minutes=minutes))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def read_bytes(path: Path, minutes: float | None = None) -> bytes:
+    """A whole file, read again if an error passes (`outage.py`).
+
+    Args:
+        minutes: as long as that, in place of the process's own patience.
+
+    Raises:
+        StorageError: it cannot be read now.
+        OSError: it is not there, or may not be read.
+    """
+    return persist(path, path.read_bytes, minutes=minutes)
+
+
+def read_range(path: Path, start: int, size: int) -> bytes:
+    """`size` bytes of a file from `start` on, or fewer where it ends; `read_bytes` has the errors."""
+
+    def once() -> bytes:
+        with open(path, "rb") as file:
+            file.seek(start)
+            return file.read(size)
+
+    return persist(path, once)
+
+
 def sha256_of(path: Path) -> str:
-    """SHA-256 of a file, read in blocks."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+    """SHA-256 of a file, read in blocks; `read_bytes` has the errors."""
+
+    def once() -> str:
+        digest = hashlib.sha256()
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+        return digest.hexdigest()
+
+    return persist(path, once)
 
 
 def sync_folder(folder: Path) -> None:

@@ -10,26 +10,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-from data_prep.sources.image_folder import ImageFolder
-from data_prep.writing.plan import Options
-from data_prep.writing.write import write
-from megapix.shards.image_policy import Policy
-from tests.support import programs
+from tests.support import made_shards, programs
 
 if TYPE_CHECKING:
     from tests.support.trained import Subject
 
-OPTIONS = Options(Policy.make("crop", 16), samples_per_shard=16)
-"""Those of the `shards` fixture."""
 # Preparation's and the loader's workers share one server process in a test run: what the loader needs is loaded there.
 multiprocessing.get_context("forkserver").set_forkserver_preload(["megapix.data.loader"])
 torch.set_num_threads(1)  # the tests' matrices are small, and several processes share the cores
-CLASSES = ("blue", "green", "red")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -58,16 +49,7 @@ def _environment() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """40 PNG images of 16 pixels in three class folders: a gradient of the class's colour, with noise."""
-    root = tmp_path_factory.mktemp("images")
-    generator = np.random.default_rng(0)
-    for number in range(40):
-        label = number % 3
-        image = generator.integers(0, 60, (16, 16, 3))
-        image[..., 2 - label] += np.linspace(0, 190, 16).astype(int)[None, :]
-        folder = root / CLASSES[label] / ("deep" if number % 2 else ".")
-        folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image.astype(np.uint8)).save(folder / f"{number:02d}.png")
-    return root
+    return made_shards.draw(tmp_path_factory.mktemp("images"))
 
 
 @pytest.fixture(scope="session")
@@ -98,9 +80,7 @@ def subject(request: pytest.FixtureRequest) -> Subject:
 @pytest.fixture(scope="session")
 def shards(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Those images as three shards."""
-    out = tmp_path_factory.mktemp("shards") / "small"
-    write(ImageFolder.open(image_folder), out, OPTIONS, workers=1, progress=False)
-    return out
+    return made_shards.pack(image_folder, tmp_path_factory.mktemp("shards") / "small")
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from benchmarks import house
 
 ROOT = Path(__file__).resolve().parent.parent
 
-EVERYBODYS = ("errors", "rng", "files", "dist", "config")
+EVERYBODYS = ("errors", "rng", "files", "dist", "outage", "config")
 """What every package of megapix may import."""
 TRAIN = (
     "shards encoders data model diffusion conditioning engine checkpoint weights costs resilience monitoring evaluation"
@@ -24,8 +24,9 @@ TRAIN = (
 ALLOWED = {
     "errors": "",
     "rng": "",
-    "files": "errors",
+    "files": "errors outage",
     "dist": "errors",
+    "outage": "errors dist",
     "config": "errors rng files dist",
     "shards": "",
     "encoders": "shards",
@@ -43,11 +44,12 @@ ALLOWED = {
     "train": TRAIN,
     "sample": "conditioning diffusion weights",
     "parity": "engine model diffusion",
+    "launch": "",
     "doctor": f"train {TRAIN}".replace(" evaluation", ""),
     "bench": f"train {TRAIN}".replace(" evaluation", ""),
-    "cli": f"train {TRAIN} sample parity doctor bench",
+    "cli": f"train {TRAIN} sample parity launch doctor bench",
     "__main__": "cli",
-    "data_prep": "errors files shards encoders",
+    "data_prep": "errors files outage shards encoders",
 }
 """Room (a package or module of megapix, or data_prep) -> what it may import of megapix, besides EVERYBODYS and itself.
 
@@ -57,11 +59,12 @@ ONE_DOOR = {"deepspeed": "engine", "transformers": "encoders", "huggingface_hub"
 """Library -> the one package that imports it."""
 MOST_MODULES = {"data_prep/sources": 16}
 """Modules that a package may have besides its __init__; 12 where nothing is said."""
-WITHOUT_TORCH = ("config", "shards", "costs", "cli.parse")
+WITHOUT_TORCH = ("config", "shards", "costs", "launch", "cli.parse")
 NEEDS_TORCH = "shards.statistics"
 HELP = [
     "megapix --help",
     "megapix --version",
+    "megapix launch --help",
     "megapix train tiny --help",
     "megapix doctor tiny --help",
     "megapix plan tiny --help",

@@ -30,6 +30,8 @@ STREAMS = ("images", "noise", "pixels", "patches", "text", "tokens", "small")
 """What a kernel works on: [B, 3, H, W], a part of that, [N, P, d], [B, L, D], [B, T, …], the last two, or little."""
 PARTS = {"embed": "tokens", "pixel_condition": "patches", "pixel_tokens": "pixels"}
 """Methods of a network that are compiled by themselves, beside its blocks -> the stream that they work on."""
+OBJECTIVE = {"words": "noise", "noised": "images", "squared_error": "images"}
+"""The same of the objective."""
 
 
 class _Nothing(torch.autograd.Function):
@@ -89,12 +91,14 @@ def _unwatched(run: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def step(network: Any, batch: int, size: tuple[int, int], tokens: int, config: FlowConfig) -> Any:
+def step(
+    network: Any, batch: int, size: tuple[int, int], tokens: int, config: FlowConfig, objective: flow.Objective
+) -> Any:
     """The loss of a micro batch of images that already lie on the device."""
     images = torch.empty(batch, 3, *size, dtype=torch.uint8, device=DEVICE)
     drawn = flow.Draws(torch.empty(batch), torch.empty(batch, dtype=torch.bool), torch.empty(batch, dtype=torch.long))
     condition = told(network.config, batch, tokens)
-    loss, _ = flow.training_loss(network, images, condition, np.arange(batch), 0, config, drawn)
+    loss, _ = flow.training_loss(network, images, condition, np.arange(batch), 0, config, drawn, objective)
     return loss.mean()
 
 
@@ -115,10 +119,12 @@ def between(
     """Stream -> forward and backward of a step without its blocks."""
     network = on_device(lambda: networks.build(model))
     stand_in(network)  # type: ignore[arg-type]
-    graphs: dict[str, list[inductor.Graph]] = {part: [] for part in PARTS if compiled}
+    objective, streams = flow.Objective(), PARTS | OBJECTIVE
+    graphs: dict[str, list[inductor.Graph]] = {part: [] for part in streams if compiled}
     for part, found in graphs.items():
-        setattr(network, part, _unwatched(inductor.compiled(getattr(network, part), found)))
-    how = network, batch, size, tokens, FlowConfig(generator="philox")  # as every preset
+        owner = objective if part in OBJECTIVE else network
+        setattr(owner, part, _unwatched(inductor.compiled(getattr(owner, part), found)))
+    how = network, batch, size, tokens, FlowConfig(generator="philox"), objective  # as every preset
     first, second = Recorder(), Recorder()
     with first:
         loss = step(*how)
@@ -137,9 +143,9 @@ def between(
         eager = [[kernel for kernel in one.kernels if _stream(kernel, numbers) == stream] for one in (first, second)]
         passes[stream] = tally.of_kernels(eager[0]), tally.of_kernels(eager[1])
     for part, found in graphs.items():
-        forward, backward = passes[PARTS[part]]
+        forward, backward = passes[streams[part]]
         own = [tally.of_graph(graph) for graph in found]
-        passes[PARTS[part]] = forward + own[0], sum(own[1:], backward)
+        passes[streams[part]] = forward + own[0], sum(own[1:], backward)
     return passes
 
 

@@ -34,6 +34,7 @@ from torch._inductor.graph import GraphLowering
 from triton.backends.compiler import GPUTarget
 
 from benchmarks.fake_cuda.recorder import Kernel, Recorder
+from megapix.engine.compiled import READS
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,7 @@ def pretend(capability: int = 90) -> None:
     torch._functorch.config.force_non_lazy_backward_lowering = True  # as `engine/compiled.py`
     settings.profile_bandwidth, settings.compile_threads = True, 1  # Inductor's own count of bytes stands in the source
     settings.fx_graph_cache = settings.shape_padding = False
+    settings.realize_reads_threshold = READS
     triton.runtime.driver.set_active(_driver(capability))
     for module in (torch.utils._triton, torch._inductor.codecache):
         for name, answer in (("triton_hash_with_backend", "none"), ("triton_backend", None)):

@@ -202,7 +202,7 @@ def save(timed: TrainingStep, c: Config, folder: Path, world: World) -> Saves:
     state = State(Counters(), c, "", (), layout, engine.adam_steps)
     run = Path(gather(world, tempfile.mkdtemp(dir=folder) if world.main else "")[0])
     try:
-        with closing(Saver(run, CheckpointConfig(keep=1), world)) as saver:
+        with closing(Saver(run, CheckpointConfig(keep=1, max_failed=1), world)) as saver:
             for number in range(1, SAVES + 2):
                 start, waited = time.perf_counter(), saver.stall
                 counters = Counters(number, number)

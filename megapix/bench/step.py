@@ -16,6 +16,7 @@ from megapix.engine import zero2
 from megapix.engine.network import build_network
 from megapix.errors import RunError
 from megapix.resilience import agreement
+from megapix.train.run import objective_of
 
 PARTS = {
     "data_wait": "waiting for data, copying it to the device",
@@ -57,6 +58,7 @@ class TrainingStep:
         self.layout, self.engine = layout, zero2.build(config, layout, network)
         self._config, self._batches, self._conditioner = config, batches, conditioner
         self._world, self._device = world, device
+        self._objective = objective_of(config, device, varied=False)
         self._watch = Stopwatch(device)
         zero = self.engine.deepspeed.optimizer
         for owner, method, part in (
@@ -85,7 +87,7 @@ class TrainingStep:
                     images = batch.images.to(self._device, non_blocking=True)
                     condition = self._conditioner.of(batch)
                 with watch.part("objective"):
-                    drawn = batch.positions, c.seed, c.flow, flow.Draws(*batch.draws)
+                    drawn = batch.positions, c.seed, c.flow, flow.Draws(*batch.draws), self._objective
                     loss, _ = flow.training_loss(engine, images, condition, *drawn)
                     loss = loss.mean()
                 engine.backward(loss)

@@ -10,7 +10,7 @@ from megapix.checkpoint.folder import LATEST_NAME, checkpoints_of, complete, lat
 from megapix.checkpoint.manifest import STATE_NAME, State, read_state
 from megapix.dist import CollectiveInputError, World, agree, gather, on_all_ranks, warn
 from megapix.errors import InputError
-from megapix.files import sha256_of
+from megapix.files import sha256_of, size_of
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,10 @@ def choose(run: Path, resume: str, world: World, hashed: bool = True) -> Choice:
 
     Raises:
         CollectiveInputError: no checkpoint is whole, or what 'require' forbids; with the reasons.
+        CollectiveStorageError: one cannot be read now: no older one takes its place.
     """
-    named, parent = latest(run), checkpoints_of(run)
-    folders = [*([named] if named else []), *(p for p in reversed(complete(run)) if p != named)]
-    choice = first_whole(folders, world, hashed)
+    parent = checkpoints_of(run)
+    choice = first_whole(on_all_ranks(world, lambda: _in_order(run) if world.main else []), world, hashed)
     if choice.refused and resume == "require":
         agree(world, f"resume = 'require', but the newest checkpoint is not whole: {choice.refused[0]}")
     if choice.saved is None and choice.refused:
@@ -54,6 +54,12 @@ def choose(run: Path, resume: str, world: World, hashed: bool = True) -> Choice:
     if choice.saved is None and resume == "require":
         agree(world, f"resume = 'require', but {parent} holds no checkpoint")
     return choice
+
+
+def _in_order(run: Path) -> list[Path]:
+    """The checkpoint that `latest` names, and the others from the newest on."""
+    named = latest(run)
+    return [*([named] if named else []), *(p for p in reversed(complete(run)) if p != named)]
 
 
 def first_whole(folders: list[Path], world: World, hashed: bool = True) -> Choice:
@@ -68,7 +74,7 @@ def first_whole(folders: list[Path], world: World, hashed: bool = True) -> Choic
 
 
 def _whole(folder: Path, world: World, hashed: bool) -> Saved:
-    if not (folder / STATE_NAME).is_file():
+    if size_of(folder / STATE_NAME) is None:
         raise InputError(f"{folder.parent / LATEST_NAME} names {folder.name!r}, but {folder / STATE_NAME} is missing")
     with reading(folder):
         state = read_state(folder)
@@ -81,13 +87,14 @@ def check_files(folder: Path, state: State, world: World, hashed: bool = True) -
 
     Raises:
         InputError: naming the first file that is missing, truncated or of another hash, with both values.
+        StorageError: one cannot be read now, which is no reason to refuse the checkpoint.
     """
     for name in sorted(state.files)[world.rank :: world.size]:
         path, record = folder / name, state.files[name]
-        if not path.is_file():
+        if (size := size_of(path)) is None:
             raise InputError(f"{path} is missing")
-        if path.stat().st_size != record.size:
-            raise InputError(f"{path} has {path.stat().st_size} bytes, but {record.size} were saved")
+        if size != record.size:
+            raise InputError(f"{path} has {size} bytes, but {record.size} were saved")
         if hashed:
             try:
                 sha256 = sha256_of(path)
@@ -104,9 +111,9 @@ def find(path: Path, world: World, hashed: bool = True) -> Saved:
     Collective.
 
     Raises:
-        InputError: neither of the two is there, or it is not whole.
+        InputError: neither of the two is there, or it is not whole. StorageError: it cannot be read now.
     """
-    if (path / STATE_NAME).is_file():
+    if on_all_ranks(world, lambda: size_of(path / STATE_NAME)) is not None:
         return on_all_ranks(world, partial(_whole, path, world, hashed))
     choice = choose(path, "auto", world, hashed)
     if choice.saved is None:

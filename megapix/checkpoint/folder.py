@@ -6,11 +6,13 @@ import errno
 import fcntl
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 from megapix.checkpoint.manifest import STATE_NAME, Counters
-from megapix.errors import InputError
-from megapix.files import write_atomic
+from megapix.errors import InputError, StorageError
+from megapix.files import is_there, names_in, read_bytes, size_of, write_atomic
+from megapix.outage import persist
 
 LATEST_NAME = "latest"
 OLD = ".old"
@@ -31,8 +33,14 @@ def name_of(counters: Counters) -> str:
 
 def complete(run: Path) -> list[Path]:
     """The checkpoints that were committed, oldest first. A name with a suffix is none, but for NAME.old without a NAME:
-    a process was killed while it replaced it."""
-    folders = {p for p in checkpoints_of(run).glob("images-*") if (p / STATE_NAME).is_file()}
+    a process was killed while it replaced it.
+
+    Raises:
+        StorageError: the folder cannot be read now.
+    """
+    parent = checkpoints_of(run)
+    named = (parent / name for name in names_in(parent) if name.startswith("images-"))
+    folders = {path for path in named if size_of(path / STATE_NAME) is not None}
     return sorted(p for p in folders if not p.suffix or (p.suffix == OLD and p.with_suffix("") not in folders))
 
 
@@ -41,16 +49,23 @@ def point_to(folder: Path) -> None:
     write_atomic(folder.parent / LATEST_NAME, f"{folder.name}\n".encode())
 
 
-def latest(run: Path) -> Path | None:
-    """The checkpoint that `latest` names, be it there or not (or its NAME.old, as in `complete`); None without one."""
+def latest(run: Path, minutes: float | None = None) -> Path | None:
+    """The checkpoint that `latest` names, be it there or not (or its NAME.old, as in `complete`); None without one.
+
+    Args:
+        minutes: as long as that it is tried again, in place of the process's own patience.
+
+    Raises:
+        StorageError: it cannot be read now.
+    """
     pointer = checkpoints_of(run) / LATEST_NAME
     try:
-        name = pointer.read_text(errors="replace").strip()
+        name = read_bytes(pointer, minutes).decode(errors="replace").strip()
     except OSError:
         return None
     named = pointer.parent / (Path(name).name or "(nothing)")
     left = named.with_name(named.name + OLD)
-    return left if left.is_dir() and not named.exists() else named
+    return left if is_there(left, minutes) and not is_there(named, minutes) else named
 
 
 def protect(run: Path, folder: Path) -> None:
@@ -67,7 +82,7 @@ def protect(run: Path, folder: Path) -> None:
 
 def protected(folder: Path) -> bool:
     """Whether a mark keeps this checkpoint."""
-    return any((folder / name).exists() for name in (KEEP_NAME, HEALTHY_NAME))
+    return any(is_there(folder / name) for name in (KEEP_NAME, HEALTHY_NAME))
 
 
 @contextmanager
@@ -75,12 +90,12 @@ def reading(folder: Path) -> Iterator[None]:
     """Hold a read lock on a checkpoint: a run's retention leaves it alone (`unread`).
 
     Raises:
-        InputError: it is not there any more, or cannot be read.
+        InputError: it is not there any more, or may not be read. StorageError: it cannot be read now.
     """
     with ExitStack() as stack:
         for path in _locked_file(folder):
             try:
-                file = stack.enter_context(open(path, "rb"))
+                file = stack.enter_context(persist(path, partial(open, path, "rb")))
             except OSError as error:
                 raise InputError(f"{path}: cannot be read: {error.strerror}") from error
             _lock(file.fileno(), fcntl.LOCK_SH)
@@ -89,18 +104,19 @@ def reading(folder: Path) -> Iterator[None]:
 
 def unread(folder: Path) -> bool:
     """Whether nobody holds a read lock on this checkpoint (`reading`); false too if that cannot be checked."""
-    for path in _locked_file(folder):
-        try:
+    try:
+        for path in _locked_file(folder, minutes=0):
             with open(path, "r+b") as file:  # over NFS only a file that is open for writing can be locked exclusively
                 return _lock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            return False
+    except (OSError, StorageError):
+        return False
     return True
 
 
-def _locked_file(folder: Path) -> list[Path]:
+def _locked_file(folder: Path, minutes: float | None = None) -> list[Path]:
     """The file whose lock stands for the checkpoint: the first rank's, never written again; empty if that is lost."""
-    return sorted(folder.glob("rank-*.safetensors"))[:1]
+    names = [name for name in names_in(folder, minutes) if name.startswith("rank-") and name.endswith(".safetensors")]
+    return [folder / name for name in names[:1]]
 
 
 def _lock(descriptor: int, kind: int) -> bool:

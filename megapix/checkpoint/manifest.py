@@ -12,7 +12,7 @@ from megapix import config as configuration
 from megapix.checkpoint.layout import FileRecord, Layout
 from megapix.config import Config
 from megapix.errors import InputError
-from megapix.files import write_atomic
+from megapix.files import read_bytes, write_atomic
 
 VERSION = 2
 STATE_NAME = "state.json"
@@ -84,6 +84,8 @@ class State:
     """The stages before this run, oldest first."""
     cards: str = ""
     """The GPUs of the ranks that wrote it, in words; empty in checkpoints of releases before 0.3."""
+    window: tuple[tuple[float, ...], ...] = ()
+    """Each rank's sums of losses since the last row of scalars (`Report.window`)."""
 
 
 def write_state(folder: Path, state: State) -> None:
@@ -92,15 +94,19 @@ def write_state(folder: Path, state: State) -> None:
     write_atomic(folder / STATE_NAME, (json.dumps({**data, "sha256": _digest(data)}, indent=1) + "\n").encode())
 
 
-def read_state(folder: Path) -> State:
+def read_state(folder: Path, minutes: float | None = None) -> State:
     """Read a checkpoint's state.json.
+
+    Args:
+        minutes: as long as that it is tried again, in place of the process's own patience.
 
     Raises:
         InputError: missing, not JSON, changed since it was written, of another version, or with unknown options.
+        StorageError: it cannot be read now.
     """
     path = folder / STATE_NAME
     try:
-        data = json.loads(path.read_text())
+        data = json.loads(read_bytes(path, minutes))
         if data["version"] != VERSION:
             raise InputError(f"{path}: version is {data['version']!r}, this release reads version {VERSION}")
         if (written := data.pop("sha256")) != (found := _digest(data)):
@@ -122,6 +128,7 @@ def read_state(folder: Path) -> State:
             {name: FileRecord(**record) for name, record in data["files"].items()},
             tuple(Stage(**stage) for stage in data.get("stages", ())),
             data.get("cards", ""),
+            tuple(tuple(map(float, sums)) for sums in data.get("window", ())),
         )
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error

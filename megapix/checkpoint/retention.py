@@ -12,7 +12,8 @@ from megapix.checkpoint.folder import HEALTHY_NAME, LATEST_NAME, OLD, checkpoint
 from megapix.checkpoint.manifest import STATE_NAME, State, read_state
 from megapix.config import CheckpointConfig
 from megapix.dist import warn
-from megapix.errors import InputError
+from megapix.errors import InputError, StorageError
+from megapix.outage import error_of
 
 GONE, ASIDE = ".gone", ".aside"
 """Suffixes of a checkpoint that is being removed, and of one that was set aside for the user to remove."""
@@ -31,7 +32,7 @@ def prune(run: Path, newest: Path, config: CheckpointConfig) -> None:
     for path in sorted(states.keys() - kept):
         if _free(path):
             try:
-                erase(_renamed(path, GONE))
+                erase(_gone(path))
             except OSError as error:
                 warn(f"{path} could not be removed: {error.strerror}")
 
@@ -49,7 +50,7 @@ def settle(run: Path, start: Saved | None) -> list[Path]:
         _clean(run)
         return leave(run, start.folder, remove=False) if start else []
     except OSError as error:
-        raise InputError(f"{error.filename or run}: {error.strerror}") from error
+        raise error_of(error, f"{error.filename or run}: {error.strerror}") from error
 
 
 def leave(run: Path, last: Path, remove: bool) -> list[Path]:
@@ -65,12 +66,26 @@ def leave(run: Path, last: Path, remove: bool) -> list[Path]:
         OSError: one cannot be renamed.
     """
     later = [path for path in complete(run) if path > last]
-    gone = [_renamed(path, GONE) for path in later if remove and _free(path)]
-    aside = [_renamed(path, ASIDE) for path in later if path.exists()]
+    gone = [_gone(path) for path in later if remove and _free(path)]
+    aside = [set_aside(path) for path in later if path.exists()]
     files.sync_folder(checkpoints_of(run))
     for path in gone:
         erase(path)
     return aside
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a checkpoint, so that no run resumes from it, to a name that none has; returns it. It is the user's now.
+
+    Raises:
+        OSError: it cannot be renamed.
+    """
+    new, number = path.with_name(path.name + ASIDE), 1
+    while new.exists():
+        number += 1
+        new = path.with_name(f"{path.name}{ASIDE}-{number}")
+    os.replace(path, new)
+    return new
 
 
 def erase(folder: Path) -> None:
@@ -102,9 +117,9 @@ def _free(path: Path) -> bool:
     return not protected(path) and unread(path)
 
 
-def _renamed(path: Path, suffix: str) -> Path:
-    """Rename a checkpoint, so that a crash leaves none that looks complete; one of the new name is removed first."""
-    new = path.with_name(path.name + suffix)
+def _gone(path: Path) -> Path:
+    """Rename a checkpoint that is to be removed, so that a crash leaves none that looks complete."""
+    new = path.with_name(path.name + GONE)
     erase(new)
     os.replace(path, new)
     return new
@@ -116,6 +131,6 @@ def _crosses(state: State, every: int) -> bool:
 
 def _state(path: Path) -> State | None:
     try:
-        return read_state(path)
-    except InputError:
+        return read_state(path, minutes=0)
+    except (InputError, StorageError):
         return None

@@ -1,27 +1,30 @@
 """Flat fp32 vectors in safetensors files, written as a stream and read by range.
 
-The library writes only tensors that are all in memory. Saving, resharding and exporting hold one chunk at a time, so
-the writer is ours (8 bytes of length, a JSON header, the numbers). Reading is the library's.
+The library writes only tensors that are all in memory, and reads from mapped memory, where an error of the disk ends
+the process by SIGBUS. Saving, loading, resharding and exporting hold one chunk at a time, and a read is tried again, so
+both are ours: 8 bytes of length, a JSON header, the numbers.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megapix.checkpoint.layout import FileRecord, Layout
 from megapix.errors import InputError
-from megapix.files import safetensors_header
+from megapix.files import read_range, safetensors_header
 
 CHUNK = 2**22
 """Numbers moved at a time: 16 MiB."""
+LARGEST_HEADER = 100 << 20
+"""Bytes of a header that is read; the library has the same bound."""
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 """The dtypes of weights, by safetensors' names."""
 
@@ -76,7 +79,7 @@ def read(folder: Path, layout: Layout, part: str, start: int, stop: int) -> Iter
     """Pieces of a part's numbers [start, stop) from all files that hold some: (position in the vector, numbers).
 
     Raises:
-        InputError: a file is not what the layout says.
+        InputError: a file is not what the layout says. StorageError: it cannot be read now.
     """
     for rank in range(layout.ranks):
         first, last = layout.range_of(rank)
@@ -85,14 +88,26 @@ def read(folder: Path, layout: Layout, part: str, start: int, stop: int) -> Iter
             continue
         path = folder / layout.file_of(rank)
         try:
-            with safe_open(path, framework="pt") as file:
-                numbers = file.get_slice(part)
-                if numbers.get_shape() != [last - first] or numbers.get_dtype() != "F32":
-                    raise InputError(f"{path}: {part} is {numbers.get_shape()}, expected {[last - first]} fp32 numbers")
-                for at in range(low, high, CHUNK):
-                    yield at, numbers[at - first : min(at + CHUNK, high) - first]
-        except (OSError, SafetensorError) as error:
+            begin = _begin(path, part, last - first)
+            for at in range(low, high, CHUNK):
+                count = min(CHUNK, high - at)
+                data = read_range(path, begin + 4 * (at - first), 4 * count)
+                if len(data) != 4 * count:
+                    raise ValueError(f"it ends within {part}")
+                yield at, torch.frombuffer(bytearray(data), dtype=torch.float32)
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"{path}: cannot be read as safetensors: {error}") from error
+
+
+def _begin(path: Path, part: str, count: int) -> int:
+    """Where the numbers of a part begin in a file; InputError if they are not `count` in fp32."""
+    size = int.from_bytes(read_range(path, 0, 8), "little")
+    if not 0 < size <= LARGEST_HEADER:
+        raise ValueError(f"its header would have {size} bytes")
+    about = json.loads(read_range(path, 8, size))[part]
+    if about["shape"] != [count] or about["dtype"] != "F32":
+        raise InputError(f"{path}: {part} is {about['shape']}, expected {[count]} fp32 numbers")
+    return 8 + size + int(about["data_offsets"][0])
 
 
 def fill(vector: Tensor, folder: Path, layout: Layout, part: str, start: int) -> None:

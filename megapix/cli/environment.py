@@ -1,4 +1,4 @@
-"""The environment of a process of ours, completed before anything loads torch: launch.sh's file, torch's allocator."""
+"""What a launcher hands on, and torch's allocator: a process's environment, completed before anything loads torch."""
 
 from __future__ import annotations
 
@@ -9,23 +9,28 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 
 from megapix.errors import InputError
+from megapix.launch.words import QUOTED, unquoted
 
 HANDED_ON = "MEGAPIX_ENVIRONMENT"
-"""Where launch.sh has put a rank's variables on its node: this, a dot, and the rank."""
+"""Where `megapix launch` has put a rank's variables on its node: this, a dot, and the rank."""
 ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 """The names under which torch's releases read how their GPU allocator works."""
 SEGMENTS = "expandable_segments:True"
 """Segments that grow, so that shapes that vary do not leave holes which no tensor fits."""
 
 
-def prepare() -> None:
-    """Take over what launch.sh hands on, then let segments of GPU memory grow; the start of every command.
+def prepare(arguments: list[str]) -> list[str]:
+    """Take over what `megapix launch` hands on, then let segments of GPU memory grow; the start of every command.
+
+    Returns:
+        The arguments as they were typed: those of a rank of another node come quoted.
 
     Raises:
         InputError: as `take_over`.
     """
     take_over()
     expand_segments()
+    return unquoted(arguments) if os.environ.pop(QUOTED, None) else arguments
 
 
 def take_over() -> None:

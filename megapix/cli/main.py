@@ -4,15 +4,26 @@ from __future__ import annotations
 
 import sys
 
-from megapix import __version__
+from megapix import __version__, outage
 from megapix.cli import environment
 from megapix.cli.images import evaluate, sample
 from megapix.cli.tools import bench, doctor, plan
 from megapix.cli.train import train
 from megapix.cli.weights import export, import_, reshard
-from megapix.dist import CollectiveInputError, World, abandon, first, from_environment, joined, leave
-from megapix.errors import InputError, OutOfMemory, RankLost, RunError, one_of
+from megapix.dist import (
+    CollectiveInputError,
+    CollectiveStorageError,
+    World,
+    abandon,
+    first,
+    from_environment,
+    joined,
+    leave,
+)
+from megapix.errors import InputError, OutOfMemory, RankLost, Reported, RunError, StorageError, one_of
+from megapix.launch.command import launch
 from megapix.resilience import out_of_memory
+from megapix.resilience.first_error import EXIT_INTERRUPTED
 from megapix.resilience.stopping import EXIT_STOPPED, StopRequested
 from megapix.resilience.watchdog import EXIT_LOST
 
@@ -20,12 +31,13 @@ USAGE = """usage: megapix COMMAND ...
 
 Pretraining of PixelDiT, the pixel-space diffusion transformer, on DeepSpeed.
 
-  train     train a preset, or resume an interrupted run (several ranks: launch.sh)
+  launch    start several ranks of train, evaluate or doctor, on this machine or on several nodes (as launch.sh does)
+  train     train a preset, or resume an interrupted run (several ranks: launch)
   sample    sample images from a run, a checkpoint, an exported file or an imported folder
   export    write the EMA or raw weights of a run as one safetensors file with their configuration, or as the authors do
   import    turn a checkpoint that the authors released into a folder that the other commands read
   reshard   rewrite a checkpoint for another number of ranks
-  evaluate  sample images and score them against reference statistics, or repeat a score (several ranks: launch.sh)
+  evaluate  sample images and score them against reference statistics, or repeat a score (several ranks: launch)
   doctor    preflight: check on every node what would make a `train` command fail later; with --parity, compare
             ZeRO-2 on these machines with a plain PyTorch reference
   bench     time a training step here: MFU against this machine's own peak, and where the time goes
@@ -61,17 +73,21 @@ def main(argv: list[str] | None = None) -> int:
     if arguments[0] == "--version":
         print(f"megapix {__version__}")
         return 0
+    if arguments[0] == "launch":  # before the environment of a rank is read, and completed
+        return launch(arguments[1:])
     world = World()
     try:
-        environment.prepare()
+        arguments = environment.prepare(arguments)
         if arguments[0] not in COMMANDS:
-            raise InputError(f"command {arguments[0]!r} does not exist{one_of(arguments[0], list(COMMANDS))}")
+            raise InputError(f"command {arguments[0]!r} does not exist{one_of(arguments[0], [*COMMANDS, 'launch'])}")
         world = from_environment()
         with out_of_memory.told(world, lambda: (0, arguments[0]), out_of_memory.of_command):
             code = COMMANDS[arguments[0]](arguments[1:], world)
     except StopRequested as request:
         world.say(str(request))
         code = EXIT_STOPPED
+    except Reported as error:
+        return abandon(world, error.code)
     except CollectiveInputError as error:
         _complain(error, world.main)
         code = 2
@@ -79,6 +95,12 @@ def main(argv: list[str] | None = None) -> int:
         # Not raised on all ranks, so perhaps of one node alone: each node prints it.
         _complain(error, world.local_rank == 0 or joined())
         return abandon(world, 2)
+    except CollectiveStorageError as error:
+        _complain(error, world.main)
+        code = error.exit_code
+    except StorageError as error:
+        _complain(error, first("storage"))  # an outage is often that of all ranks at once
+        return abandon(world, error.exit_code)
     except OutOfMemory as error:
         _complain(error, first("out of memory"))  # often it is so on all ranks at once
         return abandon(world, 1)
@@ -87,10 +109,15 @@ def main(argv: list[str] | None = None) -> int:
         return abandon(world, EXIT_LOST)
     except RunError as error:
         _complain(error, world.main)
-        code = 1
+        code = error.exit_code
+    except OSError as error:
+        if not outage.of_storage(error):
+            raise
+        _complain(f"{error.filename or 'storage'}: {outage.plain(error)}", first("storage"))
+        return abandon(world, StorageError.exit_code)
     except KeyboardInterrupt:
         _complain(f"interrupted{RESUMES.get(arguments[0], '')}", world.main)
-        return 130
+        return abandon(world, EXIT_INTERRUPTED)
     return leave(world, code)
 
 

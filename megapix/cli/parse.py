@@ -14,7 +14,7 @@ import tyro
 
 from megapix import config
 from megapix.bench.options import StepOptions, check_batch
-from megapix.config import PRESETS, Config
+from megapix.config import PRESETS, Config, old
 from megapix.dist import World
 from megapix.errors import InputError, one_of
 
@@ -70,7 +70,7 @@ def named_config(arguments: list[str]) -> tuple[Config, str, list[str]]:
 
 def parse(kind: type[T], default: T, command: str, arguments: list[str], world: World) -> T:
     """Options of `kind` from arguments over `default`; only rank 0 prints tyro's messages."""
-    written = _spelled_out(arguments, set(_switches(kind)))
+    written = _spelled_out(old.without(arguments), set(_switches(kind)))
     return tyro.cli(kind, default=default, args=written, prog=command, console_outputs=world.main)
 
 

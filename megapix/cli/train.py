@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from megapix import config
+from megapix import config, outage
 from megapix.cli.parse import parse_run, print_usage
 from megapix.dist import World
 
@@ -28,6 +28,7 @@ def train(arguments: list[str], world: World) -> int:
         return print_usage(TRAIN_USAGE, arguments)
     dry_run = "--dry-run" in arguments
     requested = parse_run([a for a in arguments if a != "--dry-run" and not a.startswith("--local_rank=")], world)
+    outage.wait_at_most(requested.data.outage_minutes)
     if dry_run:
         from megapix.train.resolve import resolve
 

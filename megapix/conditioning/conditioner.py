@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
 from torch import Tensor
 
 from megapix.conditioning.text_source import TextSource
@@ -21,8 +21,9 @@ from megapix.config import Config
 from megapix.data.batch import Batch, padded
 from megapix.diffusion.condition import Cond, Condition, classes
 from megapix.dist import World, on_all_ranks
-from megapix.errors import InputError
-from megapix.files import write_atomic
+from megapix.errors import InputError, StorageError
+from megapix.files import read_bytes, size_of, write_atomic
+from megapix.outage import error_of
 from megapix.shards.text_feature_reader import TextFeatureReader
 from megapix.shards.text_features import TextFeatures
 
@@ -192,17 +193,19 @@ def _stored_null(folder: Path | None, compute: Callable[[], Cond], world: World)
     path = folder / EMPTY_NAME
 
     def write() -> None:
-        if world.main and not path.is_file():
+        if world.main and size_of(path) is None:
             features, mask = (part.cpu() for part in compute())
             try:
                 write_atomic(path, save({"features": features, "mask": mask}))
             except OSError as error:
-                raise InputError(f"{path}: cannot be written: {error.strerror}") from error
+                raise error_of(error, f"{path}: cannot be written: {error.strerror}") from error
 
     def read() -> Cond:
         try:
-            null = load_file(path)
+            null = load(read_bytes(path))
             return null["features"], null["mask"]
+        except StorageError:
+            raise
         except Exception as error:  # safetensors raises errors of its own, of OSErrors and of missing keys
             raise InputError(f"{path}: cannot be read: {error}; delete it to have it computed again") from error
 

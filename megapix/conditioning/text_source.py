@@ -15,6 +15,7 @@ from megapix.data.batch import Extras
 from megapix.data.locate import Located
 from megapix.data.read import FirstCaptions
 from megapix.errors import InputError
+from megapix.files import read_bytes, size_of
 from megapix.shards.image_features import Features
 from megapix.shards.index import CAPTIONS_NAME, INDEX_NAME, read_index
 from megapix.shards.table import check_table
@@ -154,12 +155,12 @@ def read_prompts(path: Path, option: str) -> Sequence[str]:
     """
     shown = f"{option} = {str(path)!r}"
     try:
-        if (path / INDEX_NAME).is_file():
+        if size_of(path / INDEX_NAME) is not None:
             check_table(path, index := read_index(path))
-            if not (path / CAPTIONS_NAME).stat().st_size:
+            if not size_of(path / CAPTIONS_NAME):
                 raise InputError(f"{shown} has no captions")
             return FirstCaptions(path, index)
-        lines = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+        lines = tuple(line.strip() for line in read_bytes(path).decode("utf-8").splitlines() if line.strip())
     except (OSError, ValueError) as error:
         raise InputError(
             f"{shown}: cannot be read: {error}; expected a file of UTF-8 text, one prompt per line, or a shard folder"

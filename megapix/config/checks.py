@@ -37,7 +37,7 @@ def validate(config: Config) -> None:
     need(d.cache_gib >= 0, "data.cache_gib", "0 (no whole shards) or more")
     need(d.cache_gib == 0 or d.cache != "", "data.cache_gib", "0, or a folder in data.cache")
     need(d.timeout > 0, "data.timeout", "above 0 seconds")
-    need(d.retries >= 0, "data.retries", "0 or more")
+    need(d.outage_minutes >= 0, "data.outage_minutes", "0 (no waiting) or more")
     need(d.max_replaced >= 0, "data.max_replaced", "0 (stop at the first) or more")
     need(d.workers >= 0, "data.workers", "0 or more")
     need(config.flow.t_std > 0, "flow.t_std", "above 0")
@@ -79,6 +79,7 @@ def validate(config: Config) -> None:
         )
     need(config.checkpoint.keep >= 0, "checkpoint.keep", "0 (all) or more")
     need(config.checkpoint.keep_best >= 0, "checkpoint.keep_best", "0 (none) or more")
+    need(config.checkpoint.max_failed >= 1, "checkpoint.max_failed", "at least 1")
     h = config.health
     need(h.max_skipped >= 1, "health.max_skipped", "at least 1")
     need(h.window >= 4, "health.window", "at least 4 steps")

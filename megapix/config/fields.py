@@ -7,6 +7,7 @@ import typing
 from collections.abc import Iterator
 from typing import Any
 
+from megapix.config import old
 from megapix.config.options import Config, T
 from megapix.errors import InputError, one_of
 
@@ -41,7 +42,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def from_dict(kind: type[T], data: dict[str, Any], where: str) -> T:
-    """Build `kind` from a nested dictionary; missing keys take their defaults.
+    """Build `kind` from a nested dictionary; missing keys take their defaults, old names are passed over (`old`).
 
     Raises:
         InputError: an unknown key (with the nearest right one) or a value of the wrong type; `where` names the file.
@@ -51,6 +52,8 @@ def from_dict(kind: type[T], data: dict[str, Any], where: str) -> T:
     known = {f.name for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
     values: dict[str, Any] = {}
     for key, value in data.items():
+        if old.dropped(kind, key, value, where):
+            continue
         if key not in known:
             raise InputError(f"{where}: unknown key {key!r}{one_of(key, sorted(known))}")
         default = getattr(kind(), key)

@@ -130,8 +130,8 @@ class DataConfig:
     """GiB of shards that the cache may hold; 0 reads each sample by its byte range instead."""
     timeout: float = _machine(30.0)
     """Seconds without a byte after which a remote request is abandoned and retried."""
-    retries: int = _machine(5)
-    """Retries of a failed remote request; then the run stops."""
+    outage_minutes: float = _machine(10.0)
+    """Minutes for which storage that cannot be read now is waited for, remote or local; then the run ends with 74."""
     workers: int = _machine(4)
     """Processes of each rank that read and decode; 0 decodes in the training process."""
 
@@ -265,6 +265,8 @@ class CheckpointConfig:
     """Checkpoints of the lowest mean training loss to keep as well."""
     background: bool = _machine(True)
     """Write checkpoints in the background, from a copy in host memory (16 bytes per parameter / ranks)."""
+    max_failed: int = _machine(3)
+    """Failed saves in a row that end the run; until then each is tried again when the next one is due."""
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 `kernels.json` holds, for each kind of block, way to run it and checkpointing policy, the kernels of a forward and a
 backward pass and the bytes that they move per number of the block's stream: tokens × width in the patch pathway,
-pixels × pixel width in the pixel pathway. `python -m benchmarks.step_cost --write` makes it: eager blocks operation by
+pixels × pixel width in the pixel pathway, where PiT blocks have more for each number of their attention's tokens
+(`compact`). `python -m benchmarks.step_cost --write` makes it: eager blocks operation by
 operation, compiled ones from Inductor's code for an H100, in bf16.
 """
 
@@ -59,14 +60,15 @@ def moved(
         width: bytes of a number, 2 for bf16. For 4 the bytes of bf16 are doubled, more than fp32 moves.
     """
     numbers = _numbers(model, size, tokens)
-    way = "compiled" if compiled else "eager"
     total = Moved(0, 0, 0, 0, 0, 0)
     for times, kind, policy in _blocks(model, pixel_policy, patch_policy):
-        row = _row(kind, compiled, kernels, policy)
+        way = kernels if kind.startswith("pit") else "plain"
+        row = row_of(kind, f"{way} compiled" if compiled else way, policy, model)
         stream = "pixels" if kind.startswith(("pit", "final")) else "tokens"
         for part in ("forward", "backward"):
             total += _moved(row[part], numbers[stream], times)
-    for stream, row in table()["between"]["text" if model.text_width else "classes"][way].items():
+    outside = table()["between"]["text" if model.text_width else "classes"]
+    for stream, row in outside["compiled" if compiled else "eager"].items():
         times = {"each patch block": model.depth - 1, "each pit block": model.pixel_depth - 1}.get(stream, 1)
         unit = {"each patch block": "small", "each pit block": "patches"}.get(stream, stream)
         total += _moved(row, numbers[unit], times)
@@ -100,9 +102,17 @@ def _numbers(model: ModelConfig, size: int, tokens: int) -> dict[str, int]:
     return streams | {"small": 0}
 
 
-def _row(kind: str, compiled: bool, kernels: str, policy: str) -> dict[str, Any]:
-    way = kernels if kind.startswith("pit") else "plain"
-    return table()["blocks"][kind][f"{way} compiled" if compiled else way][policy]
+def row_of(kind: str, way: str, policy: str, model: ModelConfig) -> dict[str, Any]:
+    """A block's row of the table, for the widths of a network: `forward` and `backward` per number of its stream, and
+    `kept`, the bytes between the two, if it is compiled."""
+    found = table()["blocks"][kind][way][policy]
+    if "compact" not in found:
+        return found
+    share, more = model.attention_width / (model.patch_size**2 * model.pixel_width), found["compact"]
+    row: dict[str, Any] = {
+        part: [a + share * b for a, b in zip(found[part], more[part], strict=True)] for part in ("forward", "backward")
+    }
+    return row | ({"kept": found["kept"] + share * more["kept"]} if "kept" in found else {})
 
 
 def _moved(row: list[float], unit: float, times: int) -> Moved:

@@ -14,18 +14,19 @@ longest ago; a read that has one open finishes with it.
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import os
 import re
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from queue import Queue
 from threading import Thread
 
-from megapix.errors import InputError
+from megapix.errors import InputError, StorageError
+from megapix.outage import FULL, error_of, persist
 from megapix.shards.index import ShardEntry
 from megapix.shards.storage import Remote
 
@@ -50,6 +51,7 @@ class CachedShards:
 
     def __init__(self, remote: Remote, folder: Path, limit: int) -> None:
         self.remote, self.folder, self.limit = remote, folder, limit
+        self._ahead = Remote(remote.base, replace(remote.access, outage_minutes=0.0))
         self.hits = self.misses = 0
         self._damaged: dict[str, str] = {}
         """Shards that are not what the index says: they are not fetched for each of their samples."""
@@ -63,24 +65,28 @@ class CachedShards:
         """Those bytes of a shard, or fewer where it ends.
 
         Raises:
-            Unreachable: the shard cannot be fetched. DamagedShard: it is not what the index says.
-            InputError: the cache cannot hold it, or the disk is full.
+            StorageError: the shard cannot be fetched now, or the disk is full. DamagedShard: it is not what the index
+                says. InputError: the server refuses it, or the cache cannot hold it.
         """
         if shard.sha256 in self._damaged:
             raise DamagedShard(self._damaged[shard.sha256])
         try:
-            # Opened for each read: a shard that was removed and is still open would hold its space.
-            descriptor, fetched = self._ready(shard)
-            try:
-                data = os.pread(descriptor, size, offset)
-            finally:
-                os.close(descriptor)
+            data, fetched = persist(f"data.cache = {str(self.folder)!r}", lambda: self._read(shard, offset, size))
         except OSError as error:
-            full = " (the disk is full)" if error.errno == errno.ENOSPC else ""
-            raise InputError(f"data.cache = {str(self.folder)!r}: {error.strerror or error}{full}") from error
+            full = " (the disk is full)" if error.errno in FULL else ""
+            raise error_of(error, f"data.cache = {str(self.folder)!r}: {error.strerror or error}{full}") from error
         self.misses += fetched
         self.hits += not fetched
         return data
+
+    def _read(self, shard: ShardEntry, offset: int, size: int) -> tuple[bytes, bool]:
+        """Those bytes, and whether the shard had to be fetched for them."""
+        # Opened for each read: a shard that was removed and is still open would hold its space.
+        descriptor, fetched = self._ready(shard, self.remote)
+        try:
+            return os.pread(descriptor, size, offset), fetched
+        finally:
+            os.close(descriptor)
 
     def prefetch(self, shards: Iterable[ShardEntry]) -> None:
         """Have these fetched in the background, in order, unless they are there."""
@@ -95,23 +101,24 @@ class CachedShards:
     def _fetch_ahead(self) -> None:
         while True:
             shard = self._wanted.get()
-            # If it fails, the read that needs the shard will fail with the reason, if that still holds.
-            with suppress(InputError, OSError):
-                os.close(self._ready(shard)[0])
+            # It waits for no server, with the shard's lock held: the read that needs the shard will, or fail with the
+            # reason if that still holds.
+            with suppress(InputError, StorageError, OSError):
+                os.close(self._ready(shard, self._ahead)[0])
             self._pending.discard(shard.sha256)
 
     def drop(self, shard: ShardEntry) -> None:
         """Forget a shard whose bytes turned out wrong, so that it is fetched again."""
         self._path(shard, "tar").unlink(missing_ok=True)
 
-    def _ready(self, shard: ShardEntry) -> tuple[int, bool]:
+    def _ready(self, shard: ShardEntry, remote: Remote) -> tuple[int, bool]:
         """Open a shard, and say whether it had to be fetched for that."""
         if (descriptor := self._from_disk(shard)) is not None:
             return descriptor, False
         with _locked(self._path(shard, "lock")):
             if (descriptor := self._from_disk(shard)) is not None:  # another process, or thread, was first
                 return descriptor, False
-            return self._fetch(shard), True
+            return self._fetch(shard, remote), True
 
     def _from_disk(self, shard: ShardEntry) -> int | None:
         path = self._path(shard, "tar")
@@ -126,15 +133,15 @@ class CachedShards:
         _used_now(descriptor)
         return descriptor
 
-    def _fetch(self, shard: ShardEntry) -> int:
+    def _fetch(self, shard: ShardEntry, remote: Remote) -> int:
         part = self._path(shard, "part")
         self._reserve(part, shard)
         try:
-            digest = self.remote.fetch(shard.name, part, shard.bytes)
+            digest = remote.fetch(shard.name, part, shard.bytes)
             if digest != shard.sha256:  # damaged on the way, or where it lies
-                digest = self.remote.fetch(shard.name, part, shard.bytes)
+                digest = remote.fetch(shard.name, part, shard.bytes)
             if digest != shard.sha256:
-                where = self.remote.where(shard.name)
+                where = remote.where(shard.name)
                 reason = f"{where}: sha256 is {digest[:16]}…, the index lists {shard.sha256[:16]}…"
                 self._damaged[shard.sha256] = reason
                 raise DamagedShard(reason)

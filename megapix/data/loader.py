@@ -7,14 +7,16 @@ this rank's positions and hands the results over in order.
 from __future__ import annotations
 
 import time
-from collections.abc import Generator
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from megapix import rng
+from megapix import outage, rng
 from megapix.config import BatchLayout, DataConfig
 from megapix.data import order, workers
 from megapix.data.batch import NO_EXTRAS, Batch, Extras, ReadTimes, padded
@@ -22,7 +24,8 @@ from megapix.data.cache import DamagedShard
 from megapix.data.locate import Located
 from megapix.data.order import Positions, Skipped
 from megapix.data.read import DamagedSample, Decoder, ShardReader
-from megapix.errors import InputError
+from megapix.dist import warn
+from megapix.errors import InputError, RankLost, StorageError
 from megapix.rng import Purpose
 from megapix.shards.captions import choose
 from megapix.shards.image_features import FeatureReader
@@ -34,6 +37,8 @@ PREFETCH = 4
 """Micro batches that each worker keeps ready."""
 AHEAD = 16
 """Steps by which shards are fetched into the cache before they are needed."""
+RESTARTS = 3
+"""How often in a row killed workers are started again."""
 REPLACEMENTS = 8
 """Samples that are tried in place of a damaged one; if all are damaged too, the shards are."""
 
@@ -57,16 +62,17 @@ class MicroBatches(Dataset[Batch]):
         self._captions = Captions(located.folder, located.index) if extras.captions or extras.text else None
         self._opened: tuple[ShardReader, Decoder, order.Order] | None = None
 
-    def __getitem__(self, positions: Positions) -> Batch | InputError:  # type: ignore[override]
-        """The micro batch, or the InputError: an exception would reach the trainer wrapped in a traceback."""
+    def __getitem__(self, positions: Positions) -> Batch | InputError | StorageError:  # type: ignore[override]
+        """The micro batch, or what kept it back: an exception would reach the trainer wrapped in a traceback."""
         try:
             return self._batch(positions)
-        except InputError as error:
+        except (InputError, StorageError) as error:
             return error
 
     def _open(self) -> tuple[ShardReader, Decoder, order.Order]:
         if self._opened is None:
             c, index = self.config, self.located.index
+            outage.wait_at_most(c.outage_minutes)  # of a worker, which is a process of its own
             places = order.Order(self.seed, index.shards, c.shuffle_window, c.reading_groups, self.batch)
             self._opened = ShardReader(self.located, c), Decoder(index), places
         return self._opened
@@ -164,21 +170,23 @@ def batches(
     Raises:
         InputError: more damaged samples than `max_replaced`, or one without a replacement; names shard and key. Or
             features that cannot be read.
+        RankLost: the workers are killed again and again.
+        StorageError: a sample, or what is read beside it, cannot be read now.
     """
+    asked = _Asked(order.micro_batches(position, layout, rank, skipped, config.reading_groups))
     loader = DataLoader(
         MicroBatches(located, config, seed, layout.total, extras),
         batch_size=None,
-        sampler=order.micro_batches(position, layout, rank, skipped, config.reading_groups),
+        sampler=asked,
         num_workers=config.workers,
         worker_init_fn=workers.end_with_rank if config.workers else None,
         prefetch_factor=PREFETCH if config.workers else None,
         pin_memory=torch.cuda.is_available(),
         multiprocessing_context=workers.context() if config.workers else None,
     )
-    replaced, each = 0, iter(loader)
-    workers.end_at_exit()
-    for batch in each:
-        if isinstance(batch, InputError):
+    replaced = 0
+    for batch in _in_spite_of_kills(loader, asked, rank):
+        if isinstance(batch, (InputError, StorageError)):
             raise batch
         replaced += len(batch.replaced)
         if replaced > config.max_replaced:
@@ -187,3 +195,52 @@ def batches(
                 f"{config.max_replaced} on each rank)"
             )
         yield batch
+
+
+class _Asked(Iterable[Positions]):
+    """Positions for a loader, which asks for them ahead; begun anew, those of batches that never came are first."""
+
+    def __init__(self, source: Iterator[Positions]) -> None:
+        self._source, self._open = source, deque[Positions]()
+
+    def __iter__(self) -> Iterator[Positions]:
+        yield from list(self._open)
+        for positions in self._source:
+            self._open.append(positions)
+            yield positions
+
+    def received(self) -> None:
+        """The next batch, in order, has come."""
+        self._open.popleft()
+
+
+def _in_spite_of_kills(loader: DataLoader[Any], asked: _Asked, rank: int) -> Generator[Any, None, None]:
+    """The loader's batches. If a worker is killed, all are started again for the batches that have not come: what they
+    make is a function of positions alone.
+
+    Raises:
+        RankLost: without a batch in between they have been killed more than RESTARTS times.
+    """
+    restarts = 0
+    while True:
+        each: Any = iter(loader)
+        workers.end_at_exit()
+        try:
+            while True:
+                batch = next(each)
+                asked.received()
+                restarts = 0
+                yield batch
+        except Exception as error:
+            processes = getattr(each, "_workers", [])
+            ends = workers.killed(processes)
+            if not ends:
+                raise
+            for process in processes:
+                process.kill()  # they do not see the signal that torch would end them with
+            restarts += 1
+            if restarts > RESTARTS:
+                raise RankLost(
+                    f"the data workers of rank {rank} are lost, {restarts} times in a row: {ends}"
+                ) from error
+            warn(f"rank {rank}: data {ends}; its workers start again ({restarts} of {RESTARTS} in a row)")

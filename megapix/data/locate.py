@@ -10,7 +10,8 @@ import numpy as np
 
 from megapix.config import DataConfig
 from megapix.errors import InputError
-from megapix.files import sha256_of, write_atomic
+from megapix.files import sha256_of, size_of, write_atomic
+from megapix.outage import error_of
 from megapix.shards.image_policy import Policy
 from megapix.shards.index import INDEX_NAME, TABLE_NAME, TAR_BLOCK, Index, missing_shards, read_index
 from megapix.shards.storage import Access, Remote, is_url
@@ -37,7 +38,7 @@ class Located:
 
 def access_of(config: DataConfig) -> Access:
     """How patient remote reads are."""
-    return Access(config.timeout, config.retries)
+    return Access(config.timeout, config.outage_minutes)
 
 
 def locate(config: DataConfig) -> Located:
@@ -95,8 +96,8 @@ def _mirrored(config: DataConfig) -> Path:
         index = read_index(folder)
         for name, sha256 in hashes(index).items():
             path = folder / name
-            if not path.is_file() or sha256_of(path) != sha256:
+            if size_of(path) is None or sha256_of(path) != sha256:
                 write_atomic(path, remote.read(name, 0, remote.size(name)))
     except OSError as error:
-        raise InputError(f"data.cache = {config.cache!r}: {error.strerror or error}") from error
+        raise error_of(error, f"data.cache = {config.cache!r}: {error.strerror or error}") from error
     return folder

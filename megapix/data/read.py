@@ -18,7 +18,7 @@ import numpy as np
 from megapix.config import DataConfig
 from megapix.data.cache import CachedShards, DamagedShard
 from megapix.data.locate import Located, access_of
-from megapix.errors import InputError
+from megapix.errors import InputError, StorageError
 from megapix.shards.image_policy import Policy, decode_indexed
 from megapix.shards.index import TAR_BLOCK, Index, ShardEntry
 from megapix.shards.pixels import Pixels
@@ -58,7 +58,7 @@ class ShardReader:
 
         Raises:
             DamagedSample: they are not what the index says. DamagedShard: its whole tar file is not.
-            InputError: it cannot be read now.
+            StorageError: they cannot be read now. InputError: they may not be read.
         """
         record, shard = self._record(sample)
         data = self._bytes(shard, record.offset, record.size)
@@ -81,7 +81,7 @@ class ShardReader:
         try:
             header = self._bytes(shard, record.offset - TAR_BLOCK, TAR_BLOCK)
             key = header[:100].rstrip(b"\0").decode("ascii", "replace").partition(".")[0]
-        except InputError:
+        except (InputError, StorageError):
             key = ""
         return f"{self._files.where(shard.name)}: sample {sample}" + (f" (key {key})" if key else "")
 

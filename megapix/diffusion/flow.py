@@ -62,6 +62,28 @@ def to_images(uint8: Tensor) -> Tensor:
     return uint8.float() / 127.5 - 1.0
 
 
+class Objective:
+    """What of the objective goes through all numbers of the images, apart, so that it can be compiled."""
+
+    def words(self, keys: Tensor, start: int, stop: int) -> Tensor:
+        """Random words of the noise: `noise.words`."""
+        return noise.words(keys, start, stop)
+
+    def noised(self, images: Tensor, eps: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """x_t and the target, float32, from uint8 images, noise [B, C, H, W] and times [B]."""
+        x = to_images(images)
+        return interpolate(x, eps, t), velocity(x, eps)
+
+    def squared_error(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """`squared_error`."""
+        return squared_error(prediction, target)
+
+
+OBJECTIVE_SIZES = {"words": ("B",), "noised": ("B.HW", "B.HW", "B"), "squared_error": ("B.HW", "B.HW")}
+"""Method of Objective -> sizes of its tensors, in the letters of `engine/compiled.py`."""
+PLAIN = Objective()
+
+
 @dataclass(frozen=True)
 class NoisyBatch:
     """A micro batch at random times: the network's inputs and its target."""
@@ -101,14 +123,15 @@ def noisy_batch(
     seed: int,
     config: FlowConfig,
     draws: Draws | None = None,
+    objective: Objective = PLAIN,
 ) -> NoisyBatch:
     """The samples at `positions` with their noise, times and dropped conditions; arguments as in `training_loss`."""
     draws = draws or draw(positions, seed, config)
-    x = to_images(images)
-    eps = noise.normal(draws.keys, x.shape[1:], x.device, config.generator)
-    t = draws.t.to(x.device, non_blocking=True)
-    cond = condition.dropped(draws.dropped.to(x.device, non_blocking=True))
-    return NoisyBatch(interpolate(x, eps, t), t, cond, velocity(x, eps))
+    eps = noise.normal(draws.keys, images.shape[1:], images.device, config.generator, objective.words)
+    t = draws.t.to(images.device, non_blocking=True)
+    cond = condition.dropped(draws.dropped.to(images.device, non_blocking=True))
+    x_t, target = objective.noised(images, eps, t)
+    return NoisyBatch(x_t, t, cond, target)
 
 
 def training_loss(
@@ -119,6 +142,7 @@ def training_loss(
     seed: int,
     config: FlowConfig,
     draws: Draws | None = None,
+    objective: Objective = PLAIN,
 ) -> tuple[Tensor, Tensor]:
     """Loss per sample of a micro batch, with the random numbers of its position in the run.
 
@@ -129,9 +153,10 @@ def training_loss(
         positions: int64 [B].
         draws: `draw` of these positions, seed and configuration, where that has been done; in page-locked memory it
             reaches a GPU without a wait.
+        objective: with parts that are compiled.
 
     Returns:
         Squared error [B] float32, with gradient, and t [B] float32.
     """
-    batch = noisy_batch(images, condition, positions, seed, config, draws)
-    return squared_error(net(batch.x_t, batch.t, *batch.cond), batch.target), batch.t
+    batch = noisy_batch(images, condition, positions, seed, config, draws, objective)
+    return objective.squared_error(net(batch.x_t, batch.t, *batch.cond), batch.target), batch.t

@@ -13,7 +13,7 @@ each, so nothing is left to a device's logarithm, a library's cosine, or a compi
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from statistics import NormalDist
 from typing import get_args
@@ -47,7 +47,13 @@ def keys_of(bits: NDArray[np.uint64]) -> Tensor:
     return torch.from_numpy(bits.view(np.int64))
 
 
-def normal(keys: Tensor, shape: Sequence[int], device: torch.device, generator: Generator) -> Tensor:
+def normal(
+    keys: Tensor,
+    shape: Sequence[int],
+    device: torch.device,
+    generator: Generator,
+    random: Callable[[Tensor, int, int], Tensor] | None = None,
+) -> Tensor:
     """Standard normal noise, an image for each key: float32 [len(keys), *shape] on `device`.
 
     Philox's numbers lie between -6.24 and 6.24 and are 0 on average to the last bit: the number of a word and of its
@@ -56,13 +62,15 @@ def normal(keys: Tensor, shape: Sequence[int], device: torch.device, generator: 
     Args:
         keys: int64 [B], on the host; from page-locked memory they are copied without a wait.
         generator: 'philox', or 'torch', whose CPU generator takes the low 32 bits of a key as its seed.
+        random: `words`, compiled: the same integers, in one kernel.
     """
     if generator == "torch":
         return _torch_normal(keys, shape, device)
+    random = random or words
     keys, count = keys.to(device, non_blocking=True), math.prod(shape)
     blocks, at_once = -(-count // 4), max(1, BLOCKS[device.type] // max(1, len(keys)))
     parts = [
-        to_normal(words(keys, start, min(start + at_once, blocks)))[:, : count - 4 * start]
+        to_normal(random(keys, start, min(start + at_once, blocks)))[:, : count - 4 * start]
         for start in range(0, blocks, at_once)
     ]
     return (parts[0] if len(parts) == 1 else torch.cat(parts, 1)).reshape(len(keys), *shape)

@@ -46,6 +46,7 @@ def training_loss(
     seed: int,
     config: FlowConfig,
     draws: flow.Draws | None = None,
+    objective: flow.Objective = flow.PLAIN,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`flow.training_loss` per sample, t, and the alignment loss per sample: [B] float32 each.
 
@@ -54,7 +55,8 @@ def training_loss(
     Args:
         features: the encoder's, of these images: [B, rows, columns, F].
     """
-    batch = flow.noisy_batch(images, condition, positions, seed, config, draws)
+    batch = flow.noisy_batch(images, condition, positions, seed, config, draws, objective)
     rows, columns = features.shape[1:3]
     velocity, projected = net(batch.x_t, batch.t, *batch.cond, grid=(rows, columns))
-    return flow.squared_error(velocity, batch.target), batch.t, alignment_loss(projected, features.flatten(1, 2))
+    error = objective.squared_error(velocity, batch.target)
+    return error, batch.t, alignment_loss(projected, features.flatten(1, 2))

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from megapix.config import MachineConfig, recomputed_blocks
 from megapix.engine.chunked import chunked
-from megapix.engine.compiled import Compiled, Kinds
+from megapix.engine.compiled import Compiled, Kinds, compile_methods
 from megapix.engine.offload import offloaded
 from megapix.model import PixelDiT
 from megapix.model.layers import FinalLayer, PatchBlock, PiTBlock
@@ -89,10 +89,8 @@ def _compile_parts(network: PixelDiT, kinds: Kinds, left_out: list[str]) -> None
     if isinstance(network, TextPixelDiT):
         network.few_lengths = True
         part_sizes = PART_SIZES | {"embed": TEXT_SIZES}
-    for name, sizes in part_sizes.items():
-        if name not in left_out and hasattr(network, name):
-            kind = kinds.of(name, getattr(type(network), name), sizes)
-            setattr(network, name, Compiled(kind, network))
+    parts = {name: sizes for name, sizes in part_sizes.items() if name not in left_out and hasattr(network, name)}
+    compile_methods(network, parts, kinds)
 
 
 def _prepare(block: nn.Module, policy: str, kinds: Kinds | None) -> None:

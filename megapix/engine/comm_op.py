@@ -13,7 +13,7 @@ import torch
 import torch.utils.cpp_extension
 from deepspeed.accelerator import get_accelerator
 
-from megapix.dist import World
+from megapix.dist import World, stops_held_back
 from megapix.errors import InputError
 
 
@@ -54,7 +54,8 @@ def load_comm_op(world: World) -> None:
                 world.say(f"building {what} in {folder}, once for this environment: about a minute")
             fcntl.flock(lock, fcntl.LOCK_EX)
             (folder / "lock").unlink(missing_ok=True)
-            builder.load(verbose=False)
+            with stops_held_back():
+                builder.load(verbose=False)
     except OSError as error:
         raise InputError(
             f"{what} cannot be built in {str(folder)!r}: {error.strerror or error}; "

@@ -10,6 +10,7 @@ always treats apart.
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,13 +18,16 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from megapix.dist import warn
+from megapix.dist import stops_held_back, warn
 from megapix.errors import InputError
 
 MOST_GRAPHS = 3
 """Graphs of a kind that a run has at most."""
+READS = 8
+"""What several kernels of a GPU want is computed by each of them, if it takes no more reads than these: Inductor would
+write it in fp32 and read it again from 5 on (4 of queries and keys, with their norms' gradients)."""
 IN_TRAINING, IN_SAMPLING = "LTNHW", "BN"
 """Sizes that are open with gradients, where images or texts have several sizes; and those that always are without:
 sampling and validation have batches of their own. A chunk's, C, is open everywhere: the last one has fewer patches."""
@@ -62,7 +66,7 @@ class Kind:
                     if isinstance(tensor, Tensor):
                         torch._dynamo.maybe_mark_dynamic(tensor, dims)
         before = _graphs()
-        with said_in_one_line(self.name):
+        with said_in_one_line(self.name), stops_held_back():
             out = self._run(*args)
         if made := _graphs() - before:
             self.graphs += made
@@ -90,7 +94,7 @@ class Compiled:
     """A kind for one block: what takes the place of its forward pass. A copy of the block gets one of its own."""
 
     kind: Kind
-    block: nn.Module
+    block: Any
 
     def __call__(self, *args: Any) -> Any:
         """Run it on the block."""
@@ -106,7 +110,10 @@ class Kinds:
 
     def __init__(self, varied: bool) -> None:
         from torch._functorch import config as functorch
+        from torch._inductor import config as inductor
 
+        if torch.cuda.is_available():
+            inductor.realize_reads_threshold = READS
         self._varied = varied
         self.by_name: dict[str, Kind] = {}
         # Beyond MOST_GRAPHS a warning is the right answer, and not the end of a run.
@@ -123,12 +130,33 @@ class Kinds:
         return self.by_name[name]
 
 
+def compile_methods(owner: Any, sizes: dict[str, tuple[str, ...]], kinds: Kinds) -> None:
+    """Compile some methods of an object: name -> sizes of its tensors (`Kind`)."""
+    for name, each in sizes.items():
+        setattr(owner, name, Compiled(kinds.of(name, getattr(type(owner), name), each), owner))
+
+
+@contextmanager
+def compilation(begins: Callable[[], None], ends: Callable[[bool], None]) -> Iterator[None]:
+    """Call these as torch.compile begins to compile, and as it ends, with whether it failed, in any thread and at any
+    step."""
+    from torch._dynamo.callback import callback_handler  # late: a second of imports that only compiled runs need
+
+    start = callback_handler.register_start_callback(lambda _: begins())
+    end = callback_handler.register_end_callback(lambda _: ends(sys.exc_info()[0] is not None))
+    try:
+        yield
+    finally:
+        callback_handler.remove_start_callback(start)
+        callback_handler.remove_end_callback(end)
+
+
 @contextmanager
 def said_in_one_line(name: str) -> Iterator[None]:
     """Turn the compiler's errors about `name` into bad input that names --machine.no-compile.
 
     Raises:
-        InputError: with the first line of the cause.
+        InputError: with the first line of the cause; what a full disk or too little memory is the cause of, as it is.
     """
     try:
         yield
@@ -138,7 +166,7 @@ def said_in_one_line(name: str) -> Iterator[None]:
         cause: BaseException = error
         while isinstance(inner := getattr(cause, "inner_exception", None), BaseException):
             cause = inner
-        if isinstance(cause, torch.OutOfMemoryError | InputError):
+        if isinstance(cause, torch.OutOfMemoryError | InputError | OSError):
             raise cause from error
         first = next((line.strip() for line in str(cause).splitlines() if line.strip()), "no reason given")
         raise InputError(

@@ -108,10 +108,14 @@ class _NormModulate(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         x, weight, scale, rstd = ctx.saved_tensors
-        g, unit = wide(grads[0]), wide(x) * rstd
-        d_scale = (g * unit).mul_(wide(weight)).sum_to_size(scale.shape)
+        g, unit, grown = wide(grads[0]), wide(x) * rstd, wide(scale) + 1.0
         d_shift = g.sum_to_size(ctx.shift_shape)
-        d_x, d_weight = _norm_backward(g * (wide(scale) + 1.0), unit, rstd, weight)
+        d_scale = (g * unit).mul_(wide(weight)).sum_to_size(scale.shape)
+        d_x, d_weight = _norm_backward(g * grown, unit, rstd, weight)
+        if torch.compiler.is_compiling():  # then the sums above are not made
+            # Out of the scale's sums, one an image: Inductor would go through all tokens once more for the weight's.
+            sums = (g * unit).sum_to_size(scale.shape)
+            d_scale, d_weight = sums * wide(weight), (sums * grown).flatten(0, -2).sum(0).to(weight.dtype)
         return d_x.to(x.dtype), d_weight, d_shift.to(x.dtype), d_scale.to(scale.dtype)
 
 
@@ -194,6 +198,11 @@ def aligned(x: Tensor) -> bool:
     return x.is_cuda
 
 
+def compiled_for_gpu(x: Tensor) -> bool:
+    """Whether Inductor makes kernels for a GPU of what is done with x."""
+    return torch.compiler.is_compiling() and x.is_cuda
+
+
 def narrow_linear(layer: nn.Linear, x: Tensor) -> Tensor:
     """A linear layer to or from few channels, on GPUs padded by zeros to a multiple of CHANNELS_AT_ONCE inside:
     [..., in] -> [..., out], the same numbers but for rounding."""
@@ -214,6 +223,47 @@ class GeluMlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(x)))
+
+
+class PixelMlp(GeluMlp):
+    """The same for pixel tokens: [N, P, d] -> [N, P, d]."""
+
+    def forward(self, x_NPd: Tensor) -> Tensor:
+        return _summed_by_patch(self.fc2, F.gelu(_summed_by_patch(self.fc1, x_NPd)))
+
+
+def _summed_by_patch(layer: nn.Linear, x_NPd: Tensor) -> Tensor:
+    """A linear layer, whose bias's gradient is summed up by patches first, if it is compiled for a GPU: Inductor does
+    that where it writes the gradients of pixels, and does not read them again."""
+    if not compiled_for_gpu(x_NPd):
+        return layer(x_NPd)
+    return F.linear(x_NPd, layer.weight) + layer.bias.expand(len(x_NPd), 1, -1)
+
+
+def modulation_of(layer: nn.Sequential, x: Tensor) -> Tensor:
+    """A pixel-wise adaLN's modulation, of one linear layer: [B, L, D] -> [B, L, P·chunks·d].
+
+    If it is compiled for a GPU, the bias's gradient is a column of the weight's, out of one product, instead of a sum
+    that reads all gradients of the modulation, the largest tensor of a block, once more.
+    """
+    if not compiled_for_gpu(x):
+        return layer(x)
+    return _WideLinear.apply(x, layer[0].weight, layer[0].bias)  # type: ignore[no-untyped-call]
+
+
+class _WideLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        g, ones = grads[0].flatten(0, -2), F.pad(x.flatten(0, -2), (0, CHANNELS_AT_ONCE), value=1.0)
+        both = g.T @ ones  # [out, in + CHANNELS_AT_ONCE]
+        return grads[0] @ weight, both[:, : x.shape[-1]].contiguous(), both[:, -1].contiguous()
 
 
 class SwiGluMlp(nn.Module):
@@ -279,11 +329,11 @@ class PiTBlock(nn.Module):
         self.attn = Attention(config.attention_width, config.attention_heads)
         self.expand_from_attn = nn.Linear(config.attention_width, pixels * width)
         self.norm2 = RMSNorm(width)
-        self.mlp = GeluMlp(width)
+        self.mlp = PixelMlp(width)
         self.adaLN_modulation = nn.Sequential(zero_linear(config.width, pixels * self.chunks * width))
 
     def forward(self, x_NPd: Tensor, s_BLD: Tensor, rope: Rope) -> Tensor:
-        modulation = self.adaLN_modulation(s_BLD)  # [B, L, P·chunks·d]
+        modulation = modulation_of(self.adaLN_modulation, s_BLD)  # [B, L, P·chunks·d]
         parts = modulation.view(*x_NPd.shape[:-1], -1).chunk(self.chunks, dim=-1)  # chunks × [N, P, d]
         attended = self.attend(self.before(x_NPd, *parts[:-4]), s_BLD, rope)  # [N, P, d]
         return self.after(x_NPd, attended, *parts[-4:])

@@ -7,6 +7,7 @@ import resource
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed
@@ -31,12 +32,15 @@ class LossMeter:
         finite = loss.isfinite()
         self._sums.index_add_(1, quarter, torch.stack([loss.where(finite, 0.0), finite.double()]))
 
-    def read(self, ranks: int) -> dict[str, float]:
-        """Means over all ranks since the last call, and reset. A quarter without samples is left out."""
-        if ranks > 1:
-            torch.distributed.all_reduce(self._sums)
-        sums, counts = self._sums.tolist()
-        self._sums.zero_()
+    @property
+    def sums(self) -> Tensor:
+        """This rank's since the last `read`: float64 [2, QUARTERS], losses and how many; writing to it counts."""
+        return self._sums
+
+    def read(self, ranks: int, keep: bool = False) -> dict[str, float]:
+        """Means over all ranks since the last call that did not `keep` the sums. A quarter without samples is left
+        out."""
+        sums, counts = _over_ranks(self._sums, ranks, keep)
         means = {f"loss/t_{i}_of_{QUARTERS}": s / n for i, (s, n) in enumerate(zip(sums, counts, strict=True), 1) if n}
         return {"loss/train": sum(sums) / sum(counts)} | means if means else {}
 
@@ -53,13 +57,25 @@ class DeviceMean:
         finite = values.isfinite()
         self._sums += torch.stack([values.where(finite, 0.0).sum(), finite.double().sum()])
 
-    def read(self, ranks: int) -> float | None:
-        """Mean over all ranks since the last call, None without a value, and reset."""
-        if ranks > 1:
-            torch.distributed.all_reduce(self._sums)
-        total, count = self._sums.tolist()
-        self._sums.zero_()
+    @property
+    def sums(self) -> Tensor:
+        """This rank's since the last `read`: float64 [2], values and how many; writing to it counts."""
+        return self._sums
+
+    def read(self, ranks: int, keep: bool = False) -> float | None:
+        """Mean over all ranks since the last call that did not `keep` the sums, None without a value."""
+        total, count = _over_ranks(self._sums, ranks, keep)
         return total / count if count else None
+
+
+def _over_ranks(sums: Tensor, ranks: int, keep: bool) -> Any:
+    """The numbers' sums over all ranks; zeroed here, unless they are to be kept."""
+    whole = sums.clone()
+    if not keep:
+        sums.zero_()
+    if ranks > 1:
+        torch.distributed.all_reduce(whole)
+    return whole.tolist()
 
 
 class Mean:
@@ -78,6 +94,12 @@ class Mean:
         if math.isfinite(value):
             self._sum += value
             self._count += 1
+
+    def __add__(self, other: Mean) -> Mean:
+        """The mean of the numbers of both."""
+        both = Mean()
+        both._sum, both._count = self._sum + other._sum, self._count + other._count
+        return both
 
 
 class Clock:

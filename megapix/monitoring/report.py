@@ -13,11 +13,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megapix import config as configuration
-from megapix.checkpoint.manifest import Counters
+from megapix.checkpoint.manifest import Counters, State
 from megapix.checkpoint.saver import Saver
 from megapix.config import BatchLayout, Config
 from megapix.costs import flops
-from megapix.dist import World
+from megapix.dist import World, gather
 from megapix.monitoring import meters
 from megapix.monitoring.tensorboard import Writer
 
@@ -27,7 +27,7 @@ class Report:
 
     Args:
         config: resolved.
-        counters: where the run stands when it starts to collect; later events are purged from TensorBoard.
+        state: where the run stands when it starts to collect; later events are purged from TensorBoard.
     """
 
     def __init__(
@@ -37,12 +37,14 @@ class Report:
         world: World,
         device: torch.device,
         saver: Saver,
-        counters: Counters,
+        state: State,
     ) -> None:
         self._config, self._layout, self._world, self._device, self._saver = config, layout, world, device, saver
         self._cost, self._peak = flops.of_run(config), flops.peak_of(config, device)
         self._losses = meters.LossMeter(device)
         self._alignment = meters.DeviceMean(device) if config.repa.wanted else None
+        self._take_up(state.window)
+        counters = state.counters
         self._stall, self._first = saver.stall, counters.drawn // layout.total
         self._seen, end = counters.images_seen, int(config.optim.end_at)
         self._bar = tqdm(total=end, initial=self._seen, unit="img", disable=not world.main, **_bar_style())
@@ -63,11 +65,37 @@ class Report:
             assert self._alignment, "only with REPA"
             self._alignment.add(alignment)
 
-    def row(self, step: int, counters: Counters, more: Mapping[str, float]) -> None:
+    def window(self) -> tuple[tuple[float, ...], ...]:
+        """Every rank's sums of losses since the last row, for a checkpoint. Every rank calls it."""
+        mine = torch.cat([sums.flatten() for sums in self._sums()])
+        return tuple(map(tuple, gather(self._world, mine.tolist())))
+
+    def _take_up(self, window: tuple[tuple[float, ...], ...]) -> None:
+        """Go on from the sums of a checkpoint: this rank's own, or with other ranks all of them on rank 0."""
+        numbers = sum(sums.numel() for sums in self._sums())
+        of_ranks = np.array([sums for sums in window if len(sums) == numbers])  # REPA may have begun since
+        if len(of_ranks) == self._world.size:
+            mine = of_ranks[self._world.rank]
+        elif len(of_ranks) and self._world.main:
+            mine = of_ranks.sum(0)
+        else:
+            return
+        for sums in self._sums():
+            part, mine = np.split(mine, [sums.numel()])
+            sums += torch.from_numpy(part).view_as(sums).to(sums.device)
+
+    def _sums(self) -> list[Tensor]:
+        return [self._losses.sums, *([self._alignment.sums] if self._alignment else [])]
+
+    def row(self, step: int, counters: Counters, more: Mapping[str, float], keep: bool = False) -> None:
         """Write the scalars of the steps since the last row, up to `counters`, beside those of `more`. Every rank calls
-        it."""
-        row = self._losses.read(self._world.size) | meters.memory(self._device) | dict(more)
-        if self._alignment and (alignment := self._alignment.read(self._world.size)) is not None:
+        it.
+
+        Args:
+            keep: this row is only of the run's end: a longer run has none there, so the losses stay in the next row.
+        """
+        row = self._losses.read(self._world.size, keep) | meters.memory(self._device) | dict(more)
+        if self._alignment and (alignment := self._alignment.read(self._world.size, keep)) is not None:
             row["loss/repa"] = alignment
         row |= flops.speed(row["speed/images_per_s"], self._cost, self._world.size, self._peak)
         row["schedule/images_seen"] = counters.images_seen

@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -55,6 +57,8 @@ LAYOUT = {
 """TensorBoard's page "Custom Scalars": group -> chart -> tags, as regular expressions."""
 NAME = "*tfevents*"
 """What TensorBoard takes for an event file."""
+PREFIX = "events.out.tfevents."
+STAMP = re.compile(rf"{re.escape(PREFIX)}(\d+)")
 HEAD, FOOT = 12, 4
 """Bytes of a record before and after its event."""
 
@@ -124,10 +128,26 @@ class Writer:
 
         if self._purged:
             return SummaryWriter(str(self._folder))
+        put_before(self._folder, int(time.time()))
         purge(self._folder, self._first_step)
         self._purged = True
         # For a TensorBoard that has read those files already: its own mark.
         return SummaryWriter(str(self._folder), purge_step=self._first_step + 1)
+
+
+def put_before(folder: Path, now: int) -> None:
+    """Rename the event files that would come after one of the time `now`: a host's clock was ahead, or this one's is
+    behind. Readers take files in the order of their names, and drop what has the step of an earlier row.
+
+    Args:
+        now: seconds since 1970, which a new file has in its name.
+    """
+    files = sorted(folder.glob(NAME))
+    later = [path for path in files if (found := STAMP.match(path.name)) and int(found[1]) >= now]
+    before = [path for path in files if path not in later]
+    last = before[-1].name if before else f"{PREFIX}{now - 1:010d}" if later else ""
+    for number, path in enumerate(later):
+        os.replace(path, path.with_name(f"{last}.{number:06d}"))
 
 
 def purge(folder: Path, after: int) -> None:

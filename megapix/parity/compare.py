@@ -40,18 +40,17 @@ class Difference:
 
 
 TOLERANCES = {
-    "fp32": Difference(gradient=1e-5, loss=1e-5, norm=1e-5, weights=1e-3, ema=1e-3),
-    "fp32 compiled": Difference(gradient=1e-5, loss=1e-5, norm=1e-4, weights=1e-3, ema=1e-3),
-    "bf16": Difference(gradient=1e-5, loss=1e-3, norm=1e-2, weights=0.1, ema=0.1),
-    "bf16 compiled": Difference(gradient=0.05, loss=1e-3, norm=2e-2, weights=0.2, ema=0.2),
+    "fp32": Difference(gradient=1e-5, loss=1e-5, norm=1e-4, weights=1e-3, ema=1e-3),
+    "bf16": Difference(gradient=1e-5, loss=3e-3, norm=5e-2, weights=0.1, ema=0.1),
+    "bf16 compiled": Difference(gradient=0.05, loss=3e-3, norm=5e-2, weights=0.2, ema=0.2),
 }
 """What a case may differ from its reference.
 
 fp32: sums in another order. The gradient differs by some 1e-6; Adam divides it by its own size, so where it is nearly
 zero its rounding becomes a part of a step: 1e-5 to 1e-4 of the largest weight after ten of them.
 
-fp32 compiled: sums and exponentials in an order of the compiler's: the same first gradient, from where the runs part
-sooner (the norm by 1.5e-5 in ten steps with text, measured).
+Norms of later steps depend on where the runs have gone: in fp32 they part by up to 3e-5 in ten steps, in bf16 by 2e-2
+(measured; another CPU, with other kernels, has other figures).
 
 bf16: against the reference in bf16 the gradient of the first step is as close as in fp32. Later a weight that lies
 between two bf16 numbers may be rounded the other way, and the runs part as far as bf16 parts from fp32 (0.08 to 0.1
@@ -63,7 +62,7 @@ bf16 compiled: fused operations round less often, so already the first gradient 
 
 def tolerance(case: Case) -> Difference:
     """The tolerances of a case."""
-    return TOLERANCES[f"{case.precision} compiled" if case.compile else case.precision]
+    return TOLERANCES["bf16 compiled" if case.compile and case.precision == "bf16" else case.precision]
 
 
 @dataclass(frozen=True)

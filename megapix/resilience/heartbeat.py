@@ -15,7 +15,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 BEAT = 1.0
-"""Seconds between heartbeats."""
+"""Seconds between heartbeats of few ranks."""
+BEATS = 256.0
+"""Heartbeats a second that rank 0 takes of many ranks: each of them beats less often, so that it costs rank 0 the same
+(docs/scale.md)."""
+
+
+def period(ranks: int, seconds: float) -> float:
+    """Seconds between heartbeats, at least four in the `seconds` after which silence is a death."""
+    return min(max(BEAT, ranks / BEATS), seconds / 4)
 
 
 @dataclass(frozen=True)
@@ -34,6 +42,11 @@ class Word:
     """The same moment on the monotonic clock of the process that holds this object."""
 
 
+def line(message: Mapping[str, Any]) -> bytes:
+    """A message as a link sends it."""
+    return json.dumps(message).encode() + b"\n"
+
+
 class Link:
     """A TCP connection that carries one JSON message a line and never blocks."""
 
@@ -43,10 +56,10 @@ class Link:
         self.closed = False
         self._half = b""
 
-    def send(self, message: Mapping[str, Any]) -> None:
-        """Hand a message to the kernel; one for which there is no room is for a rank that stopped reading long ago."""
+    def send(self, line: bytes) -> None:
+        """Hand a line to the kernel; one for which there is no room is for a rank that stopped reading long ago."""
         with suppress(OSError):  # a broken connection is found by reading, behind what the other end said last
-            self.socket.send(json.dumps(message).encode() + b"\n")
+            self.socket.send(line)
 
     def finish(self) -> None:
         """Say that nothing more will be sent."""

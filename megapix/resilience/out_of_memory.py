@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from megapix.config import Config
 from megapix.config.ds_config import read_knobs
 from megapix.dist import World
-from megapix.errors import InputError, OutOfMemory, RunError
+from megapix.errors import InputError, OutOfMemory, Reported, RunError
 
 AMOUNT = r"([\d.]+ (?:[KMGTPE]iB|bytes))"
 """As torch writes bytes (format_size in CUDACachingAllocator.cpp)."""
@@ -53,7 +53,7 @@ def told(world: World, where: Where, ways: Ways) -> Iterator[None]:
     """
     try:
         yield
-    except (InputError, RunError):  # it is one line already
+    except (InputError, RunError, Reported):  # it is one line already
         raise
     except Exception as error:
         found = lack(error)

@@ -7,7 +7,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -23,16 +23,28 @@ after 90 s."""
 @contextmanager
 def run_lock(run: Path, world: World, patience: float = PATIENCE) -> Iterator[None]:
     """Lock a run folder, so that a second run in it is refused; every rank enters it. The lock ends with its process.
+    A folder in which nothing has been written is left as it was found.
 
     Raises:
         CollectiveInputError: another run holds it, or it cannot be written.
     """
+    missing = [folder for folder in (run, *run.parents) if not folder.exists()]
     file = on_all_ranks(world, lambda: _lock(run, patience) if world.main else None)
     try:
         yield
     finally:
         if file:
+            _leave_no_trace(run, missing)
             file.close()
+
+
+def _leave_no_trace(run: Path, made: list[Path]) -> None:
+    """Remove the lock and the folders that were made for it, if there is nothing else in them."""
+    with suppress(OSError):
+        if [path.name for path in run.iterdir()] == [LOCK_NAME]:
+            (run / LOCK_NAME).unlink()
+            for folder in made:
+                folder.rmdir()
 
 
 def _lock(run: Path, patience: float) -> IO[str]:

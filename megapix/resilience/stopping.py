@@ -11,18 +11,18 @@ import time
 from pathlib import Path
 from types import FrameType
 
-from megapix.dist import World
+from megapix.dist import STOPS, World
 
 EXIT_STOPPED = 75
 STOP_NAME = "stop"
 LOOK_EVERY = 1.0
 """Seconds between two checks for the file, which may lie on a slow file system."""
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-"""Those that ask a run to stop."""
 
 
 class StopRequested(Exception):
     """All ranks have agreed to stop; what they have done is saved."""
+
+    collective = True
 
 
 class StopRequest:
@@ -31,7 +31,7 @@ class StopRequest:
     def __init__(self, run: Path, world: World) -> None:
         self._file, self._world, self._looked = run / STOP_NAME, world, 0.0
         self._reason: str | None = None
-        for number in SIGNALS:
+        for number in STOPS:
             signal.signal(number, self._on_signal)
 
     @property

@@ -1,12 +1,15 @@
-"""Who died, and who hangs: heartbeats over TCP, beside the collectives that a lost rank would block for ever.
+"""Who failed, who died, and who hangs: heartbeats over TCP, beside the collectives that a lost rank would block for
+ever.
 
-    rank 1 ──beat──▶           ┌ a connection closes without a goodbye    that process died
-    rank 2 ──beat──▶  rank 0 ──┤ no beat for `seconds`                    it was stopped, or its host or link is gone
-    rank 3 ◀──beat──           └ beats, but the rank that is furthest     it hangs, and those ahead of it wait for it
+    rank 1 ──beat──▶           ┌ an error is told                         all end with its code, once saves are written
+    rank 2 ──beat──▶  rank 0 ──┤ a connection closes without a goodbye    that process died
+    rank 3 ◀──beat──           │ no beat for `seconds`                    it was stopped, or its host or link is gone
+                               └ beats, but the rank that is furthest     it hangs, and those ahead of it wait for it
                                  behind says nothing new for `seconds`
 
-Rank 0 finds it, prints one block with the last word of every rank, tells the others, and every rank ends with EXIT_LOST
-without waiting for a collective. Beats go both ways, so every other rank finds the loss of rank 0 by itself.
+Rank 0 finds it, prints it (of a lost rank one block with the last word of every rank), tells the others, and every rank
+ends, with EXIT_LOST if one was lost, without waiting for a collective. Beats go both ways, so every other rank finds
+the loss of rank 0 by itself. What rank 0 does for each rank in the time of a beat is the same for any number of ranks.
 
 Nothing is written to any folder: a shared one may stay reachable for a host whose link to the others is cut.
 """
@@ -15,115 +18,118 @@ from __future__ import annotations
 
 import os
 import secrets
-import select
 import selectors
 import socket
 import threading
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Any
 
-from megapix.dist import World, gather, on_all_ranks
-from megapix.errors import InputError, OutOfMemory, RunError
-from megapix.resilience.heartbeat import BEAT, Link, Peer, Word
+from megapix.dist import CollectiveInputError, World, first, gather, on_all_ranks
+from megapix.errors import InputError, Reported
+from megapix.resilience import doors, first_error, hangs
+from megapix.resilience.first_error import Failure
+from megapix.resilience.hangs import Hangs
+from megapix.resilience.heartbeat import Link, Peer, Word, line, period
+from megapix.resilience.notes import PATIENCE, Notes
 from megapix.resilience.stopping import StopRequested
 
 EXIT_LOST = 69
 """Exit code of every rank that is left when one died or hangs; the same command resumes from the last checkpoint."""
-LONG = ("start", "save", "load", "score", "profile")
-"""Phases that are long and say nothing new meanwhile: building, loading and compiling; writing a checkpoint; rolling
-back to one; scoring images on rank 0; writing a trace."""
-PATIENCE = 10.0
-"""`seconds` times this may pass without news in the phases of LONG, in the first step, which compiles, and in every
-other phase the first time that it is seen after that, which shows how long it takes."""
-USUAL = 3.0
-"""What a phase took then, times this, may pass later on, where that is more than `seconds`."""
+CLOSING = 10.0
+"""Seconds in which a rank closes what its error has passed, without a checkpoint that is being written."""
 GRACE = 2.0
-"""Seconds that the others have to end by themselves once a rank has ended with an error that it reported."""
-CALL_AGAIN = 0.1
-"""Seconds between two calls to rank 0."""
+"""Seconds that the others have to end by themselves once a rank has failed."""
 VERDICT = 4.0
-"""Seconds that a failing rank waits for the news that another was lost before it; then the failure is its own."""
+"""Seconds that a failing rank waits for the news that another was lost, or failed, before it; then the failure is its
+own. Rank 0 answers it in less."""
+LOOK = 0.25
+"""Seconds between two looks at what the others say: to be woken by each message would cost a large world more."""
 
 
 class Watchdog:
     """Around the training on every rank, once the process group stands: `with Watchdog(world, seconds) as watch`.
+
+    An error that leaves it, or `telling`, on one rank alone becomes `Reported`: the log has it, and all ranks know it.
 
     Args:
         seconds: after which silence is a death and no news a hang; 0 watches nothing.
         longer: phase -> seconds that may pass there beyond `seconds`, where a phase may wait for something slow.
 
     Raises (on entering):
-        CollectiveInputError: a rank cannot reach rank 0 at MASTER_ADDR.
+        CollectiveInputError: a rank cannot reach rank 0 at MASTER_ADDR, or another number of seconds is set there.
     """
 
     def __init__(self, world: World, seconds: float, longer: Mapping[str, float] | None = None) -> None:
-        self._world, self._seconds, self._longer = world, seconds, {"error": VERDICT, **(longer or {})}
+        self._world, self._seconds = world, seconds
         self._host = socket.gethostname()
-        self._word = Word(patience=seconds * PATIENCE)
-        self._first: int | None = None
-        self._begun = False
-        self._took: dict[str, float] = {}  # phase -> seconds, the first time after the first step
+        self.notes = Notes(seconds, {"error": VERDICT, **(longer or {})})
+        self.at_work: Callable[[], bool] = lambda: False
+        """Whether this rank is still writing what other ranks write, too, and should end after it."""
         self._peers: dict[int, Peer] = {}
+        self._gone: list[int] = []  # whose connections have closed without a goodbye
         self._leaving: dict[str, Any] | None = None
-        self._failed: tuple[float, int, str, str] | None = None
-        self._every = min(BEAT, seconds / 4)
-        self._stuck: set[tuple[int, int, int]] = set()
-        self._stuck_since = 0.0
-        self._resumed = 0.0
+        self._left: tuple[float, Failure] | None = None  # since when a rank is gone in order that all should share
+        self._failed: tuple[float, Failure] | None = None
+        self._unwinds = False  # this rank's own error is on its way out
+        self._known, self._one = threading.Event(), threading.Lock()
+        self._every = period(world.size, seconds)
+        self._hangs = Hangs(self._every)
         self._entered = False
         self._selector = selectors.DefaultSelector()
+        self._woken = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def note(self, step: int, phase: str, begins: bool = False) -> None:
-        """Say where this rank is: the step it is at, and what it does next. Takes microseconds.
-
-        Args:
-            begins: the phase begins with something else than what is noted in it later on, and what that takes is not
-                what the phase usually takes.
-        """
-        last, now = self._word, time.monotonic()
-        if self._first is None:
-            self._first = step
-        elif last.step != self._first and not self._begun:
-            self._took.setdefault(last.phase, self._idle(last, now))
-        turn = 0 if step != last.step else last.turn + (phase != last.phase)
-        long = phase in LONG or step == self._first or phase not in self._took
-        patience = max(self._seconds * (PATIENCE if long else 1.0), USUAL * self._took.get(phase, 0.0))
-        patience += self._longer.get(phase, 0.0)
-        self._begun = begins
-        self._word = Word(step, phase, turn, patience, at=now)  # one assignment: the thread never sees half a word
+        """Say where this rank is: `Notes.note`. Takes microseconds."""
+        self.notes.note(step, phase, begins)
 
     def where(self) -> tuple[int, str]:
         """Step and phase of the last note."""
-        return self._word.step, self._word.phase
+        return self.notes.word.step, self.notes.word.phase
+
+    @contextmanager
+    def telling(self) -> Iterator[None]:
+        """Tell an error of this rank alone to all at once, before anything around this is closed, which may take long.
+
+        Raises:
+            Reported: in place of that error.
+        """
+        try:
+            yield
+        except BaseException as error:
+            self._report(error)
+            raise
 
     # -----------------------------------------------------------------------------------------------------------------
     # In and out
     # -----------------------------------------------------------------------------------------------------------------
 
     def __enter__(self) -> Watchdog:
+        serves = self._world.main and self._seconds > 0
+        server = on_all_ranks(self._world, lambda: doors.listen(self._world.size) if serves else None)
+        port = server.getsockname()[1] if server else 0
+        everyone = gather(self._world, (self._host, port, secrets.token_hex(16), self._seconds))
+        for rank, (*_, seconds) in enumerate(everyone):
+            if seconds != everyone[0][-1]:
+                raise CollectiveInputError(
+                    f"rank {rank} has machine.watchdog = {seconds:g}, but rank 0 has {everyone[0][-1]:g}"
+                )
         if not self._seconds:
             return self
-        server = _listen(self._world.size) if self._world.main else None
-        mine = (self._host, server.getsockname()[1] if server else 0, secrets.token_hex(16))
-        everyone = gather(self._world, mine)
-        _, port, self._token = everyone[0]
+        _, port, self._token, _ = everyone[0]
         for rank, (host, *_) in enumerate(everyone):
             if rank != self._world.rank and (self._world.main or rank == 0):
                 self._peers[rank] = Peer(host, Word(patience=self._seconds * PATIENCE), time.monotonic())
-        self._wake, woken = socket.socketpair()
-        self._selector.register(woken, selectors.EVENT_READ)
         if server:
             self._selector.register(server, selectors.EVENT_READ, self._accept)
-        if server:
             self._thread.start()  # it lets the others in, more of them than may wait at its door
         try:
             on_all_ranks(self._world, lambda: None if server else self._connect(port))
         except InputError:
-            self._leaving = {"left": 2, "reason": "", "told": False}
+            self._leaving = {"left": 2, "reason": ""}
             raise
         for peer in self._peers.values():
             peer.heard = time.monotonic()
@@ -133,43 +139,18 @@ class Watchdog:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        if not self._seconds:
-            return
-        if error and not isinstance(error, (InputError, RunError, StopRequested, KeyboardInterrupt, SystemExit)):
-            # Most likely a collective that broke because another rank is lost: then the thread ends this process now.
-            self.note(self._word.step, "error")
-            self._thread.join(VERDICT)
-        code = 0 if error is None or isinstance(error, StopRequested) else 2 if isinstance(error, InputError) else 1
-        reason = f"{kind.__name__}: {' '.join(str(error).split())}" if kind else ""
-        told = isinstance(error, OutOfMemory)  # by this rank, which it names
-        self._leaving = {"left": code, "reason": str(error) if told else reason, "told": told}
-        self._wake.send(b"!")
-        self._thread.join(2 * GRACE)
+        try:
+            if error:
+                self._report(error)
+        finally:
+            if self._seconds:
+                code = 0 if error is None or isinstance(error, StopRequested) else getattr(error, "exit_code", 1)
+                self._leaving = {"left": code, "reason": " ".join(str(error).split())}
+                self._woken.set()
+                self._thread.join(2 * GRACE)
 
     def _connect(self, port: int) -> None:
-        """Call rank 0 until it answers: a kernel whose queue of callers is full breaks what seems to be connected."""
-        address, attempt, until = os.environ["MASTER_ADDR"], 0, time.monotonic() + self._seconds
-        while True:
-            attempt += 1
-            try:
-                return self._call(address, port, attempt)
-            except OSError as error:
-                if time.monotonic() > until:
-                    raise InputError(
-                        f"machine.watchdog = {self._seconds:g}: rank 0 cannot be reached at {address}:{port} "
-                        f"({error}); expected TCP between the nodes, or 0 (off)"
-                    ) from error
-                time.sleep(CALL_AGAIN)
-
-    def _call(self, address: str, port: int, attempt: int) -> None:
-        connection = socket.create_connection((address, port), timeout=self._seconds)
-        link = Link(connection)
-        link.send({"token": self._token, "rank": self._world.rank, "attempt": attempt})
-        select.select([connection], [], [], self._seconds / 4)
-        answer = link.read()
-        if not answer:
-            connection.close()
-            raise ConnectionError("no answer")
+        link, answer = doors.reach(port, {"token": self._token, "rank": self._world.rank}, self._seconds)
         self._adopt(0, link)
         for message in answer:
             self._hear(0, message)
@@ -194,7 +175,7 @@ class Watchdog:
             return
         self._peers[rank].attempt = attempt
         self._adopt(rank, link)
-        link.send({"welcome": rank})
+        link.send(line({"welcome": rank}))
         for message in messages[1:]:
             self._hear(rank, message)
 
@@ -203,42 +184,110 @@ class Watchdog:
         self._selector.register(link.socket, selectors.EVENT_READ, lambda _: self._read(rank, link))
 
     # -----------------------------------------------------------------------------------------------------------------
+    # An error
+    # -----------------------------------------------------------------------------------------------------------------
+
+    def _report(self, error: BaseException) -> None:
+        """Tell all ranks an error that this one has alone.
+
+        Raises:
+            Reported: in place of it.
+        """
+        if self._world.size == 1 or isinstance(error, Reported) or first_error.collective(error):
+            return
+        step, phase = self.where()
+        if first_error.perhaps_of_another(error):
+            if not self._entered:
+                return  # nobody can tell
+            self.note(step, "error")
+            self._known.wait(VERDICT)  # a lost rank ends this process within this time
+        self._unwinds = True
+        if not self._failed:
+            first_error.show(error)
+            self._tell_first(first_error.failure(error, self._world.rank, self._host, step, phase))
+        assert self._failed
+        raise Reported(self._failed[1].code) from error
+
+    def _tell_first(self, mine: Failure) -> None:
+        """Have rank 0 say it, if none has come before; where it does not answer, or nobody watches, say it here."""
+        if not self._entered:
+            self._failed = time.monotonic(), mine
+            if first("an error"):
+                _print(f"megapix: error: {mine.reason}")
+        elif self._world.main:
+            self._fail(mine)
+        else:
+            self._tell({"error": mine.code, "reason": mine.reason})
+            if not self._known.wait(VERDICT):
+                self._learn(mine)
+                _print(f"megapix: error: {mine.reason}")
+
+    def _fail(self, failure: Failure) -> None:
+        """Rank 0: all ranks end with this, unless they already do with another; in whichever thread it comes."""
+        if self._learn(failure):
+            self._tell({"failed": failure.code, "reason": failure.reason, "host": self._host})
+            _print(f"megapix: error: {failure.reason}")
+
+    def _learn(self, failure: Failure) -> bool:
+        """End with this, be it that the other threads wait for ever; False if this rank already ends with another."""
+        with self._one:
+            if self._failed:
+                return False
+            self._failed = time.monotonic(), failure
+        # stderr may be a pipe that nobody reads any more
+        last_resort = threading.Timer(self._seconds * PATIENCE + 2 * GRACE, os._exit, (failure.code,))
+        last_resort.daemon = True
+        last_resort.start()
+        self._known.set()
+        return True
+
+    def _end_failed(self, now: float) -> None:
+        """End this rank, unless it is writing a checkpoint with the others, or closing what its error has passed."""
+        assert self._failed
+        since, failure = self._failed
+        # What an interrupt has passed may hold a lock that closing waits for, so that gets some seconds alone.
+        limit = self._seconds * PATIENCE if self.at_work() else CLOSING if self._unwinds else GRACE
+        if now - since > limit:
+            self._hang_up()
+            os._exit(failure.code)
+
+    # -----------------------------------------------------------------------------------------------------------------
     # The thread
     # -----------------------------------------------------------------------------------------------------------------
 
     def _watch(self) -> None:
-        due = round_ = time.monotonic()
+        due = now = time.monotonic()
+        pause = min(LOOK, self._every)
         while self._leaving is None:
-            for key, _ in self._selector.select(max(0.0, due - time.monotonic())):
-                if key.data:
-                    key.data(key.fileobj)
-            before, round_ = round_, time.monotonic()
-            if round_ >= due:
-                due = round_ + self._every
-                self._beat()
-            # A pause of its own (the process was stopped, the machine slept) says nothing of others: clocks restart.
-            if round_ - before >= self._seconds / 2:
-                self._resumed = round_
             if self._entered:
-                self._judge(round_)
-        self._beat()
+                self._woken.wait(pause)
+            for key, _ in self._selector.select(0 if self._entered else pause):
+                key.data(key.fileobj)
+            before, now = now, time.monotonic()
+            # A pause of its own (the process was stopped, the machine slept) says nothing of others: clocks restart.
+            if now - before >= self._seconds / 2:
+                self.notes.resumed = now
+            if beats := now >= due:
+                due = now + self._every
+                self._beat(now)
+            if self._entered:
+                self._judge(now, beats)
+        self._beat(now)
         self._tell(self._leaving)
         self._hang_up()
 
-    def _beat(self) -> None:
-        w = self._word
+    def _beat(self, now: float) -> None:
+        w = self.notes.spoken(now)
         word = {"step": w.step, "phase": w.phase, "turn": w.turn, "patience": w.patience, "when": w.when}
-        self._tell({"word": word, "idle": self._idle(w, time.monotonic())})
-
-    def _idle(self, word: Word, now: float) -> float:
-        """Seconds without news since a word, not counting those in which this process was stopped."""
-        return now - max(word.at, self._resumed)
+        self._tell({"word": word, "idle": now - w.at})
 
     def _read(self, rank: int, link: Link) -> None:
         for message in link.read():
             self._hear(rank, message)
         if link.closed:
             self._selector.unregister(link.socket)
+            if link is self._peers[rank].link and not self._peers[rank].left:
+                self._gone.append(rank)
 
     def _hear(self, rank: int, message: dict[str, Any]) -> None:
         peer, peer.heard = self._peers[rank], time.monotonic()
@@ -246,106 +295,79 @@ class Watchdog:
             peer.word = Word(**message["word"], at=peer.heard - message["idle"])
         elif "left" in message:
             peer.left = True
-            if message["left"] and not self._failed:
-                about = f"rank {rank} on {peer.host} ended with an error: {message['reason']}"
-                told_on = peer.host if message["told"] else ""
-                self._failed = (peer.heard + GRACE, message["left"], message["reason"] if told_on else about, told_on)
+            if message["left"] and not self._left:
+                reason = f"rank {rank} on {peer.host} ended with an error: {message['reason']}"
+                self._left = peer.heard, Failure(message["left"], reason)
             if peer.link:
                 peer.link.finish()
+        elif "error" in message:
+            self._fail(Failure(message["error"], message["reason"]))
+        elif "failed" in message:
+            if self._learn(Failure(message["failed"], message["reason"])):
+                self._say_here(message)
         elif "end" in message:
-            said = peer.host, message["told"]  # rank 0 has said it there
-            if self._world.local_rank == 0 and self._host not in said:
-                os.write(2, f"\nmegapix: error: {message['reason']} (rank 0 on {peer.host} says more)\n".encode())
+            self._say_here(message)
             os._exit(message["end"])
 
-    def _judge(self, now: float) -> None:
-        """End this rank, and tell the others to, if a rank is lost."""
+    def _say_here(self, message: Mapping[str, Any]) -> None:
+        """On a host that is not rank 0's, whose log may be another."""
+        if self._world.local_rank == 0 and self._host != message["host"]:
+            _print(f"megapix: error: {message['reason']} (rank 0 is on {message['host']})")
+
+    def _judge(self, now: float, beats: bool) -> None:
+        """End this rank, and tell the others to, if a rank has failed or is lost; all of them are looked at in the time
+        of a beat once."""
+        if self._failed:
+            self._end_failed(now)
+            return
+        if self._gone:
+            hosts = self._hosts
+            self._end([f"rank {r} on {hosts[r]} is lost: its process ended without a goodbye" for r in self._gone])
+        if self._left and now - self._left[0] > GRACE:
+            self._fail(self._left[1])
+        if not beats:
+            return
         watched = {rank: peer for rank, peer in self._peers.items() if not peer.left}
-        dead = [
-            f"rank {rank} on {peer.host} is lost: its process ended without a goodbye"
-            for rank, peer in watched.items()
-            if peer.link and peer.link.closed
-        ]
-        if dead:
-            self._end(EXIT_LOST, dead)
-        silent = {rank: now - max(peer.heard, self._resumed) for rank, peer in watched.items()}
-        if max(silent.values(), default=0.0) > self._seconds:
+        silent = {rank: now - max(peer.heard, self.notes.resumed) for rank, peer in watched.items()}
+        longest = max(silent.values(), default=0.0)
+        if longest > self._seconds:
             self._end(
-                EXIT_LOST,
                 [
                     f"rank {rank} on {watched[rank].host} is lost: no heartbeat for {seconds:.1f} s "
                     "(stopped, or its host or its link is gone)"
                     for rank, seconds in silent.items()
                     if seconds > self._seconds / 2  # the others of a lost host are as good as over the limit
-                ],
+                ]
             )
-        if self._failed:
-            at, code, reason, told_on = self._failed
-            if now > at:
-                self._end(code, [reason], told_on)
-        elif self._world.main and max(silent.values(), default=0.0) < 3 * BEAT:
+        elif self._world.main and not self._left and longest < 3 * self._every:
             # Ranks that wait for a silent one say nothing new either; whether it is lost shows in a while.
-            self._judge_progress(now, {self._world.rank: self._word} | {r: peer.word for r, peer in watched.items()})
-
-    def _judge_progress(self, now: float, words: dict[int, Word]) -> None:
-        """A rank with others ahead of it waits for nobody: its own last word decides. Equal ones may wait together.
-
-        A word from elsewhere is as old as its heartbeat, and the others may have moved on in that time: a rank hangs if
-        it is found behind with the same word for two heartbeats more.
-        """
-        behind = min((w.step, w.turn) for w in words.values())
-        last = {rank: w for rank, w in words.items() if (w.step, w.turn) == behind}
-        stale = all(self._idle(w, now) > w.patience for w in last.values())
-        stuck = {(rank, w.step, w.turn) for rank, w in last.items()} if stale else set()
-        if stuck != self._stuck:
-            self._stuck, self._stuck_since = stuck, now
-        if not stuck or now - self._stuck_since < 2 * self._every:
-            return
-        if len(last) < len(words) or len(words) == 1:
-            reasons = [
-                f"rank {rank} on {self._host_of(rank)} hangs: nothing new for {self._idle(w, now):.1f} s"
-                for rank, w in last.items()
-            ]
-        else:
-            longest = max(self._idle(w, now) for w in last.values())
-            reasons = [f"all ranks hang, in a collective or at a disk: nothing new for {longest:.1f} s"]
-        self._end(EXIT_LOST, reasons)
+            words = self._words(now)
+            if idle := self._hangs.found(now, words, self.notes.resumed):
+                self._end(hangs.reasons(idle, words, self._hosts))
 
     # -----------------------------------------------------------------------------------------------------------------
     # The end
     # -----------------------------------------------------------------------------------------------------------------
 
-    def _end(self, code: int, reasons: list[str], told_on: str = "") -> None:
-        """Tell the ranks and the user, and end this process, whatever its other threads wait for.
-
-        Args:
-            told_on: the host whose log has the only reason already, and needs no more.
-        """
-        self._tell({"end": code, "reason": reasons[0], "told": told_on})
-        last_resort = threading.Timer(GRACE, os._exit, (code,))  # stderr may be a pipe that nobody reads any more
+    def _end(self, reasons: list[str]) -> None:
+        """Tell everybody that ranks are lost, and end this process, whatever its other threads wait for."""
+        self._tell({"end": EXIT_LOST, "reason": reasons[0], "host": self._host})
+        last_resort = threading.Timer(GRACE, os._exit, (EXIT_LOST,))  # as in `_learn`
         last_resort.daemon = True
         last_resort.start()
         now = time.monotonic()
-        words = {self._world.rank: self._word} | {rank: peer.word for rank, peer in self._peers.items()}
-        lines = [f"megapix: error: {reason}" for reason in reasons]
-        lines.append("megapix: the last heartbeat of each rank:")
-        for rank, w in sorted(words.items()):
-            clock = time.strftime("%H:%M:%S", time.localtime(w.when))
-            lines.append(
-                f"megapix:   rank {rank} on {self._host_of(rank)}: step {w.step}, {w.phase}, {clock}, "
-                f"{now - w.at:.1f} s ago"
-            )
-        resumes = "; the same command resumes from the last checkpoint" if code == EXIT_LOST else ""
-        lines.append(f"megapix: every rank ends with code {code}{resumes}")
-        if told_on != self._host:
-            os.write(2, ("\n" + "\n".join(lines[:1] if told_on else lines) + "\n").encode())
+        block = [f"error: {reason}" for reason in reasons] + ["the last heartbeat of each rank:"]
+        block += [f"  {each}" for each in hangs.listed(now, self._words(now, all_=True), self._hosts)]
+        block.append(f"every rank ends with code {EXIT_LOST}; the same command resumes from the last checkpoint")
+        _print("\n".join(f"megapix: {each}" for each in block))
         self._hang_up()
-        os._exit(code)
+        os._exit(EXIT_LOST)
 
     def _tell(self, message: Mapping[str, Any]) -> None:
+        data = line(message)
         for peer in self._peers.values():
             if peer.link and not peer.left:
-                peer.link.send(message)
+                peer.link.send(data)
 
     def _hang_up(self) -> None:
         """Wait until the others close their ends: to close first, with beats unread, could take back what was said."""
@@ -359,12 +381,15 @@ class Watchdog:
                 while link.socket.recv(1 << 16):
                     pass
 
-    def _host_of(self, rank: int) -> str:
-        return self._peers[rank].host if rank in self._peers else self._host
+    def _words(self, now: float, all_: bool = False) -> dict[int, Word]:
+        """The last word of each rank that this one hears, and of itself; with `all_` of those that have left, too."""
+        words = {rank: peer.word for rank, peer in self._peers.items() if all_ or not peer.left}
+        return {self._world.rank: self.notes.spoken(now), **words}
+
+    @property
+    def _hosts(self) -> dict[int, str]:
+        return {self._world.rank: self._host, **{rank: peer.host for rank, peer in self._peers.items()}}
 
 
-def _listen(ranks: int) -> socket.socket:
-    """A listening socket on a free port of every interface, with room for all ranks to call at once."""
-    if socket.has_dualstack_ipv6():
-        return socket.create_server(("", 0), family=socket.AF_INET6, backlog=ranks, dualstack_ipv6=True)
-    return socket.create_server(("", 0), backlog=ranks)
+def _print(text: str) -> None:
+    os.write(2, f"\n{text}\n".encode())  # a line of its own, below a progress bar

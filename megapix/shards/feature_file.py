@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from megapix.errors import InputError
+from megapix.files import read_range, size_of
 from megapix.shards.storage import Local
 
 
@@ -25,7 +26,8 @@ def file_name(kind: str, place: int) -> str:
 
 
 def features_fault(path: Path, header: bytes, size: int, listed_in: str) -> str:
-    """What is wrong with a file of features, by its size and its first bytes; empty if nothing is.
+    """What is wrong with a file of features, by its size and its first bytes; empty if nothing is. StorageError if it
+    cannot be read now.
 
     Args:
         header: what it begins with.
@@ -33,11 +35,9 @@ def features_fault(path: Path, header: bytes, size: int, listed_in: str) -> str:
         listed_in: name of the file that says so.
     """
     try:
-        there = path.stat().st_size
-        with open(path, "rb") as opened:
-            found = opened.read(len(header))
-    except FileNotFoundError:
-        return f"{path} is missing"
+        if (there := size_of(path)) is None:
+            return f"{path} is missing"
+        found = read_range(path, 0, len(header))
     except OSError as error:
         return f"{path}: cannot be read: {error.strerror or error}"
     if there != size:
@@ -95,7 +95,7 @@ class EntryFiles:
         return self._files.where(name)
 
     def read(self, name: str, start: int, size: int) -> bytes:
-        """Those bytes of a file, or fewer where it ends; InputError if they cannot be read."""
+        """Those bytes of a file, or fewer where it ends; InputError if they may not, StorageError if not yet."""
         try:
             return self._files.read(name, start, size)
         except OSError as error:

@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megapix.errors import InputError
-from megapix.files import safetensors_header, whole_file, write_atomic
+from megapix.files import read_bytes, safetensors_header, size_of, whole_file, write_atomic
 from megapix.shards.feature_file import (
     EntryFiles,
     check_format,
@@ -172,15 +172,16 @@ def read_manifest(folder: str | Path) -> Features:
     """
     folder = Path(folder)
     shown = f"repa.features = {str(folder)!r}"
-    if not folder.is_dir():
+    path = folder / MANIFEST_NAME
+    there = size_of(path) is not None
+    if not there and not folder.is_dir():
         raise InputError(
             f"{shown}: no such folder; 'data_prep features SHARDS --encoder ENCODER --out {folder}' makes it"
         )
-    path = folder / MANIFEST_NAME
-    if not path.is_file():
+    if not there:
         raise InputError(f"{shown} has no {MANIFEST_NAME}: run its 'data_prep features' command again until it is done")
     try:
-        return _of_manifest(folder, json.loads(path.read_bytes()))
+        return _of_manifest(folder, json.loads(read_bytes(path)))
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
     except (KeyError, TypeError, ValueError) as error:

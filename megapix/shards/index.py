@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from megapix.errors import InputError
-from megapix.files import write_atomic
+from megapix.files import read_bytes, size_of, write_atomic
 
 FORMAT = "megapix-shards"
 VERSION = 2
@@ -138,18 +138,20 @@ def read_index(folder: str | Path) -> Index:
 
     Raises:
         InputError: no such folder, no index in it, not JSON, another format or version, a missing key, no samples.
+        StorageError: it cannot be read now.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise InputError(f"shard folder {str(folder)!r} does not exist; make one with 'data_prep write SOURCE OUT'")
     path = folder / INDEX_NAME
-    if not path.is_file():
+    there = size_of(path) is not None
+    if not there and not folder.is_dir():
+        raise InputError(f"shard folder {str(folder)!r} does not exist; make one with 'data_prep write SOURCE OUT'")
+    if not there:
         raise InputError(
             f"shard folder {str(folder)!r} has no {INDEX_NAME}: it is empty or its preparation did not finish; "
             "run the same 'data_prep' command again"
         )
     try:
-        data = json.loads(path.read_text())
+        data = json.loads(read_bytes(path))
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read as JSON: {error}") from error
     if not isinstance(data, dict) or data.get("format") != FORMAT:
@@ -204,9 +206,9 @@ def missing_shards(base: Path, index: Index) -> list[str]:
     faults = []
     for shard in index.files:
         path = base / shard.name
-        if not path.is_file():
+        if (size := size_of(path)) is None:
             faults.append(f"{path} is missing, but {INDEX_NAME} lists it")
-        elif (size := path.stat().st_size) != shard.bytes:
+        elif size != shard.bytes:
             faults.append(
                 f"{path} has {size} bytes, but {INDEX_NAME} lists {shard.bytes}: "
                 "the index does not match its shards; prepare the folder again"

@@ -24,7 +24,8 @@ import torch
 from numpy.typing import NDArray
 
 from megapix.errors import InputError
-from megapix.files import sha256_of, write_atomic
+from megapix.files import sha256_of, size_of, write_atomic
+from megapix.outage import persist
 
 FORMAT, VERSION = "megapix-stats", 1
 ADM_EXTRACTOR, ADM_WIDTH = "inception", 2048
@@ -112,12 +113,17 @@ def read_reference(path: Path, option: str = "--reference") -> tuple[Reference, 
 
     Raises:
         InputError: no such file, or neither reference statistics nor one of ADM's reference batches.
+        StorageError: it cannot be read now.
     """
-    if not path.is_file():
+    if size_of(path) is None:
         raise InputError(f"{option} {str(path)!r} is no file; 'data_prep stats SHARDS --out STATS.npz' makes one")
-    try:
+
+    def once() -> Reference:
         with np.load(path, allow_pickle=False) as file:
-            reference = _ours(file) if "about" in file else _adms(file)
+            return _ours(file) if "about" in file else _adms(file)
+
+    try:
+        reference = persist(path, once)
     except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise InputError(f"{option} {str(path)!r}: cannot be read as reference statistics: {reason}") from error

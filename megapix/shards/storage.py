@@ -1,10 +1,11 @@
-"""Where bytes lie: a local folder, or a URL read through fsspec with time-outs, retries and checked lengths.
+"""Where bytes lie: a local folder, or a URL read through fsspec with time-outs and checked lengths.
 
     Local     pread on open files; the least recently used is closed
-    Remote    http(s), s3 and gs: byte ranges of remote files, each request retried on its own
+    Remote    http(s), s3 and gs: byte ranges of remote files
 
-Both answer `read(name, offset, size)`, `size(name)`, `names()` and `where(name)`. A URL's protocol comes from a short
-list: an index or a command never names a program to run, as webdataset's `pipe:` does.
+Both answer `read(name, offset, size)`, `size(name)`, `names()` and `where(name)`, and try again what may succeed later
+(`outage.py`). A URL's protocol comes from a short list: an index or a command never names a program to run, as
+webdataset's `pipe:` does.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import asyncio
 import hashlib
 import importlib.util
 import os
+import ssl
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +22,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from megapix.errors import InputError
+from megapix.outage import persist
 
 PROTOCOLS = {"http": "aiohttp", "https": "aiohttp", "s3": "s3fs", "gs": "gcsfs"}
 """Protocol -> the package that fsspec needs for it."""
@@ -32,8 +35,8 @@ PART = 8 << 20
 T = TypeVar("T")
 
 
-class Unreachable(InputError):
-    """A remote file could not be read for want of a connection or a right: says nothing about its content."""
+class Refused(InputError):
+    """What a server answers for good: it has no such file, or does not give it away. Says nothing about its content."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +44,9 @@ class Access:
     """How patient remote reads are."""
 
     timeout: float
-    """Seconds without a byte after which a request is given up."""
-    retries: int
-    """Further tries after a request that failed or stalled."""
+    """Seconds without a byte after which a request is given up, and tried again."""
+    outage_minutes: float
+    """How long a server that is away is waited for."""
 
 
 def is_url(path: str) -> bool:
@@ -67,22 +70,34 @@ class Local:
         return str(self.base / name)
 
     def names(self) -> list[str]:
-        """Files of the folder, in order."""
-        return sorted(entry.name for entry in os.scandir(self.base) if entry.is_file())
+        """Files of the folder, in order; StorageError, OSError."""
+        return persist(self.base, lambda: sorted(entry.name for entry in os.scandir(self.base) if entry.is_file()))
 
     def size(self, name: str) -> int:
-        """Bytes of a file; OSError."""
-        return os.stat(self.base / name).st_size
+        """Bytes of a file; StorageError, OSError."""
+        path = self.base / name
+        return persist(path, lambda: os.stat(path).st_size)
 
     def read(self, name: str, offset: int, size: int) -> bytes:
-        """Those bytes, or fewer where the file ends; OSError."""
+        """Those bytes, or fewer where the file ends.
+
+        Raises:
+            StorageError: they cannot be read now. OSError: the file is not there, or may not be read.
+        """
+        return persist(self.base / name, lambda: self._read(name, offset, size))
+
+    def _read(self, name: str, offset: int, size: int) -> bytes:
         if name in self._files:
             self._files.move_to_end(name)
         else:
             if len(self._files) >= MAX_OPEN:
                 os.close(self._files.popitem(last=False)[1])
             self._files[name] = os.open(self.base / name, os.O_RDONLY)
-        return os.pread(self._files[name], size, offset)
+        try:
+            return os.pread(self._files[name], size, offset)
+        except OSError:
+            os.close(self._files.pop(name))  # a stale handle stays so: the next try opens the file again
+            raise
 
 
 class Remote:
@@ -102,29 +117,42 @@ class Remote:
         return sorted(str(path).rstrip("/").rpartition("/")[2] for path in found)
 
     def size(self, name: str) -> int:
-        """Bytes of a file; Unreachable."""
+        """Bytes of a file; errors as in `read`."""
         size = self._try(name, lambda: self._fs.info(self.where(name))["size"])
         if not isinstance(size, int):
-            raise Unreachable(f"{self.where(name)}: the server does not say how many bytes it has (Content-Length)")
+            raise Refused(f"{self.where(name)}: the server does not say how many bytes it has (Content-Length)")
         return size
 
     def read(self, name: str, offset: int, size: int) -> bytes:
-        """Exactly those bytes; Unreachable."""
+        """Exactly those bytes.
+
+        Raises:
+            StorageError: they cannot be read now. Refused: the server says that it has none, or gives none.
+        """
 
         def once() -> bytes:
             data: bytes = self._fs.cat_file(self.where(name), start=offset, end=offset + size)
             if len(data) > size:
-                raise Unreachable(
+                raise Refused(
                     f"{self.where(name)}: asked for {size} bytes, got {len(data)}: the server ignores byte ranges"
                 )
             if len(data) < size:
+                there = self._fs.info(self.where(name))["size"]
+                if isinstance(there, int) and there < offset + size:
+                    raise Refused(
+                        f"{self.where(name)}: it has {there} bytes, but {size} from byte {offset} on are asked"
+                    )
                 raise ConnectionError(f"got {len(data)} of {size} bytes from byte {offset} on")
             return data
 
         return self._try(name, once) if size else b""
 
     def fetch(self, name: str, path: Path, size: int) -> str:
-        """Download a file of `size` bytes to `path` and sync it; return its SHA-256. Unreachable, OSError."""
+        """Download a file of `size` bytes to `path` and sync it; return its SHA-256.
+
+        Raises:
+            StorageError, Refused: as `read`. OSError: it cannot be written.
+        """
         digest = hashlib.sha256()
         with open(path, "r+b" if path.exists() else "wb") as file:
             for offset in range(0, size, PART):
@@ -137,22 +165,12 @@ class Remote:
         return digest.hexdigest()
 
     def _try(self, name: str, once: Callable[[], T]) -> T:
-        from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
-
-        retrying = Retrying(
-            stop=stop_after_attempt(1 + self.access.retries),
-            wait=wait_random_exponential(multiplier=0.1, max=10),
-            retry=retry_if_exception(_passes),
-            reraise=True,
-        )
         try:
-            return retrying(once)
+            return persist(self.where(name), once, _passes, _reason, self.access.outage_minutes)
         except Exception as error:
             if not _of_transport(error):
                 raise
-            count = 1 + self.access.retries
-            tries = f" ({count} {'try' if count == 1 else 'tries'})" if _passes(error) else ""
-            raise Unreachable(f"{self.where(name)}: {_reason(error)}{tries}") from error
+            raise Refused(f"{self.where(name)}: {_reason(error)}") from error
 
 
 Storage = Local | Remote
@@ -190,11 +208,24 @@ def _filesystem(base: str, timeout: float) -> Any:
         import aiohttp
 
         limits = aiohttp.ClientTimeout(total=None, sock_connect=timeout, sock_read=timeout)
-        return fsspec.filesystem(protocol, client_kwargs={"timeout": limits}, use_listings_cache=False)
+        client = {"timeout": limits, "trust_env": True}  # http_proxy, https_proxy and no_proxy count
+        return fsspec.filesystem(protocol, client_kwargs=client, use_listings_cache=False, **_certificates())
     if package == "s3fs":
         config = {"connect_timeout": timeout, "read_timeout": timeout, "retries": {"max_attempts": 1}}
         return fsspec.filesystem(protocol, config_kwargs=config, use_listings_cache=False)
     return fsspec.filesystem(protocol, requests_timeout=timeout, use_listings_cache=False)
+
+
+def _certificates() -> dict[str, Any]:
+    """How requests are checked, where a variable that curl and `requests` read names certificates; OpenSSL itself reads
+    SSL_CERT_FILE and SSL_CERT_DIR."""
+    path = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE")
+    if not path or os.environ.get("SSL_CERT_FILE"):
+        return {}
+    try:
+        return {"ssl": ssl.create_default_context(cafile=path)}
+    except OSError as error:
+        raise InputError(f"REQUESTS_CA_BUNDLE, CURL_CA_BUNDLE = {path!r}: {error.strerror or error}") from error
 
 
 def _status(error: BaseException) -> int | None:
@@ -223,12 +254,13 @@ def _of_transport(error: BaseException) -> bool:
 
 
 def _passes(error: BaseException) -> bool:
-    """Whether trying again can help: not for what the server refuses or does not have."""
+    """Whether trying again can help: not for what the server refuses or does not have, nor if it is not trusted."""
     error = _cause(error)
-    if not _of_transport(error) or isinstance(error, FileNotFoundError | PermissionError):
+    definite = FileNotFoundError | PermissionError | ssl.SSLCertVerificationError
+    if not _of_transport(error) or isinstance(error, definite):
         return False
     status = _status(error)
-    return status is None or status in (408, 429) or status >= 500
+    return status is None or status in (408, 425, 429) or status >= 500
 
 
 def _reason(error: BaseException) -> str:

@@ -17,9 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megapix.errors import InputError
-from megapix.files import sha256_of
+from megapix.files import sha256_of, size_of
 from megapix.shards.captions import SEPARATOR, Caption, unpack
 from megapix.shards.index import CAPTIONS_NAME, INDEX_NAME, TABLE_NAME, Index
+from megapix.shards.storage import Local
 
 CODES = "IIQiIQI"
 """Types of a record's fields, as `struct` and NumPy call them."""
@@ -63,11 +64,11 @@ def check_table(folder: str | Path, index: Index) -> None:
     """Check that `samples.bin` and `captions.bin` have the size and hash that the index lists.
 
     Raises:
-        InputError: naming the file, with both values.
+        InputError: naming the file, with both values. StorageError: one cannot be read now.
     """
     for name, sha256 in hashes(index).items():
         path = Path(folder) / name
-        if not path.is_file():
+        if size_of(path) is None:
             raise InputError(f"{path} is missing, but {Path(folder) / INDEX_NAME} needs it")
         if (found := sha256_of(path)) != sha256:
             raise InputError(
@@ -75,21 +76,25 @@ def check_table(folder: str | Path, index: Index) -> None:
                 "the index does not match its shards; prepare the folder again"
             )
     table, expected = Path(folder) / TABLE_NAME, index.samples * RECORD.size
-    if (size := table.stat().st_size) != expected:
+    if (size := size_of(table)) != expected:
         raise InputError(f"{table} has {size} bytes, expected {expected} ({index.samples} samples of {RECORD.size})")
 
 
 class Table:
-    """The records of all samples, read as they are needed; each process needs its own."""
+    """The records of all samples, read as they are needed; each process needs its own.
+
+    A record is read, and not looked up in mapped memory, where an error of the disk would end the process by SIGBUS.
+    """
 
     def __init__(self, folder: Path, index: Index) -> None:
-        self._path, self._samples = folder / TABLE_NAME, index.samples
+        self._path, self._samples, self._files = folder / TABLE_NAME, index.samples, Local(folder)
 
     def __len__(self) -> int:
         return self._samples
 
     def __getitem__(self, sample: int) -> SampleRecord:
-        return SampleRecord(*self.columns[sample].tolist())
+        place = range(self._samples)[sample]
+        return SampleRecord(*RECORD.unpack(self._files.read(TABLE_NAME, place * RECORD.size, RECORD.size)))
 
     def rows(self, start: int = 0, stop: int | None = None) -> Iterator[SampleRecord]:
         """The records of samples start, …, stop - 1; of all from `start` on without `stop`."""
@@ -112,6 +117,7 @@ class Captions:
 
     def __init__(self, folder: Path, index: Index) -> None:
         self._path, self._table, self._index = folder / CAPTIONS_NAME, Table(folder, index), index
+        self._files = Local(folder)
 
     def of(self, sample: int) -> tuple[Caption, ...]:
         """The sample's captions: one at least, which is empty where there is none.
@@ -120,7 +126,7 @@ class Captions:
             InputError: they do not lie in `captions.bin`, or cannot be told apart.
         """
         record = self._table[sample]
-        text = self._bytes[record.caption_offset : record.caption_offset + record.caption_size].tobytes()
+        text = self._files.read(CAPTIONS_NAME, record.caption_offset, record.caption_size)
         try:
             if len(text) != record.caption_size:
                 raise ValueError(
@@ -144,10 +150,3 @@ class Captions:
             while data := packed.read(1 << 20):
                 separators += data.count(SEPARATOR.encode())
         return len(self._table) + separators
-
-    @cached_property
-    def _bytes(self) -> NDArray[Any]:
-        """The captions end to end, mapped when they are asked for."""
-        if not self._path.stat().st_size:  # no sample has a caption, and nothing cannot be mapped
-            return np.zeros(0, np.uint8)
-        return np.memmap(self._path, dtype=np.uint8, mode="r")

@@ -12,6 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megapix.errors import InputError
+from megapix.files import size_of
+from megapix.outage import persist
 from megapix.shards.feature_file import EntryFiles
 from megapix.shards.text_features import BF16, INT, TextFeatures, TextFile, header, table_bytes
 
@@ -88,9 +90,10 @@ class TextFeatureReader:
             path = self.features.folder / file.name
             begin = len(header(self.features.recipe, self.features.data_digest, file))
             try:
-                if path.stat().st_size != self.features.bytes_of(file):
+                if size_of(path) != self.features.bytes_of(file):
                     raise InputError(f"{self.features.fault(file)}; run its 'data_prep embed-text' command again")
-                mapped = np.asarray(np.memmap(path, INT, "r", begin, (table_bytes(file) // INT.itemsize,)))
+                length = table_bytes(file) // INT.itemsize
+                mapped = np.asarray(persist(path, lambda: np.memmap(path, INT, "r", begin, (length,))))
             except OSError as error:
                 raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
             first, starts, crcs = np.split(mapped, np.cumsum([file.samples + 1, file.captions + 1]))

@@ -4,7 +4,8 @@ sample, validate, evaluate."""
 from __future__ import annotations
 
 import math
-from contextlib import ExitStack, closing
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -29,20 +30,21 @@ from megapix.monitoring.report import Report
 from megapix.resilience import agreement, out_of_memory
 from megapix.resilience.agreement import StepOutcome
 from megapix.resilience.health import Spike
-from megapix.resilience.run_lock import run_lock
+from megapix.resilience.run_lock import PATIENCE, run_lock
 from megapix.resilience.stopping import StopRequest, StopRequested
 from megapix.resilience.watchdog import Watchdog
-from megapix.shards import storage
 from megapix.train import automatic, rollback, run_folder
 from megapix.train.feed import Feed
 from megapix.train.progress import Progress
-from megapix.train.resolve import resolve
+from megapix.train.resolve import ResolvedRun, check_writable, resolve
 from megapix.train.run import Run, build
 from megapix.train.sample_grid import ema_grid
 
 
 class Rollback(Exception):
     """A spike after which the run rolls back; carries the state at that moment."""
+
+    collective = True
 
     def __init__(self, spike: Spike, state: State) -> None:
         super().__init__(spike.reason)
@@ -63,20 +65,36 @@ def train(requested: Config, world: World) -> None:
     """Start or resume the `requested` run; every rank calls it.
 
     Raises:
-        InputError: bad input, found before the first step and raised on every rank; or a sample that cannot be read.
-        RunError: the run diverged, or a checkpoint could not be written; on every rank.
+        InputError: bad input, found before the first step and raised on every rank; or a sample that may not be read.
+        RunError: the run diverged; on every rank.
+        StorageError: something could not be read for longer than it is waited for, or checkpoints not be written.
+        Reported: any other error, of one rank of several; a single rank raises it as it is.
         StopRequested: all ranks have agreed to stop, and the run is saved.
     """
     device = processes.start(world)
     on_all_ranks(world, lambda: config.validate(requested))
+    with Watchdog(world, requested.machine.watchdog, _waits(requested)) as watchdog:
+        _train(requested, world, device, watchdog)
+
+
+def _train(requested: Config, world: World, device: torch.device, watchdog: Watchdog) -> None:
     stop = StopRequest(Path(requested.out), world)
+    on_all_ranks(world, lambda: check_writable(Path(requested.out)))
+    # First of all: what is read of the folder while the run before is still ending may be old when it has ended.
+    watchdog.note(0, "lock")
+    with run_lock(Path(requested.out), world):
+        watchdog.note(0, "start")
+        _in_folder(requested, world, device, stop, watchdog)
+
+
+def _in_folder(requested: Config, world: World, device: torch.device, stop: StopRequest, watchdog: Watchdog) -> None:
     choice = choose(Path(requested.out), requested.resume, world)
     resolved = on_all_ranks(world, lambda: resolve(requested, world.size, choice))
     cards = automatic.cards_of(world, device)
     lacks = automatic.lacking(world, cards)
     resolved, lines = on_all_ranks(world, lambda: automatic.settle(resolved, cards, lacks))
     run_folder.same_everywhere(world, resolved)
-    folder, c = Path(resolved.config.out), resolved.config
+    folder = Path(resolved.config.out)
     for reason in choice.refused if world.main else ():
         dist.warn(f"checkpoint refused: {reason}")
     for line in resolved.kept:
@@ -89,11 +107,9 @@ def train(requested: Config, world: World) -> None:
         seen = resolved.saved.state.counters.images_seen
         world.say(f"{folder} is finished: {seen:,} images seen, {resolved.saved.folder}")
         return
-    with run_lock(folder, world), Watchdog(world, c.machine.watchdog, _waits(c)) as watchdog:
-        ways = partial(out_of_memory.of_run, c, resolved.layout.micro)
-        with out_of_memory.told(world, watchdog.where, ways), ExitStack() as at_end:
-            train_from(*build(resolved, world, device, stop, watchdog, at_end))
-        dist.barrier(world)  # no rank says goodbye while another still works
+    with _telling(resolved, world, watchdog), ExitStack() as at_end:
+        train_from(*build(resolved, world, device, stop, watchdog, at_end))
+    dist.barrier(world)  # no rank says goodbye while another still works
     world.say(f"finished: {resolved.end:,} images seen; {latest(folder)}")
 
 
@@ -104,10 +120,11 @@ def train_from(run: Run, state: State) -> None:
         run.saver.save(state, run.share(state))  # a spike before the first checkpoint needs one too
     while True:
         progress = Progress(state, c, layout, run.engine)
-        report = Report(c, layout, run.world, run.device, run.saver, state.counters)
+        report = Report(c, layout, run.world, run.device, run.saver, state)
         report.begin(run.resolved.text.prompts[: c.log.grid_classes], happened)
         try:
-            with closing(report), closing(Feed(run, progress)) as feed:
+            telling = _telling(run.resolved, run.world, run.watchdog)
+            with closing(report), closing(Feed(run, progress)) as feed, telling:
                 return steps(run, progress, feed, report)
         except Rollback as back:
             state, happened = _roll_back(run, back)
@@ -123,13 +140,14 @@ def steps(run: Run, progress: Progress, feed: Feed, report: Report) -> None:
         if progress.due(c.log.every):
             log(run, progress, feed, report, outcome)
         if progress.due(c.checkpoint.every):
-            save(run, progress)
+            save(run, progress, report)
         try:
             measure(run, progress, report, outcome)
         except StopRequested:
-            save_and_stop(run, progress)
+            save_and_stop(run, progress, report)
     run.watchdog.note(progress.step + 1, "save")
-    run.saver.finish()
+    run.saver.settle()
+    run.watchdog.note(progress.step + 1, "close")
 
 
 def take_step(run: Run, progress: Progress, feed: Feed, report: Report) -> StepOutcome:
@@ -165,7 +183,7 @@ def losses_of(run: Run, batch: Batch, aligned: bool) -> Losses:
     """The network's losses on a micro batch."""
     c = run.config
     images, condition = batch.images.to(run.device, non_blocking=True), run.conditioner.of(batch)
-    drawn = images, condition, batch.positions, c.seed, c.flow, flow.Draws(*batch.draws)
+    drawn = images, condition, batch.positions, c.seed, c.flow, flow.Draws(*batch.draws), run.objective
     if not aligned:
         return Losses(*flow.training_loss(run.engine, *drawn), None)
     features = run.resolved.teacher(images) if run.resolved.teacher else _stored(batch, run.device)
@@ -182,12 +200,12 @@ def react(run: Run, progress: Progress, report: Report, outcome: StepOutcome) ->
     """Report a step that was skipped or is a spike, and stop or roll back where health.on_spike says so.
 
     Raises:
-        RunError: a checkpoint was not written, too many steps in a row were skipped, or a spike ends the run.
+        RunError: too many saves in a row failed, too many steps in a row were skipped, or a spike ends the run.
         Rollback: a spike, with health.on_spike = 'rollback'.
     """
     applied, step = run.engine.applied, progress.step
-    if outcome.save_failed:
-        run.saver.finish()
+    if outcome.save_failed and not run.saver.finish():
+        progress.not_saved()
     if not applied:
         run.world.say(f"step {step} skipped: {outcome.fault} ({progress.skips.in_a_row + 1} in a row)")
         report.event(step, f"skipped: {outcome.fault}")
@@ -208,14 +226,16 @@ def log(run: Run, progress: Progress, feed: Feed, report: Report, outcome: StepO
     lr = learning_rate(progress.before.images_seen, run.config.optim)
     row = {"schedule/lr": lr, "health/grad_norm": outcome.grad_norm}
     row |= {"health/spikes": progress.spikes, "health/rollbacks": progress.rollbacks}
-    report.row(progress.step, progress.counters, feed.row() | row)
+    report.row(progress.step, progress.counters, feed.row() | row, keep=not progress.passed(run.config.log.every))
     report.show(outcome.loss, lr)
 
 
-def save(run: Run, progress: Progress) -> None:
+def save(run: Run, progress: Progress, report: Report) -> None:
     """Write a checkpoint of where the run stands."""
     run.watchdog.note(progress.step, "save")
-    state = progress.save()
+    if not run.saver.finish():
+        progress.not_saved()
+    state = replace(progress.save(), window=report.window())
     run.saver.save(state, run.share(state), prune=not progress.sentinel.suspicious)
 
 
@@ -232,7 +252,8 @@ def measure(run: Run, progress: Progress, report: Report, outcome: StepOutcome) 
     if progress.due(c.log.samples_every):
         begin("sample")
         picture = ema_grid(run.engine, c, run.rows, run.world, run.device, partial(listen, "sample"))
-        report.image(step, "samples/ema", picture)
+        if picture is not None:
+            report.image(step, "samples/ema", picture)
     if run.validation and progress.due(c.validation.every):
         begin("validate")
         report.scalars(step, run.validation.losses(run.engine, partial(listen, "validate")))
@@ -241,16 +262,16 @@ def measure(run: Run, progress: Progress, report: Report, outcome: StepOutcome) 
         report.scalars(step, run.evaluation.scores(run.engine, listen))
 
 
-def save_and_stop(run: Run, progress: Progress) -> None:
+def save_and_stop(run: Run, progress: Progress, report: Report) -> None:
     """Stop the run as requested, with everything saved.
 
     Raises:
         StopRequested: always; its message names the checkpoint.
     """
     if not progress.saved:
-        save(run, progress)
+        save(run, progress, report)
     run.watchdog.note(progress.step, "save")
-    run.saver.finish()
+    run.saver.settle()
     run.stop.done()
     reason = next(reason for reason in gather(run.world, run.stop.reason) if reason)
     raise StopRequested(f"stopped by {reason} at {latest(run.folder)}; the same command resumes") from None
@@ -297,7 +318,17 @@ def _stored(batch: Batch, device: torch.device) -> Tensor:
     return batch.features.to(device, non_blocking=True)
 
 
+@contextmanager
+def _telling(resolved: ResolvedRun, world: World, watchdog: Watchdog) -> Iterator[None]:
+    """Have all ranks know of an error of this one before anything is closed; a lack of memory as one line."""
+    ways = partial(out_of_memory.of_run, resolved.config, resolved.layout.micro)
+    with watchdog.telling(), out_of_memory.told(world, watchdog.where, ways):
+        yield
+
+
 def _waits(c: Config) -> dict[str, float]:
-    """Phase -> seconds it may take beyond the watchdog's: a remote read is retried before it fails by itself."""
-    each = c.data.timeout + 10  # up to 10 s lie between two retries
-    return {"data": (1 + c.data.retries) * each} if storage.is_url(c.data.path) else {}
+    """Phase -> seconds it may take beyond the watchdog's: in each of them files are read, and storage that is away is
+    waited for before it is an error. The last try may begin at the deadline, and stall."""
+    waits = 60 * c.data.outage_minutes + c.data.timeout
+    phases = dict.fromkeys(("start", "data", "load", "save", "validate", "evaluate", "score"), waits)
+    return phases | {"lock": PATIENCE}

@@ -32,6 +32,7 @@ class Progress:
         self.skips = Skips(config.health.max_skipped, start.skipped_in_a_row)
         self.spikes, self.rollbacks = start.spikes, start.rollbacks
         self._loss = Mean()
+        self._unsaved = self._saved, self._loss
 
     @property
     def step(self) -> int:
@@ -46,6 +47,10 @@ class Progress:
     def due(self, every: Images) -> bool:
         """Whether the last step has reached a multiple of `every` images, or the end."""
         return due(every, self.before.images_seen, self.counters.images_seen, self._end)
+
+    def passed(self, every: Images) -> bool:
+        """Whether the last step has reached a multiple of `every` images, wherever the end is."""
+        return due(every, self.before.images_seen, self.counters.images_seen, self.counters.images_seen + 1)
 
     def next_due(self, every: Images) -> bool:
         """The same for the next step, if it is applied."""
@@ -84,8 +89,14 @@ class Progress:
 
     def save(self) -> State:
         """`state()`, which is the last checkpoint's from now on."""
+        self._unsaved = self._saved, self._loss
         self._saved, self._loss = self.state(), Mean()
         return self._saved
+
+    def not_saved(self) -> None:
+        """Take back the last `save`: it failed, so the next checkpoint follows the one before."""
+        self._saved, before = self._unsaved
+        self._loss = before + self._loss
 
 
 def due(every: Images, before: int, now: int, end: int) -> bool:

@@ -108,7 +108,7 @@ def resolve(requested: Config, ranks: int, choice: Choice | None = None) -> Reso
     resolved = config.replace(resolved, "text.digest", text.digest)
     standard = _standard(requested.evaluation)
     run = Path(requested.out)
-    _check_writable(run)
+    check_writable(run)
     choice = choice or choose(run, requested.resume, World(), hashed=False)
     if choice.saved is None:
         if requested.init:
@@ -216,7 +216,10 @@ def _check_sizes(requested: Config, path: str, policy: Policy) -> None:
             )
 
 
-def _check_writable(run: Path) -> None:
+def check_writable(run: Path) -> None:
+    """Raises:
+    InputError: the run folder can be neither made nor written to.
+    """
     parent = run
     while not parent.exists():
         parent = parent.parent

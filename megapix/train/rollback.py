@@ -11,6 +11,7 @@ from megapix.checkpoint.folder import complete, point_to, protect
 from megapix.checkpoint.manifest import State, read_state, write_state
 from megapix.dist import World, on_all_ranks, warn
 from megapix.errors import InputError, RunError
+from megapix.outage import error_of
 from megapix.resilience.health import Spike
 
 Ranges = tuple[tuple[int, int], ...]
@@ -53,6 +54,7 @@ def roll_back(run: Path, spike: Spike, now: State, skip: int, world: World) -> S
 
     Raises:
         RunError: no whole checkpoint lies before the spike, or the rollback could not be recorded in it.
+        StorageError: for want of storage.
     """
     saved = first_whole(newest_before(run, spike.start), world).saved
     if saved is None:
@@ -68,7 +70,7 @@ def roll_back(run: Path, spike: Spike, now: State, skip: int, world: World) -> S
             point_to(folder)
             retention.leave(run, folder, remove=True)
         except OSError as error:
-            raise InputError(f"{error.filename or folder}: {error.strerror}") from error
+            raise error_of(error, f"{error.filename or folder}: {error.strerror}") from error
 
     try:
         on_all_ranks(world, lambda: record() if world.main else None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,14 +18,16 @@ from megapix.conditioning.conditioner import Conditioner, of_run
 from megapix.config import Config
 from megapix.config.ds_config import unproven
 from megapix.data import workers
+from megapix.diffusion import flow
 from megapix.diffusion.condition import Condition
 from megapix.dist import World, gather, on_all_ranks
 from megapix.engine import zero2
+from megapix.engine.compiled import Kinds, compilation, compile_methods
 from megapix.engine.network import attention_of, build_network
 from megapix.engine.zero2 import Zero2Engine
 from megapix.model import Alignment, PixelDiT
 from megapix.monitoring.profiling import Trace
-from megapix.resilience import agreement, stopping
+from megapix.resilience import agreement
 from megapix.resilience.stopping import StopRequest, StopRequested
 from megapix.resilience.watchdog import Watchdog
 from megapix.train.resolve import ResolvedRun
@@ -49,6 +52,7 @@ class Run:
     """The profiler, if there is one."""
     conditioner: Conditioner
     """From a batch to the network's condition."""
+    objective: flow.Objective
     rows: Condition
     """Condition of the rows of the sample grid."""
     validation: ValidationLoss | None
@@ -97,7 +101,7 @@ def build(
     """
     c, folder, saved = resolved.config, Path(resolved.config.out), resolved.saved
     if c.data.workers:
-        workers.start_server(stopping.SIGNALS)
+        workers.start_server()
     if resolved.teacher:
         resolved.teacher.to(device)
     resolved.text.to(device)
@@ -119,12 +123,43 @@ def build(
     for path in on_all_ranks(world, lambda: retention.settle(folder, saved) if world.main else []):
         dist.warn(f"set aside, because the run resumes from before it: {path}")
     validation, evaluation = _measures(resolved, conditioner, world, device)
-    saver, trace = at_end.enter_context(closing(Saver(folder, c.checkpoint, world))), None
+    written = partial(watchdog.notes.news, "save")
+    saver, trace = at_end.enter_context(closing(Saver(folder, c.checkpoint, world, written))), None
+    watchdog.at_work = lambda: saver.at_work
+    if c.machine.compile is True:
+        at_end.enter_context(compilation(watchdog.notes.compiling, watchdog.notes.compiled))
     if c.profile:
         done = state.counters.drawn // resolved.layout.total
         trace = at_end.enter_context(closing(Trace(c.profile, folder / "profile", world.rank, done)))
-    run = Run(resolved, world, device, engine, saver, stop, watchdog, trace, conditioner, rows, validation, evaluation)
+    objective = objective_of(c, device, varied=buckets > 1)
+    run = Run(
+        resolved,
+        world,
+        device,
+        engine,
+        saver,
+        stop,
+        watchdog,
+        trace,
+        conditioner,
+        objective,
+        rows,
+        validation,
+        evaluation,
+    )
     return run, state
+
+
+def objective_of(c: Config, device: torch.device, varied: bool) -> flow.Objective:
+    """The objective, on GPUs compiled where the network is; on CPUs it is a five-hundredth of a step.
+
+    Args:
+        varied: whether the run's images have several sizes.
+    """
+    objective = flow.Objective()
+    if c.machine.compile is True and device.type == "cuda":
+        compile_methods(objective, flow.OBJECTIVE_SIZES, Kinds(varied))
+    return objective
 
 
 def _initialise(network: PixelDiT, c: Config, world: World) -> tuple[Stage, ...]:

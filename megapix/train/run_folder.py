@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
 from megapix import config
 from megapix.config.ds_config import read_knobs
 from megapix.dist import World, agree, gather, on_all_ranks
-from megapix.errors import InputError
-from megapix.files import write_atomic
+from megapix.files import read_bytes, size_of, write_atomic
+from megapix.outage import error_of
 from megapix.train.resolve import ResolvedRun
 
 LOCAL = (
@@ -40,11 +41,17 @@ def same_everywhere(world: World, resolved: ResolvedRun) -> None:
         "counters": repr(resolved.saved.state.counters) if resolved.saved else "none",
         "batch": str(resolved.layout),
     }
+    if len(set(gather(world, _hash(json.dumps(mine).encode())))) == 1:
+        return
     everyone = gather(world, mine)
     for rank, theirs in enumerate(everyone):
         for key, value in theirs.items():
             if value != everyone[0][key]:
                 agree(world, f"rank {rank} has {key} = {value}, but rank 0 has {everyone[0][key]}")
+
+
+def _hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def write_config(world: World, resolved: ResolvedRun) -> None:
@@ -61,13 +68,13 @@ def write_config(world: World, resolved: ResolvedRun) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomic(path, text.encode())
         except OSError as error:
-            raise InputError(f"{path}: cannot be written: {error.strerror}") from error
+            raise error_of(error, f"{path}: cannot be written: {error.strerror}") from error
 
-    def read() -> str | None:
-        return path.read_text() if path.is_file() else None
+    def read() -> str:
+        return _hash(read_bytes(path)) if size_of(path) is not None else "no file"
 
     on_all_ranks(world, lambda: write() if world.main else None)
-    expected, found = gather(world, text)[0], read()
+    expected, found = gather(world, _hash(text.encode()))[0], on_all_ranks(world, read)
     agree(
         world,
         f"{path} is not what rank 0 wrote: the run folder (--out) must be on a file system that all nodes share"

@@ -1,4 +1,4 @@
-"""The sample grid during training: each rank samples its share from the EMA, every rank gets the picture."""
+"""The sample grid during training: each rank samples its share from the EMA, rank 0 gets the picture."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+import torch.distributed
 
 from megapix.config import Config
 from megapix.diffusion.condition import Condition
 from megapix.diffusion.pictures import grid, to_uint8
 from megapix.diffusion.sampler import generate_as, seeded_noise
-from megapix.dist import World, gather
+from megapix.dist import World
 from megapix.engine.zero2 import Zero2Engine
 
 
@@ -22,8 +23,8 @@ def ema_grid(
     world: World,
     device: torch.device,
     each_step: Callable[[], None],
-) -> np.ndarray:
-    """A grid of EMA samples, one class or prompt a row: uint8 [H, W, 3].
+) -> np.ndarray | None:
+    """A grid of EMA samples, one class or prompt a row: uint8 [H, W, 3] on rank 0, None on the others.
 
     Args:
         rows: condition of the rows.
@@ -42,8 +43,24 @@ def ema_grid(
             images = noise
             for _ in range(config.sampling.steps):
                 each_step()
-    shares = gather(world, to_uint8(images))
-    pixels = np.empty((len(numbers), *shares[0].shape[1:]), np.uint8)
-    for rank, share in enumerate(shares):
-        pixels[rank :: world.size] = share
-    return grid(pixels, columns)
+    pixels = _on_main(to_uint8(images), len(numbers), (*size, 3), world, device)
+    return grid(pixels, columns) if world.main else None
+
+
+def _on_main(mine: np.ndarray, count: int, shape: tuple[int, ...], world: World, device: torch.device) -> np.ndarray:
+    """All images, on rank 0: `count` of this shape, dealt out round robin; others get an empty array. They go one by
+    one, so that no rank but rank 0 ever holds more than one beside its own, however many ranks there are."""
+    if world.size == 1:
+        return mine
+    mine, pixels = np.ascontiguousarray(mine), np.empty((count * world.main, *shape), np.uint8)
+    for number in range(count):
+        owner, place = number % world.size, number // world.size
+        image = (
+            torch.from_numpy(mine[place]).to(device)
+            if owner == world.rank
+            else torch.empty(shape, dtype=torch.uint8, device=device)
+        )
+        torch.distributed.broadcast(image, owner)
+        if world.main:
+            pixels[number] = image.cpu()
+    return pixels

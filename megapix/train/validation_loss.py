@@ -19,7 +19,7 @@ from megapix.diffusion import flow, noise
 from megapix.diffusion.flow import Network
 from megapix.dist import World, gather, merge_round_robin, round_robin
 from megapix.engine.zero2 import Zero2Engine
-from megapix.errors import InputError
+from megapix.errors import InputError, StorageError
 from megapix.rng import Purpose
 
 TIMES = tuple((i + 0.5) / 8 for i in range(8))
@@ -94,7 +94,7 @@ class ValidationLoss:
     def _sums(self, net: Network, number: int) -> Tensor:
         """Sums over one group of images at each of TIMES: float64 [8]."""
         batch = self._batches[self._groups[number]]
-        if isinstance(batch, InputError):
+        if isinstance(batch, (InputError, StorageError)):
             raise batch
         x = flow.to_images(batch.images.to(self._device))
         cond = self._conditioner.of(batch).cond

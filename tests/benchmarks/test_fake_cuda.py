@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -63,41 +64,42 @@ def test_steps_and_samplers_wait_for_nothing_else(cases: tuple[str, ...]) -> Non
         assert case["kernels"] > 300
 
 
-def asked(kinds: tuple[str, ...], compiled: bool, capabilities: str = "") -> list[str]:
-    ways = {True: " compiled", False: ""}[compiled]
-    some = [f"{kind}:plain{ways}:{policy}{capabilities}" for kind in kinds for policy in ("none", "full")]
-    return some + [f"{kind}:triton{ways}:none{capabilities}" for kind in kinds if kind.startswith("pit")]
+@pytest.mark.long
+def test_the_plan_s_table_is_frozen_and_no_kernel_spills() -> None:
+    """The kinds of blocks that a step has, compiled: each kernel and byte, and machine code for three GPUs."""
+    blocks = [f"{kind}:plain compiled:none:80:90:100" for kind in ("patch gelu", "text swiglu", "pit pre", "final")]
+    for one, (row, expected) in counted("same", blocks):
+        for part in ("forward", "backward"):
+            assert row[part] == pytest.approx(expected[part], abs=1e-3), (one["asked"], part)
+        assert row["kept"] == pytest.approx(expected["kept"], abs=1e-3), one["asked"]
+        assert {capability for _, capability, *_ in one["code"]} == {80, 90, 100}
+        assert not [name for name, _, _, spilled in one["code"] if spilled], one["asked"]
 
 
-@pytest.mark.parametrize(
-    "blocks",
-    [
-        pytest.param(["final:plain compiled:none:90"], id="some", marks=pytest.mark.long),
-        pytest.param(asked(("patch gelu",), compiled=False), id="eager", marks=pytest.mark.long),
-    ],
-)
-def test_blocks_cost_what_the_plan_s_table_says(blocks: list[str]) -> None:
-    """At other widths, sizes and batches than those that it was made with; and no kernel of Inductor's spills."""
-    from megapix.costs.kernels import table
+@pytest.mark.long
+def test_the_plan_s_table_holds_for_other_sizes() -> None:
+    """Eager blocks move what it says. Of compiled ones, Inductor fuses and splits sums by size: within a sixth."""
+    eager = [f"{kind}:plain:{policy}" for kind in KINDS for policy in ("none", "full")] + ["pit pre:triton:none"]
+    compiled = [f"{kind}:plain compiled:none" for kind in ("patch gelu", "pit pre")]
+    for one, rows in counted("other", [*eager, *compiled]):
+        within = 0.05 if one["asked"] in eager else 0.16
+        for part in ("forward", "backward"):
+            found, expected = (moved(row[part]) for row in rows)
+            assert found == pytest.approx(expected, rel=within), (one["asked"], part)
+        assert rows[0].get("kept", 0) == pytest.approx(rows[1].get("kept", 0), rel=0.05), one["asked"]
 
-    columns, known = table()["columns"], table()["blocks"]
-    found = lines("fake_cuda_blocks", *blocks)
+
+def counted(sizes: str, blocks: list[str]) -> Iterator[tuple[dict[str, Any], tuple[dict[str, Any], dict[str, Any]]]]:
+    """Each block: what the program says of it, and its row as counted and as in the table."""
+    found = lines("fake_cuda_blocks", sizes, *blocks)
     assert [one["asked"] for one in found] == blocks
     for one in found:
-        kind, way, policy, *capabilities = one["asked"].split(":")
-        expected, row = known[kind][way][policy], one["row"]
-        for part in ("forward", "backward"):
-            counted, wanted = (dict(zip(columns, of[part], strict=True)) for of in (row, expected))
-            assert counted["matmuls"] == wanted["matmuls"], one["asked"]
-            # A sum of many rows takes one kernel or two, as their number says.
-            assert counted["launches"] == pytest.approx(wanted["launches"], abs=0 if way == "plain" else 6), one[
-                "asked"
-            ]
-            moved, should = (of["elementwise"] + of["sums"] + of["narrow"] for of in (counted, wanted))
-            assert moved == pytest.approx(should, rel=0.05), (one["asked"], part)
-        assert row.get("kept", 0) == pytest.approx(expected.get("kept", 0), rel=0.05), one["asked"]
-        assert len({capability for _, capability, *_ in one["code"]}) == len(capabilities)
-        assert not [name for name, _, _, spilled in one["code"] if spilled], one["asked"]
+        yield one, (one["row"], one["expected"])
+
+
+def moved(passed: list[float]) -> float:
+    """Bytes per number of a pass, whatever moves them."""
+    return sum(passed[3:])
 
 
 def test_the_table_is_of_this_torch() -> None:

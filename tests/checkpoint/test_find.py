@@ -65,9 +65,9 @@ def resharded(run: Path, out: Path) -> object:
     [
         (chosen, (find_module, "sha256_of")),
         (found, (find_module, "sha256_of")),
-        (loaded, (flat, "safe_open")),
-        (exported, (flat, "safe_open")),
-        (resharded, (flat, "safe_open")),
+        (loaded, (flat, "read_range")),
+        (exported, (flat, "read_range")),
+        (resharded, (flat, "read_range")),
     ],
 )
 def test_what_is_read_is_not_removed(

@@ -33,3 +33,19 @@ def test_names_go_before_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         f"remove {second.name}.gone",
     ]
     assert complete(tmp_path) == [first]
+
+
+def test_what_was_set_aside_stays(tmp_path: Path) -> None:
+    """Going back over the same name a second and a third time."""
+    first = add_checkpoint(tmp_path, 7)
+    names = []
+    for course in ("first", "second", "third"):
+        later = add_checkpoint(tmp_path, 14)
+        (later / "KEEP").write_text(course)
+        names += [path.name for path in retention.leave(tmp_path, first, remove=True)]
+    assert names == [f"images-000000000014.aside{number}" for number in ("", "-2", "-3")]
+    parent = tmp_path / "checkpoints"
+    assert [(parent / name / "KEEP").read_text() for name in names] == ["first", "second", "third"]
+    assert complete(tmp_path) == [first]
+    retention.settle(tmp_path, None)
+    assert all((parent / name).is_dir() for name in names)

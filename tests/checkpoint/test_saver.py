@@ -200,10 +200,11 @@ def test_every_rank_is_told_what_went_wrong_on_one(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("end", "logged"), [(9, 4), (4, 4)])
 def test_a_full_disk_on_one_rank_ends_the_run_on_all(end: int, logged: int, shards: Path, tmp_path: Path) -> None:
-    """At the step after the save, or if that was the last one at the end: one line, and code 1."""
+    """At the step after the save, or if that was the last one at the end: one line, and code 74."""
     options = ["--checkpoint.every", str(4 * STEP_BATCH - 1), "--optim.end-at", str(end * STEP_BATCH)]
+    options += ["--checkpoint.max-failed", "1"]
     done = start(2, "tests.programs.full_disk", arguments(shards, tmp_path / "run", *options))
-    assert [rank.code for rank in done] == [1, 1], done[0].err
+    assert [rank.code for rank in done] == [74, 74], done[0].err
     said = [line for rank in done for line in rank.err.splitlines() if line.startswith("megapix: error: ")]
     assert len(said) == 1
     line = said[0]

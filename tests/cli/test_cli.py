@@ -110,6 +110,8 @@ BAD = {
     "latest": Bad(stale_latest, ("latest names 'images-999'", "is missing")),
     "resume": Bad(option("resume", "require"), ("resume = 'require'", "holds no checkpoint")),
     "spike window": Bad(option("health.window", "2"), ("health.window = 2", "at least 4 steps")),
+    "outage": Bad(option("data.outage-minutes", "-1"), ("data.outage_minutes = -1.0", "0 (no waiting) or more")),
+    "max failed": Bad(option("checkpoint.max-failed", "0"), ("checkpoint.max_failed = 0", "at least 1")),
     "keep every": Bad(option("checkpoint.keep-every", "0"), ("checkpoint.keep_every = 0 is no image at all",)),
     "dropout": Bad(option("flow.label-dropout", "1.5"), ("flow.label_dropout = 1.5", "0 to 1")),
     "ds config": Bad(option("machine.ds-config", "zero3"), ("machine.ds_config = 'zero3'", "did you mean 'zero2'")),

@@ -137,3 +137,38 @@ def test_resume_reads_the_marks(own_shards: Path, tmp_path: Path) -> None:
     for key, value in (("model.mlp", "swiglu"), ("seed", 9), ("flow.time_shift", 3.0), ("optim.global_batch", 16)):
         with pytest.raises(InputError, match=key):
             resolve(config.replace(asked, key, value), 2)
+
+
+def test_old_names_are_read_and_have_no_effect(
+    own_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On the command line, in a file, and in what a run has written: there without a word if nobody had chosen them."""
+    command = [*arguments(own_shards, tmp_path / "run"), "--dry-run"]
+    said = {}
+    for name, options in {
+        "none": [],
+        "two": ["--data.retries", "2"],
+        "joined": ["--data.retries=3", "--data.timeout", "7"],
+    }.items():
+        assert cli.main([*command, *options]) == 0
+        printed = capsys.readouterr()
+        resolved, said[name] = json.loads(printed.out), printed.err
+        assert "retries" not in resolved["data"]
+        assert (resolved["data"]["outage_minutes"], resolved["data"]["timeout"]) == (10, 7 if name == "joined" else 30)
+    assert said["none"] == ""
+    assert (
+        said["two"]
+        == "megapix: warning: --data.retries has no effect any more: --data.outage-minutes takes its place\n"
+    )
+    for value, warned in (
+        (5, ""),
+        (6, "data: retries = 6 has no effect any more: data.outage_minutes takes its place"),
+    ):
+        path = tmp_path / f"{value}.json"
+        path.write_text(json.dumps({"data": {"retries": value, "timeout": 4.0}}))
+        read = config.from_dict(config.Config, json.loads(path.read_text()), str(path))
+        assert (read.data.timeout, read.data.outage_minutes) == (4.0, 10.0)
+        assert warned in (err := capsys.readouterr().err)
+        assert bool(err) == bool(warned)
+    with pytest.raises(InputError, match="unknown key 'retries'"):
+        config.from_dict(config.Config, {"optim": {"retries": 5}}, "x")

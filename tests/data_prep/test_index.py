@@ -181,7 +181,7 @@ def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ([add(tmp_path / "odd", ("a.png", png), ("a.json", b"{"))], "its json member is not JSON"),
         ([some], "1 samples have no class (cls), but 1 have one"),
         ([cut], "0.tar: cannot be read as an uncompressed tar file: unexpected end of data"),
-        ([add(tmp_path / "fine", ("a.png", png)), "--retries", -1], "--retries = -1"),
+        ([add(tmp_path / "fine", ("a.png", png)), "--outage-minutes", -1], "--outage-minutes = -1"),
         ([tmp_path / "fine", "--workers", 0], "--workers = 0"),
     ]
     for number, (arguments, message) in enumerate(cases):

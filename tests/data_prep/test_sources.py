@@ -29,7 +29,7 @@ from data_prep.writing.write import write
 from megapix.errors import InputError
 from megapix.shards.image_policy import Policy
 from megapix.shards.storage import Access
-from tests.conftest import OPTIONS
+from tests.support.made_shards import OPTIONS
 
 SYNSETS = ("n01440764", "n01443537", "n02085620")
 

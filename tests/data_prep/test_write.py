@@ -32,8 +32,8 @@ from megapix.errors import InputError
 from megapix.shards.image_policy import Policy
 from megapix.shards.index import CAPTIONS_NAME, TABLE_NAME, Index, missing_shards, read_index
 from megapix.shards.table import RECORD, check_table
-from tests.conftest import OPTIONS
 from tests.shards.test_images import encoded
+from tests.support.made_shards import OPTIONS
 
 
 def test_stock_webdataset_reads_the_same_samples(shards: Path, image_folder: Path) -> None:

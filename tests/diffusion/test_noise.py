@@ -59,6 +59,14 @@ def test_words_are_those_of_all_64_bits_of_the_key() -> None:
         assert unsigned(row) == expected, key
 
 
+@pytest.mark.long
+def test_compiled_words_are_the_same_bits() -> None:
+    """As GPUs make them where the network is compiled; here by the compiler for CPUs."""
+    torch._dynamo.reset()
+    given = keys(3, [0, 7, 2**50])
+    assert torch.equal(torch.compile(words, fullgraph=True)(given, 5, 1005), words(given, 5, 1005))
+
+
 def test_the_bits_are_frozen() -> None:
     """They define runs: on any device, with any version of torch and any number of threads."""
     found = normal(keys(7, [0, 5, 2**40]), (3, 50, 49), CPU, "philox")

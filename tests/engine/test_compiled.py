@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend
 
 from megapix.config import MachineConfig, ModelConfig, PixelPolicy
 from megapix.engine import chunked
-from megapix.engine.compiled import MOST_GRAPHS, Kind, said_in_one_line
+from megapix.engine.compiled import MOST_GRAPHS, Kind, compilation, said_in_one_line
 from megapix.engine.network import build_network
 from megapix.errors import InputError
 from megapix.model import Alignment, PixelDiT, embed
@@ -107,16 +107,15 @@ PARTS = {"embed", "pixel_condition", "pixel_tokens"}
 @pytest.mark.parametrize(
     ("name", "pixel", "patch", "blocks"),
     [
-        ("classes", "none", "none", {"PatchBlock", "PiTBlock", "output"}),
         *(
             pytest.param(*case, marks=pytest.mark.long)
             for case in (
+                ("classes", "none", "none", {"PatchBlock", "PiTBlock", "output"}),
                 ("text", "none", "none", {"MMDiTBlock", "MMDiTBlock, the last", "PiTBlock", "output"}),
-                ("buckets", "none", "none", {"PatchBlock", "PiTBlock", "output"}),
                 ("text", "full", 2, {"MMDiTBlock", "MMDiTBlock, the last, full", "PiTBlock, full", "output"}),
                 ("buckets", "selective", "full", {"PatchBlock, full", "PiTBlock, selective", "output"}),
                 ("buckets", "selective_modulation", 2, None),
-                ("text", "offload", "none", None),
+                ("classes", "offload", "none", None),
                 ("text", "chunked", "none", None),
             )
         ),
@@ -267,3 +266,26 @@ def test_other_errors_are_as_they_were() -> None:
         raise BackendCompilerFailed(lambda: None, full, None)
     with pytest.raises(ZeroDivisionError), said_in_one_line("a block"):
         raise ZeroDivisionError
+
+
+def test_compilation_is_heard_where_it_begins_and_ends() -> None:
+    """Again for another size, and not after the end; with whether it failed, but not the error around it."""
+    heard: list[object] = []
+
+    def backend(graph: torch.fx.GraphModule, example: list[Tensor]) -> Callable[..., Any]:
+        heard.append("compiles")
+        if example[0].numel() == 5:
+            raise OSError("a full disk")
+        return graph.forward
+
+    @functools.partial(torch.compile, backend=backend, fullgraph=True, dynamic=False)
+    def double(x: Tensor) -> Tensor:
+        return x * 2
+
+    with compilation(lambda: heard.append("begins"), heard.append):
+        for size in (2, 2, 3):
+            double(torch.ones(size))
+        with pytest.raises(Exception, match="a full disk"):
+            double(torch.ones(5))
+    double(torch.ones(4))
+    assert heard == [*["begins", "compiles", False] * 2, "begins", "compiles", True, "compiles"]

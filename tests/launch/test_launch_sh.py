@@ -6,65 +6,15 @@ DeepSpeed's launcher is played by a small script; tests/launch/test_nodes.py sta
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from tests.support.launch import ROOT
-from tests.support.small_run import arguments
-
-LAUNCHER = """#!/bin/sh
-case "$*" in
-  *deepspeed.launcher*) {played} ;;
-  *"megapix train"*--dry-run)
-    if [ "$checked" ]; then printf '{{"out": "%s"}}' "$checked"; else exec "{python}" "$@"; fi
-    ;;
-  *"megapix train"*) echo "rank $RANK of $WORLD_SIZE, local $LOCAL_RANK, at $MASTER_ADDR:$MASTER_PORT, $HF_TOKEN" ;;
-  *) exec "{python}" "$@" ;;
-esac
-"""
-
-
-def start(
-    folder: Path, played: str, *options: str | Path, script: Path = ROOT / "launch.sh", **environment: str
-) -> subprocess.Popen[str]:
-    """launch.sh, with `played` as DeepSpeed's launcher; `folder`/bin comes first on the PATH."""
-    python = folder / "bin" / "python"
-    python.parent.mkdir(exist_ok=True)
-    python.write_text(LAUNCHER.format(played=played, python=sys.executable))
-    python.chmod(0o755)
-    path = os.pathsep.join([str(python.parent), str(Path(sys.executable).parent), os.environ["PATH"]])
-    return subprocess.Popen(
-        [script, *options],
-        env=os.environ | {"PYTHON": str(python), "PATH": path} | environment,
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        preexec_fn=_heed_signals,
-    )
-
-
-def _heed_signals() -> None:
-    """A test run in the background, or under nohup, ignores these, and so would its children."""
-    for number in (signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, signal.SIG_DFL)
-
-
-def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
-    out, err = process.communicate(timeout=120)
-    return process.returncode, out, err
-
-
-@pytest.fixture
-def train(shards: Path, tmp_path: Path) -> list[str]:
-    return arguments(shards, tmp_path / "run")[1:]
+from tests.support.played_launcher import HERE, NODES, finish, play, start
 
 
 @pytest.mark.parametrize(
@@ -88,28 +38,6 @@ def test_options_of_nodes_are_checked(options: list[str], words: str, tmp_path: 
     assert err.count("\n") == 1
 
 
-def test_a_line_of_the_hostfile_is_named(tmp_path: Path) -> None:
-    hostfile = tmp_path / "hostfile"
-    hostfile.write_text("node01 slots=8\n\n# two\nnode02 8\n")
-    code, _, err = finish(start(tmp_path, "exit 9", "--hostfile", hostfile, "tiny"))
-    assert code == 2
-    assert f"--hostfile {hostfile}: line 'node02 8': expected 'HOST slots=RANKS'" in err
-
-
-def play(folder: Path, **programs: str) -> None:
-    """Scripts as pdsh or ssh, for `start`."""
-    (folder / "bin").mkdir(exist_ok=True)
-    for name, played in programs.items():
-        program = folder / "bin" / name
-        program.write_text(f"#!/bin/sh\n{played}\n")
-        program.chmod(0o755)
-
-
-HERE = 'for last; do :; done; echo "$@" >>{folder}/ssh.log; sh -c "$last"'
-"""An ssh whose every host is this machine; the command is its last argument."""
-NODES = "node01 slots=2\nnode02 slots=1\n"
-
-
 def files_in_memory() -> set[Path]:
     return set(Path("/dev/shm").glob("megapix-environment-*"))
 
@@ -122,18 +50,20 @@ def test_what_deepspeeds_launcher_is_asked(train: list[str], tmp_path: Path) -> 
     ours = {"GLOO_SOCKET_IFNAME": "eth7", "MASTER_PORT": "4242"}
     code, out, err = finish(
         start(
-            tmp_path, 'echo "$@"; cat "$DS_ENV_FILE"', "--hostfile", hostfile, "--master-addr=10.0.0.1", *train, **ours
+            tmp_path,
+            'echo "$@"; cat "$DS_ENV_FILE"; env',
+            "--hostfile",
+            hostfile,
+            "--master-addr=10.0.0.1",
+            *train,
+            **ours,
         )
     )
     assert code == 0, err
-    assert f"--hostfile {hostfile} --force_multi --master_addr 10.0.0.1 --master_port 4242 " in out
+    assert " --force_multi --master_addr 10.0.0.1 --master_port 4242 " in out
     assert "DS_ACCELERATOR=cpu" in out.splitlines()
-    (tmp_path / ".deepspeed_env").write_text("# nothing yet\n")
-    odd = ["--data.path", "https://here/x?a=1&b=(2)", "--init", ""]
-    command = ["--hostfile", hostfile, "tiny", "--out", tmp_path / "run", *odd]
-    code, out, err = finish(start(tmp_path, 'echo "$@"', *command, HOME=str(tmp_path), checked=str(tmp_path / "run")))
-    assert code == 0, err
-    assert r"--data.path https://here/x\?a=1\&b=\(2\) --init ''" in out, "shells on the nodes read them"
+    assert "PDSH_RCMD_TYPE=ssh" in out.splitlines()
+    assert "-o ServerAliveInterval=5 -o ServerAliveCountMax=3" in out.partition("PDSH_SSH_ARGS_APPEND=")[2]
     without_ssh = ["--no-ssh", "--nnodes", "2", "--ranks", "2", "--node-rank", "1", "--master-addr", "10.0.0.1"]
     code, out, err = finish(start(tmp_path, 'echo "$@ $HF_TOKEN"; cat "$6"', *without_ssh, *train, HF_TOKEN="a token"))
     assert code == 0, err
@@ -340,19 +270,25 @@ def test_int_or_a_second_signal_ends_at_once(sent: list[signal.Signals], train: 
     assert not (tmp_path / "run" / "stop").exists()
 
 
+IMPATIENT = """
+import sys
+from megapix.launch import command, supervise
+supervise.PATIENCE = 1.0
+sys.exit(command.launch(sys.argv[1:]))
+"""
+
+
 @pytest.mark.optional_programs
 def test_lost_nodes_are_given_up(train: list[str], tmp_path: Path) -> None:
-    """One node is done, the other never: pdsh says so, and waits. The patience is shortened in a copy of the script."""
+    """One node is done, the other never: pdsh says so, and waits. The patience is shortened."""
     play(tmp_path, pdsh=f'echo "$@" >{tmp_path}/asked', ssh=HERE.format(folder=tmp_path))
     hostfile = tmp_path / "hostfile"
     hostfile.write_text("node01 slots=1\nnode02 slots=1\n")
-    copy = tmp_path / "launch.sh"
-    text = (ROOT / "launch.sh").read_text()
-    assert "\npatience=40 " in text
-    copy.write_text(text.replace("\npatience=40 ", "\npatience=1 "))
-    copy.chmod(0o755)
+    impatient = tmp_path / "launch"
+    impatient.write_text(f"#!{sys.executable}\n{IMPATIENT}")
+    impatient.chmod(0o755)
     played = 'echo "pdsh@here: node01: ssh exited with exit code 69" >&2; exec sleep 100'
-    process = start(tmp_path, played, "--hostfile", hostfile, *train, script=copy, MASTER_PORT="4242")
+    process = start(tmp_path, played, "--hostfile", hostfile, *train, script=impatient, MASTER_PORT="4242")
     code, _, err = finish(process)
     assert code == 69
     assert "pdsh@here: node01: ssh exited with exit code 69" in err

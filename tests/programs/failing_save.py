@@ -8,9 +8,11 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from megapix.checkpoint import saver
 from megapix.cli import main as cli
 
 if __name__ == "__main__":
+    saver.PAUSES = (0.0, 0.0)
     make = Path.mkdir
 
     def refuse(path: Path, *args: object, **kwargs: object) -> None:

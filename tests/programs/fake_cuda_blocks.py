@@ -1,9 +1,11 @@
-"""Blocks of PixelDiT-B on a CUDA device that computes nothing: kernels and bytes, and machine code of compiled ones.
+"""Blocks on a CUDA device that computes nothing: kernels and bytes, and machine code of compiled ones.
 
-usage: python -m tests.programs.fake_cuda_blocks KIND:WAY:POLICY[:CAPABILITY…]...
+usage: python -m tests.programs.fake_cuda_blocks same|other KIND:WAY:POLICY[:CAPABILITY…]...
 
-A line of JSON for each: the row of `megapix/costs/kernels.json` that it should have, and for each compute capability
-the kernels that were compiled for it, with those that spill.
+'same' has the networks and sizes that the plan's table was made with, 'other' PixelDiT-B in other sizes.
+
+A line of JSON for each: its row as counted, as `megapix/costs/kernels.json` has it, and for each compute capability the
+kernels that were compiled for it, with those that spill.
 """
 
 # ruff: noqa: E402
@@ -24,6 +26,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from benchmarks import step_cost
 from benchmarks.fake_cuda import attention, cubins, inductor
 from megapix.config import ModelConfig, pixeldit_b
+from megapix.costs.kernels import row_of
 
 BATCH, SIZE, TOKENS = 8, 320, 160
 
@@ -37,22 +40,24 @@ def network(kind: str) -> ModelConfig:
     return dataclasses.replace(made, **{"modulation" if of == "pit" else "mlp": way} if way else {})
 
 
-def main(asked: list[str]) -> None:
+def main(sizes: str, *asked: str) -> None:
     attention.choose()
     inductor.pretend()
     for one in asked:
         kind, way, policy, *capabilities = one.split(":")
-        subject = step_cost.kinds()[kind][0]
+        subject, model = step_cost.kinds()[kind]
+        how = step_cost.sizes_of(model)
+        if sizes == "other":
+            model, how = network(kind), (BATCH, SIZE, TOKENS)
         with FakeTensorMode(allow_non_fake_inputs=True):
-            found, unit = step_cost.one(subject, network(kind), BATCH, SIZE, TOKENS, way, policy)
+            found, unit = step_cost.one(subject, model, *how, way, policy)
         code = [cubin for n in capabilities for graph in found.graphs for cubin in cubins.compile_for(graph, int(n))]
-        row = step_cost.row(found, unit, way)
-        print(
-            json.dumps({"asked": one, "row": row, "code": [dataclasses.astuple(cubin) for cubin in code]}), flush=True
-        )
+        row, expected = step_cost.row(found, unit, way), row_of(kind, way, policy, model)
+        about = {"asked": one, "row": row, "expected": expected, "code": [dataclasses.astuple(cubin) for cubin in code]}
+        print(json.dumps(about), flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(*sys.argv[1:])
     sys.stdout.flush()
     os._exit(0)

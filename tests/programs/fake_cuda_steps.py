@@ -78,6 +78,7 @@ def training(made: ModelConfig, masked: bool = False, repa: str = "", pixel: Any
         config=config.replace(config.preset("b-256"), "model", made),
         device=DEVICE,
         engine=network,
+        objective=flow.PLAIN,
         resolved=SimpleNamespace(teacher=teacher() if repa == "online" else None),
     )
     null = torch.zeros(1, 2, made.text_width, dtype=torch.bfloat16), torch.ones(1, 2, dtype=torch.bool)

@@ -13,6 +13,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from megapix.checkpoint import saver as saving
 from megapix.checkpoint import vectors
 from megapix.checkpoint.saver import Saver
 from megapix.cli import main as cli
@@ -23,6 +24,7 @@ def full(path: Path, *args: Any) -> None:
 
 
 if __name__ == "__main__":
+    saving.PAUSES = (0.0, 0.0)
     save = Saver.save
 
     def save_and_wait(saver: Saver, *args: Any, **kwargs: Any) -> None:

@@ -23,6 +23,7 @@ HANDFUL = [
     Case(precision="bf16", accumulation=4, clip="not hit", contiguous_gradients=False, reduce_scatter=False),
     Case(accumulation=4, bucket_allreduce=True),
     Case(precision="bf16", accumulation=4, offload=True, buckets="small"),
+    Case(pixel_checkpointing="full", patch_checkpointing="full", compile=True),
 ]
 THIRDS = [Case(precision="bf16", accumulation=3)]
 """Two steps of it: the first gradient tells."""

@@ -56,7 +56,7 @@ def main(run: Path) -> None:
     layout, write = Layout({"a": (11,)}, world.size), vectors.write
     start, stop = layout.range_of(world.rank)
     share = {part: torch.arange(start, stop, dtype=torch.float32) for part in PARTS}
-    with closing(Saver(run, CheckpointConfig(), world)) as saver:
+    with closing(Saver(run, CheckpointConfig(max_failed=1), world)) as saver:
         for number, fault in enumerate(FAULTS, 1):
             vectors.write = with_fault(fault, write) if world.rank == 1 else write
             saver.save(State(Counters(number, number), SMALL, "", (), layout, number), share)

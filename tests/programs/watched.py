@@ -18,9 +18,8 @@ import time
 import torch
 import torch.distributed
 
-from megapix.cli import main as cli
-from megapix.dist import barrier, from_environment
-from megapix.errors import InputError
+from megapix.dist import CollectiveInputError, barrier, from_environment
+from megapix.errors import InputError, Reported
 from megapix.resilience.watchdog import Watchdog
 
 STEPS, AT = 20, 3
@@ -39,8 +38,10 @@ def fault(name: str, seconds: float) -> None:
             threading.Event().wait(seconds + 1)
         case "slow":
             threading.Event().wait(seconds * 2 / 3)
-        case "input" | "disagree":
+        case "input":
             raise InputError("no such sample")
+        case "disagree":
+            raise CollectiveInputError("no such sample")
         case "bug":
             raise KeyError("a bug of this rank")
 
@@ -58,9 +59,10 @@ def main(seconds: str, name: str, victim: str) -> int:
                 torch.distributed.all_reduce(torch.ones(1000))
                 watch.note(step, "step")
             barrier(world)
-    except InputError as error:
-        cli._complain(error, True)
+    except CollectiveInputError:
         os._exit(2)
+    except Reported as end:
+        os._exit(end.code)
     barrier(world)
     torch.distributed.destroy_process_group()
     return 0

@@ -26,9 +26,9 @@ from megapix.shards.text_recipe import Recipe
 from megapix.weights import nvlabs
 from megapix.weights.read import stored_weights
 from megapix.weights.write import export, write_model
-from tests.conftest import OPTIONS
 from tests.support.disk_calls import DiskCalls
 from tests.support.made_run import add_checkpoint
+from tests.support.made_shards import OPTIONS
 
 
 def exported(root: Path) -> None:

@@ -13,12 +13,10 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-import torch
 
-from megapix.checkpoint.layout import PARTS
+from tests.campaign import DISTURBED, campaign
 from tests.data_prep.test_write import hashes
-from tests.support.launch import Launch, succeed
-from tests.support.small_run import STEP_BATCH, arguments, flat_vectors, logged, saved, scalars
+from tests.support.programs import needs
 
 
 def files_in(folder: Path) -> int:
@@ -54,29 +52,9 @@ def test_twenty_kills_end_in_the_same_bytes(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-def test_twenty_kills_of_a_run_end_in_the_same_bits(shards: Path, tmp_path: Path) -> None:
-    """SIGKILL to both ranks at 20 random moments of 200 steps, saves in the background among them; started again each
-    time, the run ends in the weights, moments, EMA and logged losses of one that was left alone."""
-    options = ["--optim.end-at", str(200 * STEP_BATCH), "--checkpoint.every", str(3 * STEP_BATCH)]
-    options += ["--optim.lr-step-at", str(150 * STEP_BATCH), "--data.workers", "1"]
-    succeed(2, "megapix", arguments(shards, tmp_path / "still", *options))
-    run, generator, kills = tmp_path / "run", random.Random(0), 0
-    while kills < 20:
-        # A kill at each tenth step or so of the way, at a moment between two steps that chance decides.
-        target = min(200, 9 * (kills + 1) + generator.randrange(9))
-        launch = Launch(2, "megapix", arguments(shards, run, *options))
-        try:
-            launch.wait_for(lambda target=target: max(logged(run), default=0) >= target)
-            time.sleep(generator.uniform(0, 0.1))
-            launch.signal(signal.SIGKILL)
-            kills += 1
-        finally:
-            launch.kill()
-    succeed(2, "megapix", arguments(shards, run, *options))
-    whole, parts = (flat_vectors(saved(tmp_path / name).folder) for name in ("still", "run"))
-    assert whole.keys() == set(PARTS)
-    assert all(torch.equal(whole[part], parts[part]) for part in PARTS)
-    for tag in ("loss/train", "health/grad_norm", "schedule/lr"):
-        expected, found = scalars(tmp_path / "still", tag), scalars(run, tag)
-        assert list(found) == list(range(1, 201)), "one line, without overlaps"
-        assert found == expected
+@needs("nginx")
+def test_a_tenth_of_the_campaign_ends_in_the_same_bits(shards: Path, tmp_path: Path) -> None:
+    """`python -m tests.campaign` is the whole of it."""
+    pytest.importorskip("aiohttp")
+    done = campaign(tmp_path, shards, share=0.1)
+    assert len([line for line in done if line.startswith("step ")]) == len(DISTURBED)

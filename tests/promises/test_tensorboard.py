@@ -83,12 +83,16 @@ def tensorboard(folder: Path, *options: str) -> Iterator[Server]:
 def interrupted(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of 8 steps that has lost its last checkpoint, and so has gone back to step 4 with other rows to log.
 
-    The second part logs every second step only: nothing replaces the first part's rows of steps 5 and 7.
+    The second part logs every second step only: nothing replaces the first part's rows of steps 5 and 7. It runs on a
+    host whose clock is a day behind that of the first one.
     """
     run = tmp_path_factory.mktemp("interrupted") / "run"
     options = ["--optim.end-at", str(END * STEP_BATCH), "--checkpoint.every", str(BACK_TO * STEP_BATCH)]
     options += ["--log.samples-every", str(BACK_TO * STEP_BATCH), "--log.grid-columns", "2"]
     succeed(1, "megapix", arguments(shards, run, *options))
+    (events,) = (run / "tensorboard").iterdir()
+    stamp = events.name.split(".")[3]
+    events.rename(events.with_name(events.name.replace(stamp, str(int(stamp) + 86_400))))
     newest = latest(run)
     assert newest is not None
     shutil.rmtree(newest)

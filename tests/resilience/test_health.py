@@ -23,8 +23,8 @@ from megapix.data.locate import locate
 from megapix.errors import RunError
 from megapix.resilience.health import Sentinel, Skips, robust_z
 from megapix.train.rollback import merged
-from tests.conftest import OPTIONS
 from tests.support.launch import start, succeed
+from tests.support.made_shards import OPTIONS
 from tests.support.small_run import SMALL, STEP_BATCH, arguments, counters, flat_vectors, saved, scalars
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -205,7 +205,9 @@ def test_rollback_never_draws_the_window_again(poisoned: Path, tmp_path: Path) -
     (noted,) = [event.tensor_proto.string_val[0].decode() for event in events.Tensors("events/text_summary")]
     assert noted.startswith(f"rolled back to images-{12 * STEP_BATCH:012d}: steps 14 to 15: loss")
     speeds = scalars(run, "speed/images_per_s")
-    assert speeds[13] < 1.5 * max(speed for step, speed in speeds.items() if step != 13), "skipped samples do not count"
+    assert speeds[13] < 3 * max(speed for step, speed in speeds.items() if step != 13), (
+        "the 24 skipped samples do not count, beside 8"
+    )
     lines = [line.split() for line in (record / "rank-0.txt").read_text().splitlines()]
     back = max(n for n in range(1, len(lines)) if int(lines[n][0]) < int(lines[n - 1][0]))
     assert int(lines[back][0]) == 12 * STEP_BATCH, "it went back to 96 images seen"

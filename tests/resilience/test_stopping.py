@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
 
 from megapix.checkpoint.layout import PARTS
-from tests.support.launch import ROOT, FreshLaunch, Launch, succeed
+from tests.support.launch import ROOT, Forked, FreshLaunch, Launch, succeed
 from tests.support.small_run import (
     ENDLESS,
     STEP_BATCH,
@@ -68,15 +70,44 @@ def test_asked_to_stop(how: str, shards: Path, tmp_path: Path) -> None:
     assert scalars(run, "loss/train") == scalars(tmp_path / "still", "loss/train")
 
 
+def test_a_start_beside_a_run_that_is_ending_goes_on_from_its_end(shards: Path, tmp_path: Path) -> None:
+    """The second one finds no checkpoint when it starts, and waits for the folder until the first has saved one."""
+    run = tmp_path / "run"
+    first = Launch(1, "megapix", arguments(shards, run, *ENDLESS))
+    second: Launch | None = None
+    try:
+        first.wait_for(lambda: len(logged(run)) >= 3)
+        second = Launch(1, "megapix", arguments(shards, run, *ENDLESS))
+        (waiting,) = second.processes
+        assert isinstance(waiting, Forked)
+        second.wait_for(lambda: "is held by" in waiting.error_text())
+        first.signal(signal.SIGTERM)
+        (done,) = first.finish(timeout=60)
+        assert done.code == 75
+        left = saved(run)
+        second.wait_for(lambda: len(logged(run)) >= left.state.counters.images_seen // STEP_BATCH + 2)
+        second.signal(signal.SIGTERM)
+        (done,) = second.finish(timeout=60)
+    finally:
+        first.kill()
+        if second:
+            second.kill()
+    assert done.code == 75
+    assert f"resuming from {left.folder}" in done.out
+    assert left.folder.is_dir()
+    assert [path.name for path in (run / "checkpoints").iterdir() if ".aside" in path.name] == []
+    steps = sorted(scalars(run, "loss/train"))
+    assert steps == list(range(1, counters(run).images_seen // STEP_BATCH + 1))
+
+
 @pytest.mark.parametrize("number", ["SIGTERM", "SIGUSR1"])
 def test_workers_do_not_hear_what_asks_the_run_to_stop(number: str) -> None:
     """In a new process, since the first one that Python starts of this kind has SIGTERM unblocked."""
     code = f"""
 import signal
-from megapix.resilience import stopping
 from megapix.data import workers
 
-workers.start_server(stopping.SIGNALS)
+workers.start_server()
 worker = workers.context().Process(target=signal.raise_signal, args=(signal.{number},))
 worker.start()
 worker.join()
@@ -86,13 +117,32 @@ print(worker.exitcode)
     assert done.stdout == "0\n", done.stderr
 
 
+@pytest.mark.long
+def test_asked_while_the_compiler_works(shards: Path, tmp_path: Path) -> None:
+    """Every process of the ranks gets the signal, g++ too, which ends at it otherwise; the run stops after its step."""
+    run = tmp_path / "run"
+    command = arguments(shards, run, "--machine.compile", *ENDLESS)
+    launch = FreshLaunch(1, "megapix", command, TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "inductor"))
+    try:
+        groups = [process.pid for process in launch.processes]
+        launch.wait_for(lambda: any("cc1plus" in command_of(pid) for group in groups for pid in alive(group)))
+        launch.signal(signal.SIGTERM)
+        done = launch.finish()
+    finally:
+        launch.kill()
+    assert done[0].code == 75, done[0].err
+    assert counters(run).images_seen > 0
+
+
 def test_workers_end_with_a_rank_that_is_killed(shards: Path, tmp_path: Path) -> None:
     """The server that they are forked from, too: a launcher waits for the end of every process of its group."""
     run = tmp_path / "run"
     launch = FreshLaunch(1, "megapix", arguments(shards, run, "--data.workers", "2", *ENDLESS))
+    left = Path("/dev/shm").glob
     try:
         launch.wait_for(lambda: len(logged(run)) >= 1)
         (rank,) = launch.processes
+        assert list(left(f"sem.megapix-{rank.pid}-*"))
         assert len(alive(rank.pid)) == 5, "the rank, two workers, their server, and Python's resource tracker"
         rank.kill()
         rank.communicate(timeout=60)  # workers and server hold its pipes
@@ -100,8 +150,41 @@ def test_workers_end_with_a_rank_that_is_killed(shards: Path, tmp_path: Path) ->
         while alive(rank.pid):
             assert time.monotonic() < deadline, alive(rank.pid)
             time.sleep(0.05)
+        Path(f"/dev/shm/sem.megapix-{rank.pid}-left").touch()  # as where the resource tracker is killed, too
+        Path(f"/dev/shm/sem.megapix-{os.getpid()}-used").touch()
+        subprocess.run([sys.executable, "-c", "from megapix.data import workers; workers.start_server()"], check=True)
+        assert not list(left(f"sem.megapix-{rank.pid}-*"))
+        assert list(left(f"sem.megapix-{os.getpid()}-*")), "that process is at work"
     finally:
         launch.kill()
+        Path(f"/dev/shm/sem.megapix-{os.getpid()}-used").unlink(missing_ok=True)
+
+
+def test_a_killed_worker_costs_no_batch(shards: Path, tmp_path: Path) -> None:
+    """One of rank 1's two, in mid-run: it is named, and the run ends as one that was left alone."""
+    options = ["--data.workers", "2", "--optim.end-at", str(80 * STEP_BATCH), "--optim.lr-step-at", "never"]
+    run, still = tmp_path / "run", tmp_path / "still"
+    launch = Launch(2, "megapix", arguments(shards, run, *options))
+    try:
+        launch.wait_for(lambda: len(logged(run)) >= 3)
+        victim = max(pid for pid in alive(launch.processes[1].pid) if "multiprocessing.forkserver" in command_of(pid))
+        os.kill(victim, signal.SIGKILL)
+        done = launch.finish(timeout=120)
+    finally:
+        launch.kill()
+    assert [rank.code for rank in done] == [0, 0], done[1].err
+    assert f"(process {victim}) was killed by SIGKILL, as the kernel does where memory runs out" in done[1].err
+    assert "its workers start again (1 of 3 in a row)" in done[1].err
+    succeed(2, "megapix", arguments(shards, still, *options[2:]))
+    whole, parts = (flat_vectors(saved(folder).folder) for folder in (still, run))
+    assert all(torch.equal(whole[part], parts[part]) for part in PARTS)
+    assert scalars(run, "loss/train") == scalars(still, "loss/train")
+
+
+def command_of(pid: int) -> str:
+    with suppress(OSError):  # it has ended
+        return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
+    return ""
 
 
 def alive(group: int) -> list[int]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -18,9 +20,10 @@ from megapix import config
 from megapix.config import Config
 from megapix.dist import World
 from megapix.errors import InputError
-from megapix.resilience import watchdog
-from megapix.resilience.heartbeat import Peer, Word
-from megapix.resilience.watchdog import EXIT_LOST, PATIENCE, USUAL, Watchdog
+from megapix.resilience import doors, watchdog
+from megapix.resilience.heartbeat import Link, Peer, Word, line, period
+from megapix.resilience.notes import PATIENCE, SLOW, USUAL
+from megapix.resilience.watchdog import EXIT_LOST, Watchdog
 from tests.support.launch import ROOT, environment, free_port, of_ranks
 from tests.support.programs import needs
 from tests.support.small_run import SMALL, arguments
@@ -180,8 +183,8 @@ def test_one_ranks_error_ends_the_others_with_its_code() -> None:
     ended, seconds = watched("input", 1)
     assert [rank.code for rank in ended] == [2] * 3
     assert seconds < SECONDS + SLACK
-    assert ended[1].err == "megapix: error: no such sample\n"
-    assert re.search(rf"rank 1 on {host()} ended with an error: InputError: no such sample", ended[0].err)
+    assert ended[0].err == f"\nmegapix: error: rank 1 on {os.uname().nodename}, step 3, phase 'data': no such sample\n"
+    assert [rank.err for rank in ended[1:]] == ["", ""]
 
 
 @pytest.mark.long
@@ -189,14 +192,14 @@ def test_one_ranks_bug_is_shown_and_ends_the_others() -> None:
     ended, _ = watched("bug", 2)
     assert [rank.code for rank in ended] == [1] * 3
     assert "KeyError: 'a bug of this rank'" in ended[2].err
-    assert re.search(rf"rank 2 on {host()} ended with an error: KeyError: 'a bug of this rank'", ended[0].err)
+    assert re.search(rf"rank 2 on {host()}, step 3, phase 'data': KeyError: 'a bug of this rank'", ended[0].err)
     assert "Traceback" not in ended[0].err + ended[1].err
 
 
 @pytest.mark.long
 def test_an_error_that_all_share_is_no_alarm() -> None:
     ended, _ = watched("disagree", 1)
-    assert [(rank.code, rank.err) for rank in ended] == [(2, "megapix: error: no such sample\n")] * 3
+    assert [(rank.code, rank.err) for rank in ended] == [(2, "")] * 3, "each says it by itself"
 
 
 @pytest.mark.parametrize("victim", [0, 1])
@@ -235,11 +238,50 @@ def test_the_option_is_checked(shards: Path, tmp_path: Path) -> None:
 def test_a_rank_that_cannot_reach_rank_0_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     """A closed port instead of rank 0's; the gathering is played, the connection is real."""
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    monkeypatch.setattr(watchdog, "gather", lambda world, value: [("first", free_port(), "token"), value])
+    monkeypatch.setattr(watchdog, "gather", lambda world, value: [("first", free_port(), "token", SECONDS), value])
     monkeypatch.setattr(watchdog, "on_all_ranks", lambda world, work: work())
     with pytest.raises(InputError) as error, Watchdog(World(1, 2), SECONDS):
         pass
     assert "machine.watchdog = 3: rank 0 cannot be reached at 127.0.0.1:" in str(error.value)
+
+
+def test_rank_0_is_reached_through_files_above_number_1023() -> None:
+    """Which select() does not know: the process has opened as many before."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < 2048:
+        pytest.skip("no right to open so many files")
+    files = []
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (2048, hard))
+        files = [os.open(os.devnull, os.O_RDONLY) for _ in range(1024)]
+        os.environ["MASTER_ADDR"] = "127.0.0.1"
+        with doors.listen(2) as server, ThreadPoolExecutor() as pool:
+            called = pool.submit(doors.reach, server.getsockname()[1], {"rank": 1}, SECONDS)
+            caller = Link(server.accept()[0])
+            caller.send(line({"welcome": 1}))
+            link, answer = called.result()
+            assert link.socket.fileno() > 1023
+            assert answer == [{"welcome": 1}]
+            link.socket.close()
+            caller.socket.close()
+    finally:
+        for file in files:
+            os.close(file)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_too_few_open_files_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (1024, 1024))
+    with pytest.raises(
+        InputError, match=r"the limit of open files is 1024: with 1024 ranks, rank 0 needs 1\d\d\d; expe"
+    ):
+        doors.listen(1024)
+
+
+def test_many_ranks_beat_less_often_and_often_enough() -> None:
+    assert [period(ranks, 60.0) for ranks in (2, 256, 512, 1024)] == [1.0, 1.0, 2.0, 4.0]
+    assert period(100_000, 60.0) == 15.0
+    assert period(2, 2.0) == 0.5
 
 
 @pytest.mark.parametrize("moves", [True, False])
@@ -247,11 +289,11 @@ def test_a_word_older_than_the_others_moves_is_no_hang(moves: bool, monkeypatch:
     """After a long wait of all for one, rank 0 is steps ahead before rank 1's next heartbeat says the same."""
     now, ended = time.monotonic(), []
     watch = Watchdog(World(0, 2), SECONDS)
-    monkeypatch.setattr(watch, "_end", lambda code, reasons: ended.append(reasons[0]))
+    monkeypatch.setattr(watch, "_end", lambda reasons: ended.append(reasons[0]))
     watch._peers[1] = peer = Peer("nodeb", Word(3, "backward", 1, SECONDS, at=now - 100), now)
     watch.note(20, "data")
     for beat in range(4):
-        watch._judge(now + beat * SECONDS / 4)
+        watch._judge(now + beat * SECONDS / 4, beats=True)
         peer.heard += SECONDS / 4
         if moves:
             peer.word = Word(20 + beat, "data", 0, SECONDS, at=peer.heard)
@@ -269,12 +311,70 @@ def test_words_say_how_far_a_rank_is() -> None:
         *((5, "data"), (6, "data"), (6, "save"), (7, "step"), (8, "save"), (8, "step")),
     ]:
         watch.note(step, phase)
-        seen.append((watch._word.step, watch._word.turn, watch._word.patience))
-    long = SECONDS * PATIENCE
+        seen.append((watch.notes.word.step, watch.notes.word.turn, watch.notes.word.patience))
+    long, disk = SECONDS * PATIENCE, SLOW["save"]
     assert seen == [
         *((4, 0, long + 7.0), (4, 1, long), (4, 2, long + 7.0), (4, 3, long), (4, 3, long)),
-        *((5, 0, long + 7.0), (6, 0, SECONDS + 7.0), (6, 1, long), (7, 0, long), (8, 0, long), (8, 1, SECONDS)),
+        *((5, 0, long + 7.0), (6, 0, SECONDS + 7.0), (6, 1, disk), (7, 0, long), (8, 0, disk), (8, 1, SECONDS)),
     ]
+
+
+def test_news_of_a_phase_and_time_of_compilation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bytes that a background save writes are no news of a step. Compilation has seconds of its own, and takes none of
+    those of the phase that it comes in, at any step; one that fails is where the error is of."""
+    now = 1000.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    watch = Watchdog(World(), SECONDS)
+
+    def idle() -> float:
+        return now - watch.notes.spoken(now).at
+
+    watch.note(4, "save")
+    now += 100.0
+    assert idle() == 100.0
+    watch.notes.news("save")
+    now += 1.0
+    assert idle() == 1.0
+    watch.note(5, "backward")
+    before = watch.notes.word
+    now += 2.0
+    watch.notes.news("save")
+    assert idle() == 2.0
+    watch.notes.compiling()
+    assert watch.where() == (5, "compile")
+    assert (watch.notes.word.turn, watch.notes.word.patience) == (before.turn, SLOW["compile"])
+    now += 500.0
+    assert idle() == 500.0
+    watch.notes.compiled(failed=False)
+    assert watch.where() == (5, "backward")
+    assert (idle(), watch.notes.word.patience) == (2.0, before.patience)
+    now += 3.0
+    watch.notes.compiling()
+    now += 50.0
+    watch.note(5, "step")
+    assert watch.notes._took["backward"] == 5.0
+    watch.notes.compiling()
+    watch.notes.compiled(failed=True)
+    assert watch.where() == (5, "compile")
+    watch.note(6, "data")
+    assert watch.where() == (6, "data")
+
+
+@pytest.mark.parametrize("compiles", [True, False])
+def test_a_rank_that_waits_for_a_compiling_one_is_not_hung(compiles: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both are in the same phase, whose patience is long over; one of them compiles there."""
+    now, ended = time.monotonic(), []
+    watch = Watchdog(World(0, 2), SECONDS)
+    monkeypatch.setattr(watch, "_end", lambda reasons: ended.append(reasons[0]))
+    watch.note(20, "backward")
+    own = watch.notes.word
+    watch.notes.word = replace(own, at=now - 1000)
+    patience = SLOW["compile"] if compiles else own.patience
+    watch._peers[1] = Peer("nodeb", replace(own, patience=patience, at=now - 900), now)
+    for beat in range(4):
+        watch._peers[1].heard = now + beat * SECONDS / 4
+        watch._judge(now + beat * SECONDS / 4, beats=True)
+    assert bool(ended) != compiles
 
 
 def test_a_phase_may_take_three_times_what_it_took_the_first_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -284,18 +384,18 @@ def test_a_phase_may_take_three_times_what_it_took_the_first_time(monkeypatch: p
     watch = Watchdog(World(), SECONDS)
     for step, stopped, took in ((1, 0.0, 50.0), (2, 80.0, 5.0), (2, 0.0, 9.0), (3, 0.0, 0.0)):
         watch.note(step, "backward")
-        watch._resumed = now = now + stopped
+        watch.notes.resumed = now = now + stopped
         now += took
         watch.note(step, "step")
     watch.note(4, "backward")
-    assert watch._word.patience == USUAL * 5.0
+    assert watch.notes.word.patience == USUAL * 5.0
     watch.note(4, "step")
-    assert watch._word.patience == SECONDS
+    assert watch.notes.word.patience == SECONDS
     watch.note(4, "sample", begins=True)
-    assert watch._word.patience == SECONDS * PATIENCE
+    assert watch.notes.word.patience == SECONDS * PATIENCE
     now += 1.0
     watch.note(4, "sample")
-    assert watch._word.patience == SECONDS * PATIENCE, "the first step of the sampler may compile"
+    assert watch.notes.word.patience == SECONDS * PATIENCE, "the first step of the sampler may compile"
     now += 7.0
     watch.note(4, "sample")
-    assert watch._word.patience == USUAL * 7.0
+    assert watch.notes.word.patience == USUAL * 7.0

@@ -18,6 +18,7 @@ PACKAGES = {
     "mount": "mount",
     "nginx": "nginx-light",
     "nsenter": "util-linux",
+    "openssl": "openssl",
     "pdsh": "pdsh",
     "ssh-keygen": "openssh-client",
     "sshd": "openssh-server",

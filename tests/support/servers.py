@@ -53,6 +53,20 @@ class Nginx:
 
     url: str
     folder: Path
+    process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Start it, and wait until it answers."""
+        command = ["nginx", "-c", str(self.folder / "nginx.conf")]
+        self.process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+        _wait_for(f"{self.url}/", self.process)
+
+    def stop(self) -> None:
+        """End it, if it is at work."""
+        if self.process:
+            self.process.terminate()
+            self.process.wait()
+            self.process = None
 
     def requests(self, ending: str = ".tar") -> list[tuple[str, str]]:
         """(path, range) of each GET for a file with that ending so far."""
@@ -66,13 +80,12 @@ def nginx(root: Path, folder: Path) -> Iterator[Nginx]:
     port = free_port()
     user = "user root; " if os.getuid() == 0 else ""
     (folder / "nginx.conf").write_text(NGINX.format(folder=folder, root=root, port=port, user=user))
-    process = subprocess.Popen(["nginx", "-c", str(folder / "nginx.conf")], stderr=subprocess.DEVNULL)
+    server = Nginx(f"http://127.0.0.1:{port}", folder)
     try:
-        _wait_for(f"http://127.0.0.1:{port}/", process)
-        yield Nginx(f"http://127.0.0.1:{port}", folder)
+        server.start()
+        yield server
     finally:
-        process.terminate()
-        process.wait()
+        server.stop()
 
 
 @contextmanager

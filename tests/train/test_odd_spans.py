@@ -24,9 +24,9 @@ from megapix.diffusion.condition import classes
 from megapix.diffusion.sampler import generate_as
 from megapix.engine.network import build_network
 from megapix.shards.index import read_index
-from tests.conftest import OPTIONS
 from tests.support import random_numbers
 from tests.support.launch import Rank, succeed
+from tests.support.made_shards import OPTIONS
 from tests.support.small_run import SMALL, STEP_BATCH, arguments, counters, flat_vectors, saved, scalars
 from tests.support.stored import stored
 from tests.support.trained import Subject

@@ -19,8 +19,8 @@ from megapix.diffusion import noise
 from megapix.errors import InputError
 from megapix.rng import Purpose
 from megapix.train.resolve import resolve
-from tests.conftest import OPTIONS
 from tests.support.launch import succeed
+from tests.support.made_shards import OPTIONS
 from tests.support.small_run import SMALL, STEP_BATCH, arguments, flat_vectors, saved, scalars
 
 
