@@ -17,7 +17,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import socket
 import tempfile
 from pathlib import Path
 
@@ -28,6 +27,7 @@ from benchmarks.rank_costs_child import AT, PARTS, run
 from data_prep.sources.image_folder import ImageFolder
 from data_prep.writing.plan import Options
 from data_prep.writing.write import write
+from megapix.dist import free_port
 from megapix.shards.image_policy import Policy
 
 SIDE, CLASSES, COLUMNS = 16, 2, 4
@@ -79,9 +79,7 @@ def arguments(shards: Path, out: Path, ranks: int, steps: int) -> list[str]:
 def launch(ranks: int, command: list[str], folder: Path) -> list[Found]:
     """Run a command of `megapix` on so many ranks and return what each has noted."""
     folder.mkdir()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
     files, processes = [folder / f"{rank}.json" for rank in range(ranks)], []
     try:

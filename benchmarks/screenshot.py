@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -19,6 +18,8 @@ import urllib.request
 from pathlib import Path
 
 from PIL import Image
+
+from megapix.dist import free_port
 
 SIZE = (1500, 2440)
 """Pixels of the page."""
@@ -38,9 +39,7 @@ def main() -> None:
     browser = shutil.which("chromium")
     if browser is None:
         raise SystemExit("no chromium on the PATH (Debian: apt install chromium)")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     server = subprocess.Popen(
         [sys.executable, "-m", "tensorboard.main", "--logdir", str(options.run), "--port", str(port)],
         stdout=subprocess.DEVNULL,

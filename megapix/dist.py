@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import resource
 import signal
 import socket
 import sys
@@ -188,6 +189,21 @@ def host_group(world: World) -> Any:
 def barrier(world: World) -> None:
     """Wait until every rank is here."""
     gather(world, None)
+
+
+def free_port() -> int:
+    """A TCP port of this machine that nobody listens at now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def allow_files() -> None:
+    """Raise the limit of open files as far as it goes. Each rank of a large run holds some connections for every other,
+    and the usual soft limit is 1,024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def stop() -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import errno
 import time
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TypeGuard, TypeVar
 
 from megapix.dist import warn
 from megapix.errors import InputError, StorageError
@@ -50,7 +50,7 @@ def passing(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno in PASSES
 
 
-def of_storage(error: BaseException) -> bool:
+def of_storage(error: BaseException) -> TypeGuard[OSError]:
     """Whether an error that nobody has caught is one of a disk or file system: it has trouble, or no room."""
     return isinstance(error, OSError) and error.errno in DISK | FULL
 
@@ -63,6 +63,11 @@ def error_of(error: OSError, message: str) -> InputError | StorageError:
 def plain(error: BaseException) -> str:
     """An error of a local file in words."""
     return (isinstance(error, OSError) and error.strerror) or f"{type(error).__name__}: {error}".rstrip(": ")
+
+
+def said(error: OSError) -> str:
+    """An error `of_storage` that nobody has caught, in one line."""
+    return f"{error.filename or 'storage'}: {plain(error)}"
 
 
 def persist(

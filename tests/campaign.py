@@ -25,6 +25,7 @@ from megapix.resilience.stopping import EXIT_STOPPED
 from megapix.resilience.watchdog import EXIT_LOST
 from tests.support import made_shards
 from tests.support.launch import Forked, Launch, succeed
+from tests.support.process_groups import workers_of
 from tests.support.servers import Nginx, nginx
 from tests.support.small_run import STEP_BATCH, arguments, flat_vectors, logged, saved, scalars
 
@@ -96,7 +97,7 @@ def _disturb(what: str, launch: Launch, run: Path, server: Nginx, away: float) -
         time.sleep(away)
         server.start()
     elif what == "worker":
-        victim = max(_workers(launch.processes[1].pid))
+        victim = max(workers_of(launch.processes[1].pid))
         os.kill(victim, signal.SIGKILL)
         launch.wait_for(lambda: f"(process {victim}) was killed by SIGKILL" in _said(launch, 1))
     elif what == "shard":
@@ -126,19 +127,6 @@ def _said(launch: Launch, rank: int) -> str:
     process = launch.processes[rank]
     assert isinstance(process, Forked)
     return process.error_text()
-
-
-def _workers(group: int) -> list[int]:
-    """Processes of a rank's group that were forked from its server of workers."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*"):
-        try:
-            fields = (path / "stat").read_text().rpartition(")")[2].split()
-            if int(fields[2]) == group and "multiprocessing.forkserver" in (path / "cmdline").read_text():
-                found.append(int(path.name))
-        except OSError:  # it has ended
-            continue
-    return found
 
 
 def main() -> None:

@@ -25,7 +25,6 @@ from megapix.launch.command import launch
 from megapix.resilience import out_of_memory
 from megapix.resilience.first_error import EXIT_INTERRUPTED
 from megapix.resilience.stopping import EXIT_STOPPED, StopRequested
-from megapix.resilience.watchdog import EXIT_LOST
 
 USAGE = """usage: megapix COMMAND ...
 
@@ -103,17 +102,17 @@ def main(argv: list[str] | None = None) -> int:
         return abandon(world, error.exit_code)
     except OutOfMemory as error:
         _complain(error, first("out of memory"))  # often it is so on all ranks at once
-        return abandon(world, 1)
+        return abandon(world, error.exit_code)
     except RankLost as error:
         _complain(error, True)
-        return abandon(world, EXIT_LOST)
+        return abandon(world, error.exit_code)
     except RunError as error:
         _complain(error, world.main)
         code = error.exit_code
     except OSError as error:
         if not outage.of_storage(error):
             raise
-        _complain(f"{error.filename or 'storage'}: {outage.plain(error)}", first("storage"))
+        _complain(outage.said(error), first("storage"))
         return abandon(world, StorageError.exit_code)
     except KeyboardInterrupt:
         _complain(f"interrupted{RESUMES.get(arguments[0], '')}", world.main)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
-import resource
-import socket
 import warnings
 
 import deepspeed
@@ -16,7 +14,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.constants import default_pg_timeout
 from deepspeed.utils import logger as deepspeed_logger
 
-from megapix.dist import World, on_all_ranks
+from megapix.dist import World, allow_files, free_port, on_all_ranks
 from megapix.engine.comm_op import load_comm_op
 from megapix.errors import InputError
 
@@ -35,13 +33,11 @@ def start(world: World) -> torch.device:
     # It warns of every optimizer that is not its own; ours is tested for parity, and so is its EMA.
     deepspeed_logger.addFilter(lambda record: "untested optimizer" not in record.getMessage())
     if world.size == 1 and "MASTER_PORT" not in os.environ:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+        os.environ.update(alone, MASTER_PORT=str(free_port()))
     # DeepSpeed calls it; nothing that a user of megapix could change.
     warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)
-    _allow_connections()
+    allow_files()
     if get_accelerator().device_name() == "cuda" and world.local_rank >= torch.cuda.device_count():
         raise InputError(f"no GPU is left for local rank {world.local_rank}: {torch.cuda.device_count()} are visible")
     get_accelerator().set_device(world.local_rank)
@@ -52,13 +48,6 @@ def start(world: World) -> torch.device:
         on_all_ranks(world, lambda: load_comm_op(world))
     deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
     return torch.device(get_accelerator().current_device_name())
-
-
-def _allow_connections() -> None:
-    """Each rank of a large run holds some connections for every other; the usual soft limit is 1,024 open files."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _keep_freed_memory() -> None:

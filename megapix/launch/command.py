@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -15,6 +14,7 @@ from dataclasses import replace
 from glob import glob
 from pathlib import Path
 
+from megapix.dist import free_port
 from megapix.errors import InputError, RankLost
 from megapix.launch import hostfile, machine, options, slurm
 from megapix.launch.handover import Handover
@@ -212,9 +212,7 @@ def _port(asked: Options) -> int:
         return int(value)
     if asked.no_ssh:
         return NO_SSH_PORT
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    return free_port()
 
 
 def _python() -> str:

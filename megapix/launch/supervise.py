@@ -15,11 +15,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
+from megapix.errors import RankLost
 from megapix.launch.hostfile import Node
 
 HEEDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 BY_HAND = 130
-LOST = 69
+LOST = RankLost.exit_code
 PATIENCE = 40.0
 """Seconds for the other nodes, once one is done: those of a launcher and some more."""
 LEFTOVERS = 45.0

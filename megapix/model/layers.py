@@ -110,12 +110,14 @@ class _NormModulate(torch.autograd.Function):
         x, weight, scale, rstd = ctx.saved_tensors
         g, unit, grown = wide(grads[0]), wide(x) * rstd, wide(scale) + 1.0
         d_shift = g.sum_to_size(ctx.shift_shape)
-        d_scale = (g * unit).mul_(wide(weight)).sum_to_size(scale.shape)
         d_x, d_weight = _norm_backward(g * grown, unit, rstd, weight)
-        if torch.compiler.is_compiling():  # then the sums above are not made
-            # Out of the scale's sums, one an image: Inductor would go through all tokens once more for the weight's.
+        if torch.compiler.is_compiling():
+            # The weight's too out of the scale's sums, one an image: for the sum above Inductor would go through all
+            # tokens once more. Nobody wants it then, so it is not made.
             sums = (g * unit).sum_to_size(scale.shape)
             d_scale, d_weight = sums * wide(weight), (sums * grown).flatten(0, -2).sum(0).to(weight.dtype)
+        else:
+            d_scale = (g * unit).mul_(wide(weight)).sum_to_size(scale.shape)
         return d_x.to(x.dtype), d_weight, d_shift.to(x.dtype), d_scale.to(scale.dtype)
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -20,7 +19,7 @@ from pathlib import Path
 import torch
 import tyro
 
-from megapix.dist import World, gather
+from megapix.dist import World, free_port, gather
 from megapix.engine import processes
 from megapix.errors import InputError
 from megapix.parity.cases import LOCAL_RANKS, Case, cases, describe
@@ -99,9 +98,7 @@ def _on_local_ranks(options: ParityOptions) -> list[Result]:
     with tempfile.TemporaryDirectory() as folder:
         for size in ranks:
             file = Path(folder) / f"{size}.json"
-            with socket.socket() as probe:
-                probe.bind(("127.0.0.1", 0))
-                port = str(probe.getsockname()[1])
+            port = str(free_port())
             command = ["torch.distributed.run", "--nproc-per-node", str(size), "--master-addr", "127.0.0.1"]
             command += ["--master-port", port, "-m", "megapix", "doctor", "--parity", "--results", str(file)]
             command += ["--ranks", *map(str, ranks), "--compile" if options.compile else "--no-compile"]

@@ -15,8 +15,6 @@ from megapix.resilience.heartbeat import Link, line
 
 CALL_AGAIN = 0.1
 """Seconds between two calls to rank 0."""
-SPARE = 256
-"""Files that rank 0 opens beside its connections: shards, checkpoints, workers, and those of gloo or NCCL."""
 
 
 def listen(ranks: int) -> socket.socket:
@@ -25,7 +23,7 @@ def listen(ranks: int) -> socket.socket:
     Raises:
         InputError: this process may not open so many files.
     """
-    _allow_files(len(os.listdir("/proc/self/fd")) + ranks, ranks)
+    _check_files(ranks)
     if socket.has_dualstack_ipv6():
         return socket.create_server(("", 0), family=socket.AF_INET6, backlog=ranks, dualstack_ipv6=True)
     return socket.create_server(("", 0), backlog=ranks)
@@ -67,14 +65,10 @@ def _call(address: str, port: int, hello: Mapping[str, Any], seconds: float) -> 
     return link, answer
 
 
-def _allow_files(needed: int, ranks: int) -> None:
-    """Have room for so many open files, and for SPARE more if this process may have them."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    most = needed + SPARE if hard == resource.RLIM_INFINITY else hard
-    if most < needed:
+def _check_files(ranks: int) -> None:
+    needed, (limit, _) = len(os.listdir("/proc/self/fd")) + ranks, resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limit != resource.RLIM_INFINITY and limit < needed:  # `dist.allow_files` has raised it
         raise InputError(
-            f"the limit of open files is {hard}: with {ranks} ranks, rank 0 needs {needed}; expected more "
+            f"the limit of open files is {limit}: with {ranks} ranks, rank 0 needs {needed}; expected more "
             "(`ulimit -Hn`), or --machine.watchdog 0"
         )
-    if soft != resource.RLIM_INFINITY and soft < needed + SPARE:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (min(most, needed + SPARE), hard))

@@ -41,14 +41,13 @@ def failure(error: BaseException, rank: int, host: str, step: int, phase: str) -
         return Failure(error.exit_code, str(error))  # it names them itself
     if isinstance(error, (InputError, RunError)):
         return Failure(error.exit_code, f"{place}: {error}")
-    if isinstance(error, OSError) and outage.of_storage(error):
-        return Failure(StorageError.exit_code, f"{place}: {error.filename or 'storage'}: {outage.plain(error)}")
+    if outage.of_storage(error):
+        return Failure(StorageError.exit_code, f"{place}: {outage.said(error)}")
     return Failure(1, f"{place}: {type(error).__name__}: {' '.join(str(error).split())}")
 
 
 def show(error: BaseException) -> None:
     """Print where an error that nobody has foreseen comes from: this process may be ended before it could do it."""
-    foreseen = isinstance(error, (InputError, RunError, KeyboardInterrupt))
-    if not foreseen and not (isinstance(error, OSError) and outage.of_storage(error)):
+    if not isinstance(error, (InputError, RunError, KeyboardInterrupt)) and not outage.of_storage(error):
         traceback.print_exception(error)
         sys.stderr.flush()

@@ -28,7 +28,7 @@ from types import TracebackType
 from typing import Any
 
 from megapix.dist import CollectiveInputError, World, first, gather, on_all_ranks
-from megapix.errors import InputError, Reported
+from megapix.errors import InputError, RankLost, Reported
 from megapix.resilience import doors, first_error, hangs
 from megapix.resilience.first_error import Failure
 from megapix.resilience.hangs import Hangs
@@ -36,7 +36,7 @@ from megapix.resilience.heartbeat import Link, Peer, Word, line, period
 from megapix.resilience.notes import PATIENCE, Notes
 from megapix.resilience.stopping import StopRequested
 
-EXIT_LOST = 69
+EXIT_LOST = RankLost.exit_code
 """Exit code of every rank that is left when one died or hangs; the same command resumes from the last checkpoint."""
 CLOSING = 10.0
 """Seconds in which a rank closes what its error has passed, without a checkpoint that is being written."""

@@ -18,29 +18,18 @@ import torch
 from torch._inductor import compile_fx
 
 from megapix.checkpoint import vectors
-from megapix.checkpoint.buffers import HostCopy
 from megapix.cli import main as cli
-from megapix.data.loader import MicroBatches
-from megapix.diffusion import flow
-from megapix.engine.zero2 import Zero2Engine
 from megapix.errors import InputError
 from megapix.monitoring.report import Report
-from megapix.train import run, sample_grid
-from megapix.train.validation_loss import ValidationLoss
+from tests.support import failing_calls
+from tests.support.failing_calls import Place, fail
 
-PLACES: dict[str, tuple[Any, str, int]] = {
-    "start": (run, "build_network", 1),
+PLACES: dict[str, Place] = failing_calls.PLACES | {
     "compile": (compile_fx, "compile_fx", 1),
-    "data": (MicroBatches, "_batch", 3),
-    "backward": (flow, "training_loss", 3),
-    "step": (Zero2Engine, "step", 3),
-    "save": (HostCopy, "take", 1),
-    "sample": (sample_grid, "generate_as", 1),
-    "validate": (ValidationLoss, "_sums", 2),
     "close": (Report, "close", 1),
     "none": (Report, "close", 2),
 }
-"""Phase -> where it fails, and in which call."""
+"""Phase -> where it fails."""
 ERRORS: dict[str, BaseException] = {
     "input": InputError("shard-000001.tar: sample 17: its bytes are not those that were indexed"),
     "memory": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
@@ -48,20 +37,6 @@ ERRORS: dict[str, BaseException] = {
     "interrupt": KeyboardInterrupt(),
     "bug": KeyError("a bug"),
 }
-
-
-def failing(function: Callable[..., Any], at: int, error: BaseException) -> Callable[..., Any]:
-    calls = 0
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == at:
-            print(f"fault {time.time()}", flush=True)
-            raise error
-        return function(*args, **kwargs)
-
-    return call
 
 
 def slow(function: Callable[..., Any], seconds: float) -> Callable[..., Any]:
@@ -77,6 +52,5 @@ if __name__ == "__main__":
     if float(seconds):
         vectors.write = slow(vectors.write, float(seconds))
     if os.environ["RANK"] == rank:
-        owner, name, at = PLACES[phase]
-        setattr(owner, name, failing(getattr(owner, name), at, ERRORS[kind]))
+        fail(PLACES[phase], ERRORS[kind])
     raise SystemExit(cli.main(arguments))

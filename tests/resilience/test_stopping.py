@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,7 @@ import torch
 
 from megapix.checkpoint.layout import PARTS
 from tests.support.launch import ROOT, Forked, FreshLaunch, Launch, succeed
+from tests.support.process_groups import alive, command_of, workers_of
 from tests.support.small_run import (
     ENDLESS,
     STEP_BATCH,
@@ -167,7 +167,7 @@ def test_a_killed_worker_costs_no_batch(shards: Path, tmp_path: Path) -> None:
     launch = Launch(2, "megapix", arguments(shards, run, *options))
     try:
         launch.wait_for(lambda: len(logged(run)) >= 3)
-        victim = max(pid for pid in alive(launch.processes[1].pid) if "multiprocessing.forkserver" in command_of(pid))
+        victim = max(workers_of(launch.processes[1].pid))
         os.kill(victim, signal.SIGKILL)
         done = launch.finish(timeout=120)
     finally:
@@ -179,25 +179,6 @@ def test_a_killed_worker_costs_no_batch(shards: Path, tmp_path: Path) -> None:
     whole, parts = (flat_vectors(saved(folder).folder) for folder in (still, run))
     assert all(torch.equal(whole[part], parts[part]) for part in PARTS)
     assert scalars(run, "loss/train") == scalars(still, "loss/train")
-
-
-def command_of(pid: int) -> str:
-    with suppress(OSError):  # it has ended
-        return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
-    return ""
-
-
-def alive(group: int) -> list[int]:
-    """The processes of a group, but for those that nobody has waited for yet."""
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            state, _, its = stat.read_text().rpartition(")")[2].split()[:3]
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        if int(its) == group and state != "Z":
-            found.append(int(stat.parent.name))
-    return found
 
 
 def test_asked_while_sampling(shards: Path, tmp_path: Path) -> None:

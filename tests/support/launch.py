@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -14,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megapix.dist import free_port
 from tests.support.fork_server import ForkServer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -145,12 +145,6 @@ class FreshLaunch(Launch):
         return subprocess.Popen(
             command, env=environment, cwd=ROOT, stdout=pipe, stderr=pipe, text=True, start_new_session=True
         )
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def start(ranks: int, module: str, arguments: Sequence[str | Path], **more: str) -> list[Rank]:
