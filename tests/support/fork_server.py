@@ -102,6 +102,7 @@ def _serve(requests: socket.socket) -> None:
 def _run(argv: list[str], environment: dict[str, str], outputs: list[str]) -> None:
     """Be a rank, and end as a new interpreter does, but for its teardown: that of so many modules takes seconds."""
     os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has it ignored by what runs in the background
     np.random.seed()  # as in a new process
     for number, path in zip((1, 2), outputs, strict=True):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
