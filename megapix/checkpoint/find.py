@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from megapix.checkpoint.folder import LATEST_NAME, checkpoints_of, complete, latest, reading
+from megapix.checkpoint.folder import LATEST_NAME, checkpoints_of, committing, complete, latest, reading
 from megapix.checkpoint.manifest import STATE_NAME, State, read_state
 from megapix.dist import CollectiveInputError, World, agree, gather, on_all_ranks, warn
 from megapix.errors import InputError
@@ -57,8 +57,8 @@ def choose(run: Path, resume: str, world: World, hashed: bool = True) -> Choice:
 
 
 def _in_order(run: Path) -> list[Path]:
-    """The checkpoint that `latest` names, and the others from the newest on."""
-    named = latest(run)
+    """The checkpoint that `latest` names, or was about to, and the others from the newest on."""
+    named = committing(run) or latest(run)
     return [*([named] if named else []), *(p for p in reversed(complete(run)) if p != named)]
 
 

@@ -19,6 +19,8 @@ OLD = ".old"
 """Suffix of a checkpoint while another of the same name replaces it."""
 KEEP_NAME, HEALTHY_NAME = "KEEP", "HEALTHY"
 """Files that keep the checkpoint they lie in from removal: KEEP is a person's, HEALTHY the spike sentinel's."""
+COMMITTING_NAME = "COMMITTING"
+"""File in a checkpoint until `latest` names it; holds the name that `latest` has until then."""
 
 
 def checkpoints_of(run: Path) -> Path:
@@ -66,6 +68,20 @@ def latest(run: Path, minutes: float | None = None) -> Path | None:
     named = pointer.parent / (Path(name).name or "(nothing)")
     left = named.with_name(named.name + OLD)
     return left if is_there(left, minutes) and not is_there(named, minutes) else named
+
+
+def committing(run: Path) -> Path | None:
+    """The newest checkpoint, if its process died when it was complete, but before `latest` was moved to it; None
+    otherwise, and if `latest` has been moved since: a person's choice stands.
+
+    Raises:
+        StorageError: as `latest`.
+    """
+    named, newest = latest(run), complete(run)[-1:]
+    for path in newest:
+        if named and path > named and is_there(path / COMMITTING_NAME):
+            return path if read_bytes(path / COMMITTING_NAME).decode().strip() == named.name else None
+    return None
 
 
 def protect(run: Path, folder: Path) -> None:

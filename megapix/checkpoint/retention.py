@@ -8,7 +8,17 @@ from pathlib import Path
 
 from megapix import files
 from megapix.checkpoint.find import Saved
-from megapix.checkpoint.folder import HEALTHY_NAME, LATEST_NAME, OLD, checkpoints_of, complete, protected, unread
+from megapix.checkpoint.folder import (
+    COMMITTING_NAME,
+    HEALTHY_NAME,
+    LATEST_NAME,
+    OLD,
+    checkpoints_of,
+    complete,
+    point_to,
+    protected,
+    unread,
+)
 from megapix.checkpoint.manifest import STATE_NAME, State, read_state
 from megapix.config import CheckpointConfig
 from megapix.dist import warn
@@ -47,7 +57,7 @@ def settle(run: Path, start: Saved | None) -> list[Path]:
         InputError: the file system refuses.
     """
     try:
-        _clean(run)
+        _clean(run, start.folder if start else None)
         return leave(run, start.folder, remove=False) if start else []
     except OSError as error:
         raise error_of(error, f"{error.filename or run}: {error.strerror}") from error
@@ -98,8 +108,8 @@ def erase(folder: Path) -> None:
         warn(f"{error.filename or folder}: could not be removed: {error.strerror}")
 
 
-def _clean(run: Path) -> None:
-    """Remove half-written and half-removed checkpoints, and restore one that was being replaced."""
+def _clean(run: Path, start: Path | None) -> None:
+    """Remove half-written and half-removed checkpoints, restore one that was being replaced, and end a commit."""
     parent = checkpoints_of(run)
     for path in sorted(parent.glob("images-*")):
         final = path.with_suffix("")
@@ -107,6 +117,10 @@ def _clean(run: Path) -> None:
             os.replace(path, final)
         elif path.suffix in (".tmp", OLD, GONE):
             erase(path)
+    for path in complete(run):
+        if path == start and (path / COMMITTING_NAME).exists():
+            point_to(path)
+        (path / COMMITTING_NAME).unlink(missing_ok=True)
     for name in (LATEST_NAME, HEALTHY_NAME, STATE_NAME, "config.json"):
         for folder in (run, parent, *complete(run)):
             for path in folder.glob(f".{name}.*.tmp"):

@@ -24,7 +24,15 @@ from megapix import files
 from megapix.checkpoint import buffers, retention, vectors
 from megapix.checkpoint.buffers import HostCopy
 from megapix.checkpoint.find import check_files
-from megapix.checkpoint.folder import HEALTHY_NAME, KEEP_NAME, checkpoints_of, latest, name_of, point_to
+from megapix.checkpoint.folder import (
+    COMMITTING_NAME,
+    HEALTHY_NAME,
+    KEEP_NAME,
+    checkpoints_of,
+    latest,
+    name_of,
+    point_to,
+)
 from megapix.checkpoint.layout import PARTS, FileRecord
 from megapix.checkpoint.manifest import State, write_state
 from megapix.config import CheckpointConfig
@@ -220,15 +228,20 @@ class Saver:
                 reason = "the run folder (--out) must be on a file system that all nodes share"
                 raise InputError(f"{error}: {reason}") from error
             write_state(temporary, state)
+            named = latest(self.run, minutes=0)
+            files.write_atomic(temporary / COMMITTING_NAME, f"{named.name if named else ''}\n".encode())
             files.sync_folder(temporary)
             if final.exists():
                 for mark in (KEEP_NAME, HEALTHY_NAME):
                     if (final / mark).exists():
                         shutil.copy2(final / mark, temporary / mark)
+                retention.erase(replaced)  # of a commit that failed after its rename
                 os.replace(final, replaced)
             os.replace(temporary, final)
             files.sync_folder(parent)
             point_to(final)
+            (final / COMMITTING_NAME).unlink()
+            files.sync_folder(final)
             retention.erase(replaced)
             if prune:
                 _prune(self.run, final, self.config)

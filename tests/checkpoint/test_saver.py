@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
@@ -14,10 +16,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from megapix.checkpoint import buffers
+from megapix.checkpoint import buffers, retention
+from megapix.checkpoint import saver as saver_module
 from megapix.checkpoint import vectors as flat
 from megapix.checkpoint.find import choose
-from megapix.checkpoint.folder import complete
+from megapix.checkpoint.folder import complete, latest
 from megapix.checkpoint.layout import PARTS, Layout
 from megapix.checkpoint.manifest import Counters, State
 from megapix.checkpoint.saver import Saver
@@ -52,6 +55,10 @@ def equal(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> bool:
     return all(torch.equal(found[part], expected[part]) for part in PARTS)
 
 
+def no_room(folder: Path) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
+
+
 @pytest.fixture
 def saver(tmp_path: Path) -> Iterator[Saver]:
     with closing(Saver(tmp_path, CheckpointConfig(), World())) as made:
@@ -72,9 +79,11 @@ def test_the_order_that_survives_a_crash(background: bool, tmp_path: Path, monke
         f"sync {name}.tmp/{RANK_FILE}",
         f"sync {name}.tmp/.state.json.tmp",
         f"{name}.tmp/.state.json.tmp -> {name}.tmp/state.json",
+        f"sync {name}.tmp/.COMMITTING.tmp",
+        f"{name}.tmp/.COMMITTING.tmp -> {name}.tmp/COMMITTING",
         f"sync {name}.tmp",
     ]
-    named = [f"{name}.tmp -> {name}", "sync .", "sync .latest.tmp", ".latest.tmp -> latest"]
+    named = [f"{name}.tmp -> {name}", "sync .", "sync .latest.tmp", ".latest.tmp -> latest", f"sync {name}"]
     with closing(Saver(tmp_path, CheckpointConfig(background=background), World())) as saver:
         for first, expected in ((0, temporary + named), (100, [*temporary, f"{name} -> {name}.old", *named])):
             disk.order.clear()
@@ -82,8 +91,35 @@ def test_the_order_that_survives_a_crash(background: bool, tmp_path: Path, monke
             saver.finish()
             assert disk.order == expected
             assert equal(saved(tmp_path, 7), share(first))
-    assert len(disk.moved) == 3 + 4
+    assert len(disk.moved) == 4 + 5
     assert all(whole for _, whole in disk.moved), f"synced before it was whole: {disk.moved}"
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_killed_before_latest_is_moved(moved: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next start resumes from the complete checkpoint, unless somebody has moved `latest` meanwhile."""
+    with closing(Saver(tmp_path, CheckpointConfig(max_failed=4), World())) as saver:
+        for images in (5, 7):
+            saver.save(state(images), share(images))
+            assert saver.finish()
+        monkeypatch.setattr(saver_module, "point_to", no_room)
+        for _ in range(3):  # a commit that fails there may be tried again
+            saver.save(state(9), share(9))
+            assert not saver.finish()
+        monkeypatch.undo()
+    parent = tmp_path / "checkpoints"
+    assert (parent / "latest").read_text() == f"images-{7:012d}\n"
+    if moved:
+        (parent / "latest").write_text(f"images-{5:012d}")
+    start = choose(tmp_path, "require", World()).saved
+    assert start
+    assert start.state.counters.images_seen == (5 if moved else 9)
+    aside = retention.settle(tmp_path, start)
+    assert [path.name for path in aside] == ([f"images-{n:012d}.aside" for n in (7, 9)] if moved else [])
+    left = [5] if moved else [5, 7, 9]
+    assert [path.name for path in complete(tmp_path)] == [f"images-{n:012d}" for n in left]
+    assert latest(tmp_path) == start.folder
+    assert not list(parent.glob("images-*[0-9]/COMMITTING"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -292,7 +292,7 @@ def test_under_srun(lost: bool, pair: list[Host], shards: Path, tmp_path: Path) 
         assert [code for code, _, _ in ended[:3]] == [EXIT_LOST] * 3
         assert "rank 3 on nodeb is lost" in ended[0][2]
         assert "is lost" not in ended[1][2], "rank 0 of this host has said it"
-        assert "rank 3 on nodeb is lost: its process ended without a goodbye (rank 0 on nodea says more)" in ended[2][2]
+        assert "rank 3 on nodeb is lost: its process ended without a goodbye (rank 0 is on nodea)" in ended[2][2]
     else:
         ended = finish(*tasks)
         assert [code for code, _, _ in ended] == [0] * 4, ended
