@@ -166,6 +166,8 @@ def _size(size: int) -> str:
 
 
 def _summary(out: Path, index: Index, was_finished: bool) -> None:
+    from data_prep.writing import account
+
     classes = ", ".join(f"{entry.name} {entry.samples}" for entry in index.classes[:8])
     more = f" and {len(index.classes) - 8} more" if len(index.classes) > 8 else ""
     size = sum(shard.bytes for shard in index.files) / 1e6
@@ -173,6 +175,8 @@ def _summary(out: Path, index: Index, was_finished: bool) -> None:
         f"data_prep: {out} {'was finished already' if was_finished else 'is finished'}: {index.samples:,} "
         f"images of {_size(index.image_policy['size'])} in {len(index.files)} shards, {size:.1f} MB; {classes}{more}"
     )
+    if counted := account.load(out):
+        print(f"data_prep: of {counted.listed:,} entries: {counted}")
     if index.rejected:
         print(f"data_prep: {index.rejected} samples were rejected; {out / 'rejected.jsonl'} says why")
 

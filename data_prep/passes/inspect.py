@@ -11,6 +11,7 @@ import numpy as np
 
 from data_prep.passes.caption_counts import CaptionCounts
 from data_prep.passes.text_feature_report import text_line
+from data_prep.writing import account
 from megapix.errors import InputError
 from megapix.shards.index import Index, read_index
 from megapix.shards.storage import Access, open_storage
@@ -43,6 +44,8 @@ def report(folder: Path) -> Iterator[str]:
         yield f"  {'' if number else 'captions':12} {line}"
     yield from text_line(folder, index)
     yield f"  rejected     {index.rejected:,}" + (" (rejected.jsonl)" if index.rejected else "")
+    if counted := account.load(folder):
+        yield f"  entries      {counted.listed:,}: {counted}"
     yield f"  identity     {index.digest}"
     buckets = [tuple(bucket) for bucket in policy["buckets"]]
     if len(buckets) > 1:

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from data_prep.passes.text_feature_report import text_faults
+from data_prep.sources.base import Entries
 from data_prep.sources.captions import parse_keys
 from data_prep.sources.tar_samples import TarSample, labels_of, samples_of
 from data_prep.sources.tars import members
@@ -82,7 +83,7 @@ def _faults(folder: Path, index: Index, shown: str, path: Path, rows: list[Rows]
     try:
         # Shards that `write` made have our own keys, wherever their captions came from.
         keys = parse_keys(str(index.source.get("captions", ""))) if index.base else ()
-        samples = samples_of(path, shown, keys)
+        samples = samples_of(path, Entries(), shown, keys)
         labels = dict(zip((sample.offset for sample in samples), labels_of(samples, shown), strict=True))
     except InputError as error:
         yield str(error)
@@ -131,4 +132,4 @@ def _sample_faults(record: SampleRecord, sample: TarSample, label: int, data: by
 def _in_order(path: Path, samples: list[TarSample]) -> bool:
     expected = [n for s in samples for n in sorted((f"{s.key}.cls", f"{s.key}.json", s.name))]
     keys = [sample.key for sample in samples]
-    return [name for name, _, _ in members(path)] == expected and keys == sorted(keys)
+    return [name for name, _, _ in members(path, Entries())] == expected and keys == sorted(keys)

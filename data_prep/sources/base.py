@@ -7,6 +7,7 @@ Readers are small and are pickled into the worker processes, so they hold paths,
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 from megapix.errors import InputError
@@ -32,6 +33,51 @@ class Item(NamedTuple):
     chunk: str = ""
     """What must be read as a whole to read this sample, such as a parquet row group; the plan keeps a chunk's samples
     together."""
+    about: str = ""
+    """What is known of it besides, as the text of a JSON object; empty if nothing is."""
+    fault: str = ""
+    """Why it cannot be used, if that is known before its image is read: it is rejected."""
+
+
+@dataclass
+class Entries:
+    """What became of the entries that a source lists (files, tar or zip members, parquet rows), each counted once, but
+    for what reading the images will say of its items."""
+
+    listed: int = 0
+    parts: int = 0
+    """Captions, labels and metadata of samples."""
+    passed: dict[str, int] = field(default_factory=dict)
+    """Kind -> entries that belong to no sample: a file's ending, 'hidden', 'link', …"""
+
+    def item(self) -> None:
+        """Count an entry that is a sample's image: used, filtered or rejected later."""
+        self.listed += 1
+
+    def part(self, count: int = 1) -> None:
+        """Count entries that are part of a sample."""
+        self.listed += count
+        self.parts += count
+
+    def pass_over(self, kind: str, count: int = 1) -> None:
+        """Count entries that are of no kind that is read."""
+        self.listed += count
+        self.passed[kind] = self.passed.get(kind, 0) + count
+
+    def add(self, other: Entries) -> None:
+        """Count what another one has counted."""
+        self.listed += other.listed - sum(other.passed.values())
+        self.parts += other.parts
+        for kind, count in other.passed.items():
+            self.pass_over(kind, count)
+
+
+class Filtered(Exception):
+    """A sample that an option takes, and that is not wanted therefore."""
+
+    def __init__(self, option: str) -> None:
+        super().__init__(option)
+        self.option = option
 
 
 class Reader(Protocol):
@@ -60,10 +106,28 @@ class Source(Protocol):
     def reader(self) -> Reader:
         """Reads the items."""
 
+    @property
+    def entries(self) -> Entries:
+        """What has been listed."""
+
 
 def is_image(name: str) -> bool:
     """Whether a file name has an image's ending and is not hidden."""
-    return name.lower().endswith(EXTENSIONS) and not name.rpartition("/")[2].startswith(".")
+    return name.lower().endswith(EXTENSIONS) and not is_hidden(name)
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file is hidden, or one of macOS's resource forks."""
+    *folders, base = name.split("/")
+    return base.startswith(".") or "__MACOSX" in folders
+
+
+def ending(name: str) -> str:
+    """The kind of an entry that is passed over: 'hidden', its ending in lower case, or 'no ending'."""
+    if is_hidden(name):
+        return "hidden"
+    base = name.rpartition("/")[2].lower()
+    return f".{base.rpartition('.')[2]}" if "." in base else "no ending"
 
 
 def check_label(label: object, where: str) -> int:

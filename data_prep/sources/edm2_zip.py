@@ -11,8 +11,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from data_prep.sources.base import Item, check_label, is_image
+from data_prep.sources.base import Entries, Item, check_label, ending, is_image
 from megapix.errors import InputError
+
+LABELS = "dataset.json"
 
 
 @lru_cache(maxsize=2)
@@ -43,6 +45,7 @@ class Edm2Zip:
     items: Sequence[Item]
     reader: ZipReader
     about: dict[str, Any] = field(default_factory=lambda: {"kind": "EDM2 zip"})
+    entries: Entries = field(default_factory=Entries)
 
     @staticmethod
     def recognises(path: Path) -> bool:
@@ -58,8 +61,9 @@ class Edm2Zip:
         """
         try:
             with zipfile.ZipFile(path) as archive:
-                names = sorted(name for name in archive.namelist() if is_image(name))
-                pairs = json.loads(archive.read("dataset.json"))["labels"]
+                members = [member.filename for member in archive.infolist() if not member.is_dir()]
+                names = sorted(name for name in members if is_image(name))
+                pairs = json.loads(archive.read(LABELS))["labels"]
                 labels = {name: check_label(label, f"{path}: dataset.json: {name}") for name, label in pairs}
         except (OSError, zipfile.BadZipFile) as error:
             raise InputError(f"source {str(path)!r} cannot be read as a zip file: {error}") from error
@@ -71,4 +75,12 @@ class Edm2Zip:
             raise InputError(f"{path}: dataset.json has no label for {unlabelled[0]!r}")
         classes = tuple(str(number) for number in range(max(labels.values()) + 1))
         items = [Item(name, labels[name], str(labels[name])) for name in names]
-        return cls(classes, items, ZipReader(path))
+        entries = Entries()
+        for name in members:
+            if is_image(name):
+                entries.item()
+            elif name == LABELS:
+                entries.part()
+            else:
+                entries.pass_over(ending(name))
+        return cls(classes, items, ZipReader(path), entries=entries)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data_prep.sources.base import Item, is_image
+from data_prep.sources.base import Entries, Item, ending, is_image
 from data_prep.sources.captions import packed
+from data_prep.sources.files import files_below, folders_in
 from megapix.errors import InputError
 from megapix.shards.captions import Caption
 
@@ -33,11 +33,12 @@ class ImageFolder:
     items: Sequence[Item]
     reader: FileReader
     about: dict[str, Any] = field(default_factory=lambda: {"kind": "image folder"})
+    entries: Entries = field(default_factory=Entries)
 
     @staticmethod
     def recognises(path: Path) -> bool:
         """Whether there are folders at `path`."""
-        return path.is_dir() and bool(_class_folders(path))
+        return path.is_dir() and bool(folders_in(path))
 
     @classmethod
     def open(cls, root: Path) -> ImageFolder:
@@ -48,36 +49,36 @@ class ImageFolder:
         """
         if not root.is_dir():
             raise InputError(f"source {str(root)!r} is not a folder; expected one folder of images for each class")
-        classes = _class_folders(root)
+        classes, entries = folders_in(root), Entries()
         if not classes:
             raise InputError(f"source {str(root)!r} has no class folders; expected one folder of images for each class")
+        images = images_below(root, entries)
+        number = {name: label for label, name in enumerate(classes)}
+        captions = [packed([Caption(name.replace("_", " "))]) for name in classes]
         items: list[Item] = []
-        for label, name in enumerate(classes):
-            images = sorted(images_below(root / name, f"{name}/"))
-            if not images:
-                raise InputError(f"class folder {str(root / name)!r} holds no image (png, jpg, jpeg, webp)")
-            caption = packed([Caption(name.replace("_", " "))])
-            items += [Item(image, label, caption) for image in images]
-        return cls(tuple(classes), items, FileReader(root))
+        for name in images:
+            folder, inside, _ = name.partition("/")
+            if inside:
+                entries.item()
+                items.append(Item(name, number[folder], captions[number[folder]]))
+            else:
+                entries.pass_over("image outside the class folders")
+        if empty := set(classes) - {classes[item.label] for item in items}:
+            raise InputError(f"class folder {str(root / min(empty))!r} holds no image (png, jpg, jpeg, webp)")
+        items.sort(key=lambda item: item.label)
+        return cls(tuple(classes), items, FileReader(root), entries=entries)
 
 
-def _class_folders(root: Path) -> list[str]:
-    return sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
-
-
-def images_below(folder: Path, prefix: str = "", above: tuple[str, ...] = ()) -> Iterator[str]:
-    """Names of the images below `folder`, with `prefix`; hidden files and folders are passed over.
+def images_below(root: Path, entries: Entries) -> list[str]:
+    """Names of the images below a folder, in order; other files are counted as passed over.
 
     Raises:
-        InputError: a link to a folder that it lies in.
+        OSError: a folder cannot be read.
     """
-    here = os.path.realpath(folder)
-    if here in above:
-        raise InputError(f"{str(folder)!r} is a link to {here!r}, which it lies in")
-    for entry in os.scandir(folder):
-        if entry.name.startswith("."):
-            continue
-        if entry.is_dir():
-            yield from images_below(Path(entry.path), f"{prefix}{entry.name}/", (*above, here))
-        elif is_image(entry.name):
-            yield prefix + entry.name
+    images = []
+    for name in files_below(root, entries):
+        if is_image(name):
+            images.append(name)
+        else:
+            entries.pass_over(ending(name))
+    return images

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data_prep.sources.base import UNCLASSED, Item
+from data_prep.sources.base import UNCLASSED, Entries, Item, ending, is_image
 from data_prep.sources.captions import CaptionKeys, captions_of, check_found, packed, recorded
-from data_prep.sources.image_folder import FileReader, images_below
+from data_prep.sources.files import files_below
+from data_prep.sources.image_folder import FileReader
 from megapix.errors import InputError
 
 TEXTS = (".txt", ".json")
@@ -28,12 +29,13 @@ class ImageText:
     reader: FileReader
     classes: tuple[str, ...] = (UNCLASSED,)
     about: dict[str, Any] = field(default_factory=lambda: {"kind": KIND})
+    entries: Entries = field(default_factory=Entries)
 
     @staticmethod
     def recognises(path: Path) -> bool:
-        """Whether the first image below the folder has a text beside it."""
-        first = next(images_below(path), None) if path.is_dir() else None
-        return first is not None and any((path / first).with_suffix(ending).is_file() for ending in TEXTS)
+        """Whether an image below the folder has a text beside it."""
+        names = set(files_below(path, Entries())) if path.is_dir() else set[str]()
+        return any(is_image(name) and any(_beside(name, text) in names for text in TEXTS) for name in names)
 
     @classmethod
     def open(cls, root: Path, keys: CaptionKeys = ()) -> ImageText:
@@ -46,13 +48,32 @@ class ImageText:
             InputError: no such folder, no image, an image without a text that can be read, a caption or weight that is
                 none, or a key that no sample has.
         """
-        names = sorted(images_below(root)) if root.is_dir() else []
-        if not names:
+        entries = Entries()
+        names = files_below(root, entries) if root.is_dir() else []
+        images, texts = [name for name in names if is_image(name)], _texts(names)
+        if not images:
             raise InputError(f"source {str(root)!r} holds no image (png, jpg, jpeg, webp)")
         found: set[str] = set()
-        items = [Item(name, 0, _caption(root / name, keys, found)) for name in names]
+        items = [Item(name, 0, _caption(root / name, keys, found)) for name in images]
+        for name in names:
+            if is_image(name):
+                entries.item()
+            elif name in texts:
+                entries.part()
+            else:
+                entries.pass_over(ending(name))
         check_found(keys, found, f"source {str(root)!r}")
-        return cls(items, FileReader(root), about={"kind": KIND, **recorded(keys)})
+        return cls(items, FileReader(root), about={"kind": KIND, **recorded(keys)}, entries=entries)
+
+
+def _beside(name: str, ending: str) -> str:
+    """Name of the file with another ending beside an image."""
+    return f"{name.rpartition('.')[0]}{ending}"
+
+
+def _texts(names: Iterable[str]) -> set[str]:
+    """Names of the files that belong to an image, if they are there."""
+    return {_beside(name, text) for name in names if is_image(name) for text in TEXTS}
 
 
 def _caption(image: Path, keys: CaptionKeys, found: set[str]) -> str:

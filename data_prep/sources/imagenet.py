@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data_prep.sources.base import Item, is_image
+from data_prep.sources.base import Entries, Item, ending, is_image
+from data_prep.sources.files import files_in
 from data_prep.sources.tars import TarReader, members
 from megapix.errors import InputError
 
@@ -23,13 +24,14 @@ class SynsetTars:
     items: Sequence[Item]
     reader: TarReader = field(default_factory=TarReader)
     about: dict[str, Any] = field(default_factory=lambda: {"kind": "ImageNet synset tars"})
+    entries: Entries = field(default_factory=Entries)
 
     @staticmethod
     def recognises(path: Path) -> bool:
         """Whether there are tar files named by synset."""
         if path.is_dir():
             return any(SYNSET.fullmatch(entry.name) for entry in path.iterdir())
-        return path.suffix == ".tar" and any(SYNSET.fullmatch(name) for name, _, _ in members(path))
+        return path.suffix == ".tar" and any(SYNSET.fullmatch(name) for name, _, _ in members(path, Entries()))
 
     @classmethod
     def open(cls, path: Path) -> SynsetTars:
@@ -38,18 +40,28 @@ class SynsetTars:
         Raises:
             InputError: no synset tar, or one that is damaged or holds no image.
         """
-        found: list[tuple[str, Path, int, int | None]]
-        if path.is_dir():
-            found = [(m[1], p, 0, None) for p in sorted(path.iterdir()) if (m := SYNSET.fullmatch(p.name))]
-        else:
-            found = [(m[1], path, at, at + size) for name, at, size in members(path) if (m := SYNSET.fullmatch(name))]
+        entries, found = Entries(), list[tuple[str, Path, int, int | None]]()
+        inside = path.is_file()
+        for name, at, size in members(path, entries) if inside else ((n, 0, 0) for n in files_in(path, entries)):
+            if not (match := SYNSET.fullmatch(name)):
+                entries.pass_over(ending(name))
+            elif inside:
+                found.append((match[1], path, at, at + size))
+            else:
+                found.append((match[1], path / name, 0, None))
         if not found:
             raise InputError(f"source {str(path)!r} holds no synset tar such as n01440764.tar")
         found.sort(key=lambda entry: entry[0])
         items: list[Item] = []
         for label, (synset, file, start, end) in enumerate(found):
-            images = sorted(entry for entry in members(file, start, end) if is_image(entry[0]))
+            there = sorted(members(file, entries, start, end))
+            images = [entry for entry in there if is_image(entry[0])]
+            for name, *_ in there:
+                if is_image(name):
+                    entries.item()
+                else:
+                    entries.pass_over(ending(name))
             if not images:
                 raise InputError(f"{file}: synset {synset} holds no image")
-            items += [Item(f"{synset}/{name}", label, synset, (str(file), at, size, "")) for name, at, size in images]
-        return cls(tuple(synset for synset, *_ in found), items)
+            items += [Item(f"{synset}/{name}", label, synset, (str(file), at, size)) for name, at, size in images]
+        return cls(tuple(synset for synset, *_ in found), items, entries=entries)

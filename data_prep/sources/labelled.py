@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data_prep.sources.base import Item, Reader, is_image
+from data_prep.sources.base import Entries, Item, Reader, ending, is_image
+from data_prep.sources.files import files_in
 from data_prep.sources.image_folder import FileReader
 from data_prep.sources.tars import TarReader, members
 from megapix.errors import InputError
@@ -26,6 +27,7 @@ class LabelledImages:
     items: Sequence[Item]
     reader: Reader
     about: dict[str, Any] = field(default_factory=lambda: {"kind": "labelled images"})
+    entries: Entries = field(default_factory=Entries)
 
     @classmethod
     def open(cls, path: Path, labels: Path) -> LabelledImages:
@@ -36,12 +38,17 @@ class LabelledImages:
         """
         places: dict[str, tuple[Any, ...]]
         reader: Reader
+        entries = Entries()
         if path.is_dir():
-            places = {entry.name: () for entry in path.iterdir() if is_image(entry.name)}
-            reader = FileReader(path)
+            places, reader = {name: () for name in files_in(path, entries)}, FileReader(path)
         else:
-            places = {name: (str(path), at, size, "") for name, at, size in members(path) if is_image(name)}
-            reader = TarReader()
+            places, reader = {name: (str(path), at, size) for name, at, size in members(path, entries)}, TarReader()
+        for name in list(places):
+            if is_image(name):
+                entries.item()
+            else:
+                entries.pass_over(ending(name))
+                del places[name]
         if not places:
             raise InputError(f"source {str(path)!r} holds no image (png, jpg, jpeg, webp)")
         names = sorted(places)
@@ -52,7 +59,7 @@ class LabelledImages:
         )
         number = {label: place for place, label in enumerate(classes)}
         items = [Item(name, number[given[name]], given[name].replace("_", " "), places[name]) for name in names]
-        return cls(tuple(classes), items, reader)
+        return cls(tuple(classes), items, reader, entries=entries)
 
 
 def _read_labels(path: Path, names: list[str]) -> dict[str, str]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from data_prep.sources.base import Item
+from data_prep.sources.base import Entries, Item
 from megapix.errors import InputError
 
 Split = Literal["train", "heldout", "all"]
@@ -73,6 +73,7 @@ class OpenMoji:
     reader: SvgReader
     about: dict[str, Any]
     classes: tuple[str, ...]
+    entries: Entries
 
     @classmethod
     def open(cls, split: Split, name: Name = "openmoji") -> OpenMoji:
@@ -96,7 +97,7 @@ class OpenMoji:
             "licence": LICENCE,
             "attribution": ATTRIBUTION,
         }
-        return cls(items, SvgReader(folder), about, names)
+        return cls(items, SvgReader(folder), about, names, Entries(listed=len(items)))
 
 
 def split_of(stem: str) -> Split:

@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data_prep.sources.base import UNCLASSED, Item, check_label
+from data_prep.sources.base import UNCLASSED, Entries, Item, check_label, ending
 from data_prep.sources.captions import CaptionKeys, captions_in, packed, recorded
+from data_prep.sources.files import files_below
 from megapix.errors import InputError
 from megapix.shards.captions import Caption
 
@@ -75,11 +76,12 @@ class Parquet:
     items: Sequence[Item]
     reader: ParquetReader = field(default_factory=ParquetReader)
     about: dict[str, Any] = field(default_factory=lambda: {"kind": KIND})
+    entries: Entries = field(default_factory=Entries)
 
     @staticmethod
     def recognises(path: Path) -> bool:
         """Whether there are parquet files."""
-        return bool(_files(path))
+        return bool(_files(path, Entries()))
 
     @classmethod
     def open(cls, path: Path, keys: CaptionKeys = ()) -> Parquet:
@@ -96,12 +98,14 @@ class Parquet:
             raise InputError(f"source {str(path)!r} needs pyarrow: pip install 'megapix[parquet]'")
         import pyarrow
 
-        if not _files(path):
+        entries = Entries()
+        files = _files(path, entries)
+        if not files:
             raise InputError(f"source {str(path)!r} holds no parquet file")
         items: list[Item] = []
         names: tuple[str, ...] | None = None
         labelled: dict[bool, Path] = {}
-        for file in _files(path):
+        for file in files:
             try:
                 rows, names_here, has_labels = _rows(path, file, keys)
             except (pyarrow.ArrowException, OSError) as error:
@@ -115,9 +119,10 @@ class Parquet:
             items += rows
         if not items:
             raise InputError(f"source {str(path)!r} holds no rows")
+        entries.listed += len(items)
         numbers = tuple(str(n) for n in range(1 + max(item.label for item in items)))
         classes = (names or numbers) if True in labelled else (UNCLASSED,)
-        return cls(classes, items, about={"kind": KIND, **recorded(keys)})
+        return cls(classes, items, about={"kind": KIND, **recorded(keys)}, entries=entries)
 
 
 def _rows(root: Path, file: Path, keys: CaptionKeys) -> tuple[list[Item], tuple[str, ...] | None, bool]:
@@ -162,10 +167,17 @@ def _class_names(schema: Any, label: str | None) -> tuple[str, ...] | None:
         return None
 
 
-def _files(path: Path) -> list[Path]:
-    if path.is_dir():
-        return sorted(path.rglob("*.parquet"))
-    return [path] if path.suffix == ".parquet" else []
+def _files(path: Path, entries: Entries) -> list[Path]:
+    """The parquet files; other files below the folder are counted as passed over."""
+    if not path.is_dir():
+        return [path] if path.suffix == ".parquet" else []
+    files = []
+    for name in files_below(path, entries):
+        if name.endswith(".parquet"):
+            files.append(path / name)
+        else:
+            entries.pass_over(ending(name))
+    return files
 
 
 # ---------------------------------------------------------------------------------------------------------------------

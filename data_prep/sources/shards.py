@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data_prep.sources.base import UNCLASSED, Item
+from data_prep.sources.base import UNCLASSED, Entries, Item, ending
 from data_prep.sources.captions import CaptionKeys, check_found, recorded
+from data_prep.sources.files import files_in
 from data_prep.sources.tar_samples import TarSample, labels_of, samples_of
 from data_prep.sources.tars import TarReader, members
 from megapix.errors import InputError
@@ -25,12 +26,15 @@ class Shards:
     items: Sequence[Item]
     reader: TarReader = field(default_factory=TarReader)
     about: dict[str, Any] = field(default_factory=lambda: {"kind": KIND})
+    entries: Entries = field(default_factory=Entries)
 
     @staticmethod
     def recognises(path: Path) -> bool:
         """Whether there is a tar file that holds a `cls`, `txt` or `json` member."""
-        tars = _tars(path)
-        return bool(tars) and any(name.endswith((".cls", ".txt", ".json")) for name, _, _ in members(tars[0]))
+        tars = _tars(path, Entries())
+        return bool(tars) and any(
+            name.lower().endswith((".cls", ".txt", ".json")) for name, _, _ in members(tars[0], Entries())
+        )
 
     @classmethod
     def open(cls, path: Path, keys: CaptionKeys = ()) -> Shards:
@@ -43,26 +47,35 @@ class Shards:
             InputError: no tar file, a damaged one, a sample without a class where others have one, or a key that no
                 sample has.
         """
-        tars = _tars(path)
+        entries = Entries()
+        tars = _tars(path, entries)
         if not tars:
             raise InputError(f"source {str(path)!r} holds no tar file")
-        found: list[tuple[Path, TarSample]] = [(tar, sample) for tar in tars for sample in samples_of(tar, keys=keys)]
+        found: list[tuple[Path, TarSample]] = [
+            (tar, sample) for tar in tars for sample in samples_of(tar, entries, keys=keys)
+        ]
         if not found:
             raise InputError(f"source {str(path)!r} holds no sample")
         samples = [sample for _, sample in found]
         check_found(keys, {key for sample in samples for key in sample.caption_keys}, f"source {str(path)!r}")
         items = [
             Item(
-                f"{tar.name}/{sample.name}", label, sample.caption, (str(tar), sample.offset, sample.size, sample.fault)
+                f"{tar.name}/{sample.name}",
+                label,
+                sample.caption,
+                (str(tar), sample.offset, sample.size),
+                fault=sample.fault,
             )
             for (tar, sample), label in zip(found, labels_of(samples, str(path)), strict=True)
         ]
         about = {"kind": KIND, **recorded(keys)}
         if all(sample.label is None for sample in samples):
-            return cls((UNCLASSED,), items, about=about)
+            return cls((UNCLASSED,), items, about=about, entries=entries)
         count = 1 + max(item.label for item in items)
         names = names_beside(path)
-        return cls(names if len(names) >= count else tuple(str(n) for n in range(count)), items, about=about)
+        return cls(
+            names if len(names) >= count else tuple(str(n) for n in range(count)), items, about=about, entries=entries
+        )
 
 
 def names_beside(folder: Path) -> tuple[str, ...]:
@@ -73,7 +86,14 @@ def names_beside(folder: Path) -> tuple[str, ...]:
         return ()
 
 
-def _tars(path: Path) -> list[Path]:
-    if path.is_dir():
-        return sorted(entry for entry in path.iterdir() if entry.suffix == ".tar" and not entry.name.startswith("."))
-    return [path] if path.suffix == ".tar" else []
+def _tars(path: Path, entries: Entries) -> list[Path]:
+    """The tar files; other files of the folder are counted as passed over."""
+    if not path.is_dir():
+        return [path] if path.suffix == ".tar" else []
+    tars = []
+    for name in files_in(path, entries):
+        if name.endswith(".tar"):
+            tars.append(path / name)
+        else:
+            entries.pass_over(ending(name))
+    return tars

@@ -8,11 +8,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data_prep.sources.base import EXTENSIONS, as_utf8, check_label
+from data_prep.sources.base import EXTENSIONS, Entries, as_utf8, check_label, ending
 from data_prep.sources.captions import CaptionKeys, captions_of, packed
 from data_prep.sources.tars import members
 from megapix.errors import InputError
 
+READ = ("cls", "txt", "json")
+"""Members of a sample that are read, beside its image."""
 LARGEST_TEXT = 1 << 20
 """Bytes of a cls, txt or json member that are read at most."""
 
@@ -36,13 +38,14 @@ class TarSample(NamedTuple):
     """Those of --captions that its JSON has."""
 
 
-def samples_of(tar: Path, shown: str = "", keys: CaptionKeys = ()) -> list[TarSample]:
+def samples_of(tar: Path, entries: Entries, shown: str = "", keys: CaptionKeys = ()) -> list[TarSample]:
     """List the samples of a tar file in its order; the images themselves are not read.
 
     A member's key is its name up to the first dot of the last part; members without a dot, and hidden ones, belong to
     no sample, as in webdataset.
 
     Args:
+        entries: counts the members.
         shown: what to call the file in messages, if it is a temporary copy.
         keys: JSON keys that hold the captions (--captions).
 
@@ -51,17 +54,34 @@ def samples_of(tar: Path, shown: str = "", keys: CaptionKeys = ()) -> list[TarSa
     """
     shown = shown or str(tar)
     found: dict[str, dict[str, tuple[str, int, int]]] = {}
-    for name, at, size in members(tar):
+    for name, at, size in members(tar, entries):
         folder, _, base = name.rpartition("/")
         key, dot, extension = base.partition(".")
         if not key or not dot:
+            entries.pass_over(ending(name))
             continue
         parts = found.setdefault(f"{folder}/{key}".lstrip("/"), {})
         if extension.lower() in parts:
             raise InputError(f"{shown}: key {key!r} occurs twice (member {name!r}); keys must be unique")
         parts[extension.lower()] = (name, at, size)
     with open(tar, "rb") as file:
-        return [_sample(file.fileno(), key, parts, keys) for key, parts in found.items()]
+        samples = [_sample(file.fileno(), key, parts, keys) for key, parts in found.items()]
+    for parts in found.values():
+        _count(parts, entries)
+    return samples
+
+
+def _count(parts: Iterable[str], entries: Entries) -> None:
+    """Count the members of a sample: its image (or, without one, the sample as such), what is read of it, the rest."""
+    left = list(parts)
+    image = next((each for each in left if f".{each}" in EXTENSIONS), left[0])
+    for each in left:
+        if each == image:
+            entries.item()
+        elif each in READ or f".{each}" in EXTENSIONS:
+            entries.part()
+        else:
+            entries.pass_over(f".{each}")
 
 
 def labels_of(samples: Iterable[TarSample], shown: str) -> list[int]:

@@ -9,26 +9,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from data_prep.sources.base import Item
+from data_prep.sources.base import Entries, Item
 from megapix.errors import InputError
 from megapix.shards.index import TAR_BLOCK
 
 
 @dataclass(frozen=True)
 class TarReader:
-    """Images at `item.place` = (tar file, offset, size, what is wrong with the sample or "")."""
+    """Images at `item.place` = (tar file, offset, size)."""
 
     def read(self, item: Item, size: int) -> bytes:
         """The member's bytes."""
-        path, offset, length, fault = item.place
-        if fault:
-            raise ValueError(fault)
+        path, offset, length = item.place
         with open(path, "rb") as file:
             return os.pread(file.fileno(), length, offset)
 
 
-def members(path: Path, offset: int = 0, end: int | None = None) -> Iterator[tuple[str, int, int]]:
-    """(name, offset in the file, size) of each regular file of the tar at `path`, or of one nested in it at `offset`.
+def members(path: Path, entries: Entries, offset: int = 0, end: int | None = None) -> Iterator[tuple[str, int, int]]:
+    """(name, offset in the file, size) of each regular file of the tar at `path`, or of one nested in it at `offset`;
+    links and devices are counted in `entries` as passed over, folders are no entries.
 
     Raises:
         InputError: not a tar file, cut short, with a damaged header, or with something after its end.
@@ -43,6 +42,8 @@ def members(path: Path, offset: int = 0, end: int | None = None) -> Iterator[tup
                     # offset_data counts from the start of the file object, which is the outer file.
                     if member.isfile():
                         yield member.name, member.offset_data, member.size
+                    elif not member.isdir():
+                        entries.pass_over("link" if member.islnk() or member.issym() else "no file")
                     tar.members = []  # type: ignore[attr-defined]  # keep memory flat over millions of members
                     if end is not None and file.tell() >= end:
                         break

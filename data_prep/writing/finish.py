@@ -6,11 +6,13 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from data_prep.sources.base import Entries
 from data_prep.writing import receipt
+from data_prep.writing.account import Account
 from data_prep.writing.receipt import Receipt, Rejected
 from megapix.errors import InputError
 from megapix.files import write_atomic
@@ -49,20 +51,28 @@ def finish(
     base: str,
     image_policy: dict[str, Any],
     source: dict[str, Any],
+    listed: Entries | None = None,
+    filtered: Mapping[str, int] | None = None,
 ) -> Index:
     """Put the receipts of parts 0 … `parts` - 1 together, and write the index.
 
     Args:
         classes: the names of the classes, given the largest label; that is -1 where no sample has a class.
         base: where the tar files lie; empty for `out`.
+        listed: what the source has listed; None where the receipts have it.
+        filtered: option -> samples that it took before the parts were made.
 
     Raises:
         InputError: not one sample can be used, or some have a class and some have not.
     """
     entries: list[tuple[int, int, int, ShardEntry]] = []
     rejected: list[Rejected] = []
+    taken, seen = Counter(filtered or {}), Entries() if listed is None else listed
     for number in range(parts):
         there = _receipt(out, number)
+        taken.update(there.filtered)
+        if there.listed:
+            seen.add(there.listed)
         entries += [(entry.bucket, number, place, entry) for place, entry in enumerate(there.entries)]
         rejected += there.rejected
     entries.sort()
@@ -96,6 +106,15 @@ def finish(
         source=source,
         rejected=len(rejected),
     )
+    account = Account(
+        seen.listed,
+        index.samples,
+        len(rejected),
+        dict(sorted(taken.items())),
+        seen.parts,
+        dict(sorted(seen.passed.items())),
+    )
+    account.save(out)
     write_index(out, index)
     return index
 

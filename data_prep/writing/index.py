@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from data_prep.sources.base import UNCLASSED
+from data_prep.sources.base import UNCLASSED, Entries
 from data_prep.sources.captions import CaptionKeys, check_found, recorded
 from data_prep.sources.shards import names_beside
 from data_prep.sources.tar_samples import labels_of, samples_of
@@ -179,7 +179,8 @@ def _indexed(path: Path, shown: str, name: str, policy: Policy, keys: CaptionKey
 
     if not path.is_file():
         raise InputError(f"{shown} does not exist")
-    listed = samples_of(path, shown, keys)
+    counted = Entries()
+    listed = samples_of(path, counted, shown, keys)
     found: list[tuple[int, Sample]] = []
     rejected: list[Rejected] = []
     with open(path, "rb") as file:
@@ -204,4 +205,4 @@ def _indexed(path: Path, shown: str, name: str, policy: Policy, keys: CaptionKey
     entries = tuple(ShardEntry(name, sum(bucket == b for bucket, _ in found), size, sha256, b) for b in buckets)
     samples = tuple(sample._replace(entry=buckets.index(bucket)) for bucket, sample in found)
     has = tuple(key for key, _ in keys if any(key in sample.caption_keys for sample in listed))
-    return Receipt(entries, samples, tuple(rejected), has)
+    return Receipt(entries, samples, tuple(rejected), has, listed=counted)

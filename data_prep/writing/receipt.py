@@ -8,11 +8,11 @@ images a second time. Receipts are read one at a time: memory does not grow with
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from data_prep.sources.base import as_utf8
+from data_prep.sources.base import Entries, as_utf8
 from megapix.errors import InputError
 from megapix.files import write_atomic
 from megapix.shards.index import ShardEntry
@@ -54,12 +54,20 @@ class Receipt:
     rejected: tuple[Rejected, ...]
     caption_keys: tuple[str, ...] = ()
     """Keys of --captions that at least one sample of the tar file has in its JSON."""
+    filtered: dict[str, int] = field(default_factory=dict)
+    """Option -> samples that it took."""
+    listed: Entries | None = None
+    """What the tar file holds; None for a shard that was written: its source has counted."""
 
     def save(self, out: Path, number: int) -> None:
         """Write it atomically."""
         data = asdict(self)
         if not self.caption_keys:
             del data["caption_keys"]
+        if not self.filtered:
+            del data["filtered"]
+        if self.listed is None:
+            del data["listed"]
         write_atomic(_path(out, number), (json.dumps(data, ensure_ascii=False) + "\n").encode())
 
 
@@ -77,6 +85,8 @@ def load(out: Path, number: int) -> Receipt | None:
             tuple(Sample(*sample) for sample in data["samples"]),
             tuple(Rejected(**rejected) for rejected in data["rejected"]),
             tuple(data.get("caption_keys", ())),
+            data.get("filtered", {}),
+            Entries(**data["listed"]) if "listed" in data else None,
         )
     except FileNotFoundError:
         return None

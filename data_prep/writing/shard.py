@@ -10,10 +10,12 @@ import json
 import os
 import tarfile
 import zlib
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from data_prep.sources.base import Item, Reader
+from data_prep.sources.base import Filtered, Item, Reader
 from data_prep.writing import receipt
 from data_prep.writing.plan import Job, Options
 from data_prep.writing.pool import Outcome
@@ -56,12 +58,16 @@ def _write(reader: Reader, out: Path, options: Options, job: Job) -> Receipt:
     temporary = out / f".{name}.tmp"
     kept: list[tuple[Item, int]] = []
     rejected: list[Rejected] = []
+    filtered: Counter[str] = Counter()
     try:
         with open(temporary, "wb") as file:
             with TarWriter(file, user="megapix", group="megapix", mtime=0, encoder=False) as tar:
                 for number, item in enumerate(job.items, job.first):
                     try:
                         image, extension = _render(reader, item, options, job.bucket)
+                    except Filtered as taken:
+                        filtered[taken.option] += 1
+                        continue
                     except ValueError as error:
                         rejected.append(Rejected.because(item.name, error))
                         continue
@@ -81,7 +87,7 @@ def _write(reader: Reader, out: Path, options: Options, job: Job) -> Receipt:
         raise
     # A shard that is written again goes first, so that its old bytes never stand beside the new receipt.
     (out / name).unlink(missing_ok=True)
-    made = _receipt(temporary, name, job.bucket, kept, rejected)
+    made = replace(_receipt(temporary, name, job.bucket, kept, rejected), filtered=dict(filtered))
     made.save(out, job.number)
     if kept:
         os.replace(temporary, out / name)
@@ -102,6 +108,8 @@ def _render(reader: Reader, item: Item, options: Options, bucket: int) -> tuple[
     from data_prep.writing.encode import encode
     from megapix.shards.pixels import decode, kind_of
 
+    if item.fault:
+        raise ValueError(item.fault)
     policy = options.policy
     try:
         data = reader.read(item, policy.size)

@@ -69,7 +69,7 @@ def write(
                     bar.update(outcome.samples)
             policy = options.policy.to_dict() | {key: plan[key] for key in POLICY_KEYS} | {"applied": "preparation"}
             about = source.about | {key: plan[key] for key in ("samples_per_shard", "seed", "samples", "list_sha256")}
-            return finish(out, parts, lambda _: tuple(source.classes), "", policy, about), False
+            return finish(out, parts, lambda _: tuple(source.classes), "", policy, about, source.entries), False
     except OSError as error:
         raise InputError(f"cannot write {str(error.filename or out)!r}: {error.strerror or error}") from error
 

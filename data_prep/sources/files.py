@@ -1,0 +1,57 @@
+"""The files below a folder, as every source lists them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from data_prep.sources.base import Entries
+
+
+def files_below(folder: Path, entries: Entries) -> list[str]:
+    """Names of the files below `folder` in order, relative to it with '/'. Symbolic links are followed.
+
+    Hidden files and folders, macOS's __MACOSX, links that lead nowhere or to a folder that they lie in, and what is
+    neither file nor folder are counted in `entries` as passed over, a folder as one.
+
+    Raises:
+        OSError: a folder cannot be read.
+    """
+    return sorted(_below(folder, "", (), entries))
+
+
+def files_in(folder: Path, entries: Entries) -> list[str]:
+    """As `files_below`, but of the folder itself alone: a folder in it counts as one entry that is passed over."""
+    return sorted(_below(folder, "", (), entries, deep=False))
+
+
+def folders_in(folder: Path) -> list[str]:
+    """Names of the folders in `folder` that `files_below` would enter, in order.
+
+    Raises:
+        OSError: the folder cannot be read.
+    """
+    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not _hidden(entry.name))
+
+
+def _below(folder: Path, prefix: str, above: tuple[str, ...], entries: Entries, deep: bool = True) -> Iterator[str]:
+    above = (*above, os.path.realpath(folder))
+    with os.scandir(folder) as found:
+        for entry in found:
+            if _hidden(entry.name):
+                entries.pass_over("hidden")
+            elif entry.is_file():
+                yield prefix + entry.name
+            elif not entry.is_dir():
+                entries.pass_over("broken link" if entry.is_symlink() else "no file")
+            elif not deep:
+                entries.pass_over("folder")
+            elif entry.is_symlink() and os.path.realpath(entry.path) in above:
+                entries.pass_over("link to a folder above it")
+            else:
+                yield from _below(Path(entry.path), f"{prefix}{entry.name}/", above, entries)
+
+
+def _hidden(name: str) -> bool:
+    return name.startswith(".") or name == "__MACOSX"
