@@ -81,6 +81,7 @@ def _write(command: Write | Demo) -> int:
     from data_prep.sources.base import Source
     from data_prep.sources.captions import parse_keys
     from data_prep.sources.openmoji import OpenMoji
+    from data_prep.sources.reading import Reading
     from data_prep.writing.plan import Options
     from data_prep.writing.write import write
 
@@ -92,7 +93,7 @@ def _write(command: Write | Demo) -> int:
             raise InputError(
                 f"OUT {str(command.out)!r} lies inside SOURCE {str(command.source)!r}; give another folder"
             )
-        source = open_source(command.source, command.kind, command.labels, parse_keys(command.captions))
+        source = open_source(command.source, command.kind, Reading(parse_keys(command.captions), command.labels))
     options = Options(_policy(command), command.format, command.quality, command.samples_per_shard, command.seed)
     if command.dry_run:
         options.check()
@@ -112,6 +113,7 @@ def _write(command: Write | Demo) -> int:
 
 def _index(command: MakeIndex) -> int:
     from data_prep.sources.captions import parse_keys
+    from data_prep.sources.reading import Reading
     from data_prep.writing.index import index
 
     made, was_finished = index(
@@ -121,7 +123,7 @@ def _index(command: MakeIndex) -> int:
         command.workers,
         command.max_rejected,
         _access(command),
-        keys=parse_keys(command.captions),
+        reading=Reading(parse_keys(command.captions)),
     )
     _summary(command.out, made, was_finished)
     return 0

@@ -16,7 +16,7 @@ from benchmarks import house
 
 ROOT = Path(__file__).resolve().parent.parent
 
-EVERYBODYS = ("errors", "rng", "files", "dist", "outage", "config")
+EVERYBODYS = ("errors", "rng", "files", "dist", "outage", "text", "config")
 """What every package of megapix may import."""
 TRAIN = (
     "shards encoders data model diffusion conditioning engine checkpoint weights costs resilience monitoring evaluation"
@@ -27,7 +27,8 @@ ALLOWED = {
     "files": "errors outage",
     "dist": "errors",
     "outage": "errors dist",
-    "config": "errors rng files dist",
+    "text": "",
+    "config": "errors rng files dist text",
     "shards": "",
     "encoders": "shards",
     "data": "shards",
@@ -49,7 +50,7 @@ ALLOWED = {
     "bench": f"train {TRAIN}".replace(" evaluation", ""),
     "cli": f"train {TRAIN} sample parity launch doctor bench",
     "__main__": "cli",
-    "data_prep": "errors files outage shards encoders",
+    "data_prep": "errors files outage text shards encoders",
 }
 """Room (a package or module of megapix, or data_prep) -> what it may import of megapix, besides EVERYBODYS and itself.
 

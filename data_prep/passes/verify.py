@@ -13,6 +13,7 @@ from pathlib import Path
 from data_prep.passes.text_feature_report import text_faults
 from data_prep.sources.base import Entries
 from data_prep.sources.captions import parse_keys
+from data_prep.sources.reading import Reading
 from data_prep.sources.tar_samples import TarSample, labels_of, samples_of
 from data_prep.sources.tars import members
 from data_prep.writing.index import local_copy
@@ -83,7 +84,7 @@ def _faults(folder: Path, index: Index, shown: str, path: Path, rows: list[Rows]
     try:
         # Shards that `write` made have our own keys, wherever their captions came from.
         keys = parse_keys(str(index.source.get("captions", ""))) if index.base else ()
-        samples = samples_of(path, Entries(), shown, keys)
+        samples = samples_of(path, Entries(), Reading(keys), shown)
         labels = dict(zip((sample.offset for sample in samples), labels_of(samples, shown), strict=True))
     except InputError as error:
         yield str(error)

@@ -9,29 +9,26 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.sources.base import Source
-from data_prep.sources.captions import CaptionKeys
+from data_prep.sources.reading import PLAIN, Reading
 from megapix.errors import InputError, one_of
 
 CAPTIONED = ("parquet", "image-text", "shards")
 """Kinds that have captions under names, for --captions."""
 
 
-def open_source(path: Path, name: str | None = None, labels: Path | None = None, keys: CaptionKeys = ()) -> Source:
+def open_source(path: Path, name: str | None = None, reading: Reading = PLAIN) -> Source:
     """List the source at `path`; its kind is `name`, or is recognised from what is there.
 
-    Args:
-        keys: parquet columns or JSON keys that hold the captions (--captions).
-
     Raises:
-        InputError: nothing there, of no known kind, damaged, not readable, or without one of `keys`.
+        InputError: nothing there, of no known kind, damaged, not readable, or without one of the keys of --captions.
     """
     try:
-        return _open(path, name, labels, keys)
+        return _open(path, name, reading)
     except OSError as error:
         raise InputError(f"{str(error.filename or path)!r} cannot be read: {error.strerror or error}") from error
 
 
-def _open(path: Path, name: str | None, labels: Path | None, keys: CaptionKeys) -> Source:
+def _open(path: Path, name: str | None, reading: Reading) -> Source:
     from data_prep.sources.edm2_zip import Edm2Zip
     from data_prep.sources.image_folder import ImageFolder
     from data_prep.sources.image_text import ImageText
@@ -50,11 +47,11 @@ def _open(path: Path, name: str | None, labels: Path | None, keys: CaptionKeys) 
     }
     if not path.exists():
         raise InputError(f"source {str(path)!r} does not exist")
-    if labels is not None:
+    if reading.labels is not None:
         if name not in (None, "labelled"):
             raise InputError(f"--labels goes with a flat set of images, not with --source {name}")
-        _check_captioned(keys, "labelled")
-        return LabelledImages.open(path, labels)
+        _check_captioned(reading, "labelled")
+        return LabelledImages.open(path, reading)
     if name == "labelled":
         raise InputError("--source labelled needs --labels FILE")
     if name is not None and name not in kinds:
@@ -65,14 +62,13 @@ def _open(path: Path, name: str | None, labels: Path | None, keys: CaptionKeys) 
             f"source {str(path)!r} is of no known kind ({', '.join([*kinds, 'labelled'])}); a folder needs one folder "
             "of images for each class, and flat images need --labels FILE"
         )
-    if name in CAPTIONED:
-        return kinds[name].open(path, keys)
-    _check_captioned(keys, name)
-    return kinds[name].open(path)
+    _check_captioned(reading, name)
+    opened: Source = kinds[name].open(path, reading)
+    return opened
 
 
-def _check_captioned(keys: CaptionKeys, name: str) -> None:
-    if keys and name not in CAPTIONED:
+def _check_captioned(reading: Reading, name: str) -> None:
+    if reading.keys and name not in CAPTIONED:
         raise InputError(
             f"--captions names columns or JSON keys, which --source {name} has not; expected {', '.join(CAPTIONED)}"
         )

@@ -38,10 +38,9 @@ def parse_keys(option: str) -> CaptionKeys:
     return tuple(keys.items())
 
 
-def recorded(keys: CaptionKeys) -> dict[str, str]:
-    """What plan and index record of --captions, `parse_keys` reads it again; nothing without the option."""
-    option = ",".join(key if weight == 1 and "=" not in key else f"{key}={weight!r}" for key, weight in keys)
-    return {"captions": option} if keys else {}
+def option_of(keys: CaptionKeys) -> str:
+    """The option as plan and index record it; `parse_keys` reads it again."""
+    return ",".join(key if weight == 1 and "=" not in key else f"{key}={weight!r}" for key, weight in keys)
 
 
 def captions_in(value: Any, weight: float = 1.0) -> list[Caption]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.sources.base import Entries, Item, check_label, ending, is_image
+from data_prep.sources.reading import PLAIN, Reading
 from megapix.errors import InputError
 
 LABELS = "dataset.json"
@@ -53,7 +54,7 @@ class Edm2Zip:
         return path.is_file() and zipfile.is_zipfile(path)
 
     @classmethod
-    def open(cls, path: Path) -> Edm2Zip:
+    def open(cls, path: Path, reading: Reading = PLAIN) -> Edm2Zip:
         """List the labelled images.
 
         Raises:

@@ -10,6 +10,7 @@ from typing import Any
 from data_prep.sources.base import Entries, Item, ending, is_image
 from data_prep.sources.captions import packed
 from data_prep.sources.files import files_below, folders_in
+from data_prep.sources.reading import PLAIN, Reading
 from megapix.errors import InputError
 from megapix.shards.captions import Caption
 
@@ -41,7 +42,7 @@ class ImageFolder:
         return path.is_dir() and bool(folders_in(path))
 
     @classmethod
-    def open(cls, root: Path) -> ImageFolder:
+    def open(cls, root: Path, reading: Reading = PLAIN) -> ImageFolder:
         """List the images of `root`.
 
         Raises:

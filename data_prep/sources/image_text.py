@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.sources.base import UNCLASSED, Entries, Item, ending, is_image
-from data_prep.sources.captions import CaptionKeys, captions_of, check_found, packed, recorded
+from data_prep.sources.captions import CaptionKeys, captions_of, check_found, packed
 from data_prep.sources.files import files_below
 from data_prep.sources.image_folder import FileReader
+from data_prep.sources.reading import PLAIN, Reading
 from megapix.errors import InputError
 
 TEXTS = (".txt", ".json")
@@ -38,11 +39,8 @@ class ImageText:
         return any(is_image(name) and any(_beside(name, text) in names for text in TEXTS) for name in names)
 
     @classmethod
-    def open(cls, root: Path, keys: CaptionKeys = ()) -> ImageText:
+    def open(cls, root: Path, reading: Reading = PLAIN) -> ImageText:
         """List the pairs below `root`.
-
-        Args:
-            keys: JSON keys that hold the captions (--captions).
 
         Raises:
             InputError: no such folder, no image, an image without a text that can be read, a caption or weight that is
@@ -54,7 +52,7 @@ class ImageText:
         if not images:
             raise InputError(f"source {str(root)!r} holds no image (png, jpg, jpeg, webp)")
         found: set[str] = set()
-        items = [Item(name, 0, _caption(root / name, keys, found)) for name in images]
+        items = [Item(name, 0, _caption(root / name, reading.keys, found)) for name in images]
         for name in names:
             if is_image(name):
                 entries.item()
@@ -62,8 +60,8 @@ class ImageText:
                 entries.part()
             else:
                 entries.pass_over(ending(name))
-        check_found(keys, found, f"source {str(root)!r}")
-        return cls(items, FileReader(root), about={"kind": KIND, **recorded(keys)}, entries=entries)
+        check_found(reading.keys, found, f"source {str(root)!r}")
+        return cls(items, FileReader(root), about={"kind": KIND, **reading.recorded()}, entries=entries)
 
 
 def _beside(name: str, ending: str) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 from data_prep.sources.base import Entries, Item, ending, is_image
 from data_prep.sources.files import files_in
+from data_prep.sources.reading import PLAIN, Reading
 from data_prep.sources.tars import TarReader, members
 from megapix.errors import InputError
 
@@ -34,7 +35,7 @@ class SynsetTars:
         return path.suffix == ".tar" and any(SYNSET.fullmatch(name) for name, _, _ in members(path, Entries()))
 
     @classmethod
-    def open(cls, path: Path) -> SynsetTars:
+    def open(cls, path: Path, reading: Reading = PLAIN) -> SynsetTars:
         """List the images of every synset.
 
         Raises:

@@ -10,6 +10,7 @@ from typing import Any
 from data_prep.sources.base import Entries, Item, Reader, ending, is_image
 from data_prep.sources.files import files_in
 from data_prep.sources.image_folder import FileReader
+from data_prep.sources.reading import Reading
 from data_prep.sources.tars import TarReader, members
 from megapix.errors import InputError
 
@@ -30,8 +31,8 @@ class LabelledImages:
     entries: Entries = field(default_factory=Entries)
 
     @classmethod
-    def open(cls, path: Path, labels: Path) -> LabelledImages:
-        """List the images of `path` with the labels of the file `labels`.
+    def open(cls, path: Path, reading: Reading) -> LabelledImages:
+        """List the images of `path` with the labels of the file `reading.labels`.
 
         Raises:
             InputError: no image, a line that cannot be read, or another number of lines than of images.
@@ -52,7 +53,8 @@ class LabelledImages:
         if not places:
             raise InputError(f"source {str(path)!r} holds no image (png, jpg, jpeg, webp)")
         names = sorted(places)
-        given = _read_labels(labels, names)
+        assert reading.labels
+        given = _read_labels(reading.labels, names)
         classes = sorted(
             set(given.values()),
             key=lambda label: (not label.isdecimal(), int(label) if label.isdecimal() else 0, label),

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from data_prep.sources.base import UNCLASSED, Entries, Item, check_label, ending
-from data_prep.sources.captions import CaptionKeys, captions_in, packed, recorded
+from data_prep.sources.captions import CaptionKeys, captions_in, packed
 from data_prep.sources.files import files_below
+from data_prep.sources.reading import PLAIN, Reading
 from megapix.errors import InputError
 from megapix.shards.captions import Caption
 
@@ -84,15 +85,12 @@ class Parquet:
         return bool(_files(path, Entries()))
 
     @classmethod
-    def open(cls, path: Path, keys: CaptionKeys = ()) -> Parquet:
+    def open(cls, path: Path, reading: Reading = PLAIN) -> Parquet:
         """List the rows; only labels and captions are read.
 
-        Args:
-            keys: columns that hold the captions (--captions).
-
         Raises:
-            InputError: pyarrow is not installed, a damaged file, no column of images or one of `keys` missing, or a
-                caption or weight that is none.
+            InputError: pyarrow is not installed, a damaged file, no column of images or of --captions, or a caption or
+                weight that is none.
         """
         if importlib.util.find_spec("pyarrow") is None:
             raise InputError(f"source {str(path)!r} needs pyarrow: pip install 'megapix[parquet]'")
@@ -107,7 +105,7 @@ class Parquet:
         labelled: dict[bool, Path] = {}
         for file in files:
             try:
-                rows, names_here, has_labels = _rows(path, file, keys)
+                rows, names_here, has_labels = _rows(path, file, reading.keys)
             except (pyarrow.ArrowException, OSError) as error:
                 raise InputError(f"{file}: cannot be read as a parquet file: {error}") from error
             labelled.setdefault(has_labels, file)
@@ -122,7 +120,7 @@ class Parquet:
         entries.listed += len(items)
         numbers = tuple(str(n) for n in range(1 + max(item.label for item in items)))
         classes = (names or numbers) if True in labelled else (UNCLASSED,)
-        return cls(classes, items, about={"kind": KIND, **recorded(keys)}, entries=entries)
+        return cls(classes, items, about={"kind": KIND, **reading.recorded()}, entries=entries)
 
 
 def _rows(root: Path, file: Path, keys: CaptionKeys) -> tuple[list[Item], tuple[str, ...] | None, bool]:

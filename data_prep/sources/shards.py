@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.sources.base import UNCLASSED, Entries, Item, ending
-from data_prep.sources.captions import CaptionKeys, check_found, recorded
+from data_prep.sources.captions import check_found
 from data_prep.sources.files import files_in
+from data_prep.sources.reading import PLAIN, Reading
 from data_prep.sources.tar_samples import TarSample, labels_of, samples_of
 from data_prep.sources.tars import TarReader, members
 from megapix.errors import InputError
@@ -37,11 +38,8 @@ class Shards:
         )
 
     @classmethod
-    def open(cls, path: Path, keys: CaptionKeys = ()) -> Shards:
+    def open(cls, path: Path, reading: Reading = PLAIN) -> Shards:
         """List the samples of a shard, or of a folder of shards.
-
-        Args:
-            keys: JSON keys that hold the captions (--captions).
 
         Raises:
             InputError: no tar file, a damaged one, a sample without a class where others have one, or a key that no
@@ -52,12 +50,12 @@ class Shards:
         if not tars:
             raise InputError(f"source {str(path)!r} holds no tar file")
         found: list[tuple[Path, TarSample]] = [
-            (tar, sample) for tar in tars for sample in samples_of(tar, entries, keys=keys)
+            (tar, sample) for tar in tars for sample in samples_of(tar, entries, reading)
         ]
         if not found:
             raise InputError(f"source {str(path)!r} holds no sample")
         samples = [sample for _, sample in found]
-        check_found(keys, {key for sample in samples for key in sample.caption_keys}, f"source {str(path)!r}")
+        check_found(reading.keys, {key for sample in samples for key in sample.caption_keys}, f"source {str(path)!r}")
         items = [
             Item(
                 f"{tar.name}/{sample.name}",
@@ -68,7 +66,7 @@ class Shards:
             )
             for (tar, sample), label in zip(found, labels_of(samples, str(path)), strict=True)
         ]
-        about = {"kind": KIND, **recorded(keys)}
+        about = {"kind": KIND, **reading.recorded()}
         if all(sample.label is None for sample in samples):
             return cls((UNCLASSED,), items, about=about, entries=entries)
         count = 1 + max(item.label for item in items)

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from data_prep.sources.base import EXTENSIONS, Entries, as_utf8, check_label, ending
-from data_prep.sources.captions import CaptionKeys, captions_of, packed
+from data_prep.sources.captions import captions_of, packed
+from data_prep.sources.reading import PLAIN, Reading
 from data_prep.sources.tars import members
 from megapix.errors import InputError
 
@@ -38,7 +39,7 @@ class TarSample(NamedTuple):
     """Those of --captions that its JSON has."""
 
 
-def samples_of(tar: Path, entries: Entries, shown: str = "", keys: CaptionKeys = ()) -> list[TarSample]:
+def samples_of(tar: Path, entries: Entries, reading: Reading = PLAIN, shown: str = "") -> list[TarSample]:
     """List the samples of a tar file in its order; the images themselves are not read.
 
     A member's key is its name up to the first dot of the last part; members without a dot, and hidden ones, belong to
@@ -47,7 +48,6 @@ def samples_of(tar: Path, entries: Entries, shown: str = "", keys: CaptionKeys =
     Args:
         entries: counts the members.
         shown: what to call the file in messages, if it is a temporary copy.
-        keys: JSON keys that hold the captions (--captions).
 
     Raises:
         InputError: a damaged tar file, or a key that occurs twice.
@@ -65,7 +65,7 @@ def samples_of(tar: Path, entries: Entries, shown: str = "", keys: CaptionKeys =
             raise InputError(f"{shown}: key {key!r} occurs twice (member {name!r}); keys must be unique")
         parts[extension.lower()] = (name, at, size)
     with open(tar, "rb") as file:
-        samples = [_sample(file.fileno(), key, parts, keys) for key, parts in found.items()]
+        samples = [_sample(file.fileno(), key, parts, reading) for key, parts in found.items()]
     for parts in found.values():
         _count(parts, entries)
     return samples
@@ -98,7 +98,7 @@ def labels_of(samples: Iterable[TarSample], shown: str) -> list[int]:
     return [sample.label or 0 for sample in samples]
 
 
-def _sample(descriptor: int, key: str, parts: dict[str, tuple[str, int, int]], keys: CaptionKeys) -> TarSample:
+def _sample(descriptor: int, key: str, parts: dict[str, tuple[str, int, int]], reading: Reading) -> TarSample:
     images = [place for extension, place in parts.items() if f".{extension}" in EXTENSIONS]
     name, at, size = images[0] if images else next(iter(parts.values()))
     has: tuple[str, ...] = ()
@@ -106,9 +106,9 @@ def _sample(descriptor: int, key: str, parts: dict[str, tuple[str, int, int]], k
         if len(images) != 1:
             raise ValueError(f"expected one image (png, jpg, jpeg, webp), found {sorted(parts)}")
         about = _about(descriptor, parts)
-        has = tuple(wanted for wanted, _ in keys if wanted in about)
+        has = tuple(wanted for wanted, _ in reading.keys if wanted in about)
         label = _label(descriptor, parts, about)
-        caption = packed(captions_of(about, _text(descriptor, parts, "txt"), keys))
+        caption = packed(captions_of(about, _text(descriptor, parts, "txt"), reading.keys))
     except (ValueError, InputError, RecursionError) as error:
         return TarSample(key, name, at, size, None, "", as_utf8(str(error)), has)
     return TarSample(key, name, at, size, label, caption, "", has)

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data_prep.sources.base import UNCLASSED, Entries
-from data_prep.sources.captions import CaptionKeys, check_found, recorded
+from data_prep.sources.captions import check_found
+from data_prep.sources.reading import PLAIN, Reading
 from data_prep.sources.shards import names_beside
 from data_prep.sources.tar_samples import labels_of, samples_of
 from data_prep.writing import plan as planning
@@ -90,17 +91,14 @@ def index(
     max_rejected: float,
     access: Access,
     progress: bool = True,
-    keys: CaptionKeys = (),
+    reading: Reading = PLAIN,
 ) -> tuple[Index, bool]:
     """Index the tar files of `pattern` into the folder `out`; return the index, and whether it was finished already.
 
-    Args:
-        keys: JSON keys that hold the captions (--captions).
-
     Raises:
         InputError: nothing there, a tar file that is damaged or cannot be read, a key that occurs twice, samples with
-            and without a class, one of `keys` that no sample has, an `out` of other files or options, or more rejected
-            samples than allowed.
+            and without a class, a key of --captions that no sample has, an `out` of other files or options, or more
+            rejected samples than allowed.
     """
     from tqdm import tqdm
 
@@ -110,7 +108,7 @@ def index(
     plan = {
         "kind": "index of WebDataset shards",
         **planning.of_policy(policy),
-        **recorded(keys),
+        **reading.recorded(),
         "base": base,
         "shards": len(names),
         "list_sha256": hashlib.sha256("\n".join(names).encode()).hexdigest(),
@@ -121,7 +119,7 @@ def index(
         with alone_in(out):
             if there := begin(out, retry_rejected=False):
                 return there, True
-            work = partial(_index_file, base, access, policy, keys, out)
+            work = partial(_index_file, base, access, policy, reading, out)
             parts = [Part(number, name) for number, name in enumerate(names)]
             with tqdm(total=len(parts), unit="shard", disable=not progress, mininterval=0.5) as bar:
                 seen, found = 0, set[str]()
@@ -131,9 +129,9 @@ def index(
                     budget.spend(outcome.rejected)
                     found.update(outcome.caption_keys)
                     bar.update()
-            check_found(keys, found, repr(pattern))
+            check_found(reading.keys, found, repr(pattern))
             image_policy = policy.to_dict() | {"applied": "loading"}
-            about = {"kind": plan["kind"], "list_sha256": plan["list_sha256"], **recorded(keys)}
+            about = {"kind": plan["kind"], "list_sha256": plan["list_sha256"], **reading.recorded()}
             return finish(out, len(parts), partial(_class_names, known), base, image_policy, about), False
     except OSError as error:
         raise InputError(f"cannot write {str(error.filename or out)!r}: {error.strerror or error}") from error
@@ -157,12 +155,12 @@ def local_copy(storage: Storage, name: str, beside: Path) -> Iterator[Path]:
         yield Path(file.name)
 
 
-def _index_file(base: str, access: Access, policy: Policy, keys: CaptionKeys, out: Path, part: Part) -> Outcome:
+def _index_file(base: str, access: Access, policy: Policy, reading: Reading, out: Path, part: Part) -> Outcome:
     storage = open_storage(base, access)
     made = receipt.load(out, part.number)
     if made is None or any(entry.bytes != _size(storage, entry.name) for entry in made.entries):
         with local_copy(storage, part.name, out / receipt.RECEIPTS) as path:
-            made = _indexed(path, storage.where(part.name), part.name, policy, keys)
+            made = _indexed(path, storage.where(part.name), part.name, policy, reading)
         made.save(out, part.number)
     return Outcome(len(made.samples) + len(made.rejected), made.rejected, made.caption_keys)
 
@@ -174,13 +172,13 @@ def _size(storage: Storage, name: str) -> int:
         raise InputError(f"{storage.where(name)}: cannot be read: {error.strerror or error}") from error
 
 
-def _indexed(path: Path, shown: str, name: str, policy: Policy, keys: CaptionKeys) -> Receipt:
+def _indexed(path: Path, shown: str, name: str, policy: Policy, reading: Reading) -> Receipt:
     from megapix.shards.pixels import decode
 
     if not path.is_file():
         raise InputError(f"{shown} does not exist")
     counted = Entries()
-    listed = samples_of(path, counted, shown, keys)
+    listed = samples_of(path, counted, reading, shown)
     found: list[tuple[int, Sample]] = []
     rejected: list[Rejected] = []
     with open(path, "rb") as file:
@@ -204,5 +202,5 @@ def _indexed(path: Path, shown: str, name: str, policy: Policy, keys: CaptionKey
     buckets = sorted({bucket for bucket, _ in found})
     entries = tuple(ShardEntry(name, sum(bucket == b for bucket, _ in found), size, sha256, b) for b in buckets)
     samples = tuple(sample._replace(entry=buckets.index(bucket)) for bucket, sample in found)
-    has = tuple(key for key, _ in keys if any(key in sample.caption_keys for sample in listed))
+    has = tuple(key for key, _ in reading.keys if any(key in sample.caption_keys for sample in listed))
     return Receipt(entries, samples, tuple(rejected), has, listed=counted)

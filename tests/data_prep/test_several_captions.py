@@ -19,6 +19,7 @@ from data_prep.sources import open_source
 from data_prep.sources.captions import CaptionKeys, parse_keys
 from data_prep.sources.image_text import ImageText
 from data_prep.sources.parquet import Parquet
+from data_prep.sources.reading import Reading
 from data_prep.sources.shards import Shards
 from megapix.errors import InputError
 from megapix.files import sha256_of
@@ -99,7 +100,7 @@ def test_texts_beside_the_images(make: Callable[[Path], Path], kind: type, tmp_p
     assert type(source) is kind
     assert keyed(source) == EXPECTED
     assert "captions" not in source.about
-    chosen = open_source(path, keys=parse_keys("long=0.75,short=0.5"))
+    chosen = open_source(path, reading=Reading(parse_keys("long=0.75,short=0.5")))
     assert keyed(chosen) == CHOSEN
     assert chosen.about["captions"] == "long=0.75,short=0.5"
 
@@ -183,7 +184,7 @@ def table(path: Path, **columns: Any) -> Path:
 
 
 def texts(path: Path, keys: CaptionKeys = ()) -> list[str]:
-    source = open_source(path, keys=keys)
+    source = open_source(path, reading=Reading(keys))
     assert isinstance(source, Parquet)
     return [item.caption for item in source.items]
 
@@ -211,7 +212,7 @@ def test_parquet_columns(tmp_path: Path) -> None:
         "l1\x1f0.75\x1ea dog\x1f0.25\x1edog\x1ea dog\x1f0.5\x1edog",
         "l2\x1f0.75\x1ea cat\x1f0.5",
     ]
-    assert open_source(path, keys=keys).about["captions"] == "long=0.75,alts=0.5,own"
+    assert open_source(path, reading=Reading(keys)).about["captions"] == "long=0.75,alts=0.5,own"
 
 
 def test_bad_parquet_captions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,6 +22,7 @@ from data_prep.sources.image_text import ImageText
 from data_prep.sources.imagenet import SynsetTars
 from data_prep.sources.labelled import LabelledImages
 from data_prep.sources.parquet import Parquet
+from data_prep.sources.reading import Reading
 from data_prep.sources.shards import Shards
 from data_prep.writing import plan as planning
 from data_prep.writing.plan import Options
@@ -159,7 +160,7 @@ def test_sources(kind: str, image_folder: Path, tmp_path: Path) -> None:
     make, expected_type, classes = KINDS[kind]
     path = make(image_folder, tmp_path / "source")
     labels = tmp_path / "labels.txt"
-    source: Source = open_source(path, labels=labels if labels.exists() else None)
+    source: Source = open_source(path, reading=Reading(labels=labels if labels.exists() else None))
     assert type(source) is expected_type, "recognised"
     assert tuple(source.classes) == classes
     assert len(pickle.dumps(source.reader)) < 1000, "the list does not travel with every shard"
@@ -216,14 +217,14 @@ def test_bad_sources(image_folder: Path, tmp_path: Path) -> None:
         (lambda: open_source(tmp_path / "none"), "does not exist"),
         (lambda: open_source(flat), "of no known kind .* flat images need --labels FILE"),
         (lambda: open_source(flat, name="edm-zip"), "'edm-zip' is not a kind of source .did you mean 'edm2-zip'"),
-        (lambda: open_source(flat, name="shards", labels=labels), "not with --source shards"),
+        (lambda: open_source(flat, name="shards", reading=Reading(labels=labels)), "not with --source shards"),
         (lambda: open_source(tmp_path / "bare.zip"), "dataset.json is missing"),
         (lambda: open_source(tmp_path / "fewer.zip"), "dataset.json has no label for '00000/img"),
         (lambda: open_source(zip_with_label("-1")), "dataset.json: a.png: the class is -1, expected a number"),
         (lambda: open_source(zip_with_label("1e999")), "dataset.json: a.png: the class is inf, expected a number"),
         (lambda: open_source(tmp_path / "loop"), "class' holds no image"),
         (lambda: open_source(Path("a" * 300)), "cannot be read: File name too long"),
-        (lambda: open_source(flat, labels=tmp_path / "none.txt"), "none.txt: cannot be read"),
+        (lambda: open_source(flat, reading=Reading(labels=tmp_path / "none.txt")), "none.txt: cannot be read"),
     ]
     for call, message in cases:
         with pytest.raises(InputError, match=message):
@@ -235,7 +236,7 @@ def test_bad_sources(image_folder: Path, tmp_path: Path) -> None:
     ):
         labels.write_text(text)
         with pytest.raises(InputError, match=message):
-            open_source(flat, labels=labels)
+            open_source(flat, reading=Reading(labels=labels))
 
 
 def test_what_may_not_be_read_is_named(image_folder: Path, tmp_path: Path) -> None:
