@@ -13,7 +13,7 @@ from __future__ import annotations
 import errno
 import time
 from collections.abc import Callable
-from typing import TypeGuard, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 from megapix.dist import warn
 from megapix.errors import InputError, StorageError
@@ -37,12 +37,20 @@ EACH = 60.0
 
 _minutes = 10.0
 _said = -EACH
+_clock: Any = None
 
 
 def wait_at_most(minutes: float) -> None:
     """How long this process waits for a read from now on, where nothing else is said; 0 tries once more."""
     global _minutes
     _minutes = minutes
+
+
+def note_waits(clock: Any) -> None:
+    """Have `clock.value` say when this process last began to wait, or to try again: seconds of `time.monotonic`, which
+    all processes of a host share. A look at it tells a wait, which ends at its deadline, from a hang."""
+    global _clock
+    _clock = clock
 
 
 def passing(error: BaseException) -> bool:
@@ -94,6 +102,7 @@ def persist(
         if not passes(error):
             raise
         limit = 60 * (_minutes if minutes is None else minutes)
+        _note()
         _say(f"{what}: {reason(error)}", 0.0, limit)
     return _again(what, once, passes, reason, limit)
 
@@ -114,11 +123,17 @@ def _again(
         return max(0.0, min(growing(state), left))  # the last try is at the deadline
 
     def tell(state: RetryCallState) -> None:
+        _note()
         error = state.outcome.exception() if state.outcome else None
         _say(f"{what}: {reason(error) if error else ''}", state.seconds_since_start or 0.0, limit)
 
     retrying = Retrying(
-        stop=stop_after_delay(limit), wait=pause, retry=retry_if_exception(passes), before_sleep=tell, reraise=True
+        stop=stop_after_delay(limit),
+        wait=pause,
+        retry=retry_if_exception(passes),
+        before=lambda _: _note(),
+        before_sleep=tell,
+        reraise=True,
     )
     try:
         return retrying(once)
@@ -126,6 +141,11 @@ def _again(
         if not passes(error):
             raise
         raise StorageError(f"{what}: {reason(error)}; tried again for {limit / 60:.3g} minutes") from error
+
+
+def _note() -> None:
+    if _clock is not None:
+        _clock.value = time.monotonic()
 
 
 def _say(about: str, waited: float, limit: float) -> None:

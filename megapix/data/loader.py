@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -179,7 +180,7 @@ def batches(
         batch_size=None,
         sampler=asked,
         num_workers=config.workers,
-        worker_init_fn=workers.end_with_rank if config.workers else None,
+        worker_init_fn=partial(workers.begin, workers.WAITED) if config.workers else None,
         prefetch_factor=PREFETCH if config.workers else None,
         pin_memory=torch.cuda.is_available(),
         multiprocessing_context=workers.context() if config.workers else None,

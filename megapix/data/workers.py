@@ -11,17 +11,21 @@ import sys
 import threading
 from collections.abc import Collection
 from multiprocessing import forkserver, resource_tracker
+from multiprocessing.sharedctypes import RawValue
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+from megapix import outage
 from megapix.dist import STOPS, stops_held_back
 
 LOADED = "megapix.data.loader"
 """What the server has loaded when it forks a worker."""
 DEATH = 2.0
 """Seconds that a worker's end may take to be known after the error that it causes."""
+WAITED = RawValue("d", 0.0)
+"""When this rank or a worker of it last waited for storage (`outage.note_waits`)."""
 SEMAPHORES = "megapix"
 """What the names of a rank's semaphores begin with; its process id follows."""
 QUIET = "ignore:resource_tracker:UserWarning"
@@ -63,9 +67,10 @@ def context() -> Any:
     return found
 
 
-def end_with_rank(_: int) -> None:
-    """In a worker: end when the rank has ended, however it did. torch would look for the parent process, which is the
-    server, and workers and server hold each other's pipe open."""
+def begin(clock: Any, _: int) -> None:
+    """In a worker: note its waits in the rank's `clock`, and end when the rank has ended, however it did. torch would
+    look for the parent process, which is the server, and workers and server hold each other's pipe open."""
+    outage.note_waits(clock)
     rank = multiprocessing.parent_process()
     assert rank
 

@@ -8,7 +8,7 @@ compiling(), compiled()   a phase of its own, within whichever phase it comes in
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from megapix.resilience.heartbeat import Word
@@ -31,7 +31,7 @@ class Notes:
 
     Args:
         seconds: as the watchdog's.
-        longer: phase -> seconds that may pass there beyond what is allowed otherwise.
+        longer: phase -> seconds that may pass there beyond what is allowed otherwise; `waiting` is news there.
     """
 
     def __init__(self, seconds: float, longer: Mapping[str, float]) -> None:
@@ -43,6 +43,8 @@ class Notes:
         self._within: Word | None = None  # what was noted before compilation began
         self.word = Word(patience=self._allowed("start", long=True))
         """Assigned as a whole: another thread never sees half a word."""
+        self.waiting: Callable[[], float] = lambda: 0.0
+        """When storage was last waited for, by any thread or worker."""
         self.resumed = 0.0
         """When this process was last found to have been stopped for a while."""
 
@@ -97,4 +99,5 @@ class Notes:
 
     def _idle(self, word: Word, now: float) -> float:
         """Seconds without news since a word, not counting those in which this process was stopped."""
-        return now - max(word.at, self.resumed, self._news.get(word.phase, 0.0))
+        waited = self.waiting() if word.phase in self._longer else 0.0
+        return now - max(word.at, self.resumed, self._news.get(word.phase, 0.0), waited)

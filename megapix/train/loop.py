@@ -14,11 +14,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megapix import config, dist
+from megapix import config, dist, outage
 from megapix.checkpoint.find import choose
 from megapix.checkpoint.folder import latest
 from megapix.checkpoint.manifest import State
 from megapix.config import Config
+from megapix.data import workers
 from megapix.data.batch import Batch
 from megapix.diffusion import flow, repa
 from megapix.dist import World, gather, on_all_ranks
@@ -74,6 +75,8 @@ def train(requested: Config, world: World) -> None:
     device = processes.start(world)
     on_all_ranks(world, lambda: config.validate(requested))
     with Watchdog(world, requested.machine.watchdog, _waits(requested)) as watchdog:
+        outage.note_waits(workers.WAITED)
+        watchdog.notes.waiting = lambda: workers.WAITED.value
         _train(requested, world, device, watchdog)
 
 
@@ -327,8 +330,8 @@ def _telling(resolved: ResolvedRun, world: World, watchdog: Watchdog) -> Iterato
 
 
 def _waits(c: Config) -> dict[str, float]:
-    """Phase -> seconds it may take beyond the watchdog's: in each of them files are read, and storage that is away is
-    waited for before it is an error. The last try may begin at the deadline, and stall."""
-    waits = 60 * c.data.outage_minutes + c.data.timeout
+    """Phase -> seconds it may take beyond the watchdog's: in each of them files are read. To wait for storage is news,
+    but a pause between two tries says nothing, and a remote read may stall before it fails."""
+    waits = outage.LONGEST + c.data.timeout
     phases = dict.fromkeys(("start", "data", "load", "save", "validate", "evaluate", "score"), waits)
     return phases | {"lock": PATIENCE}

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -17,6 +18,7 @@ import pytest
 
 from data_prep import cli
 from megapix.config import BatchLayout, DataConfig, replace
+from megapix.data import workers
 from megapix.data.batch import Batch
 from megapix.data.cache import CachedShards
 from megapix.data.loader import batches
@@ -121,6 +123,7 @@ def test_shards_are_fetched_before_they_are_needed(web: Nginx, shards: Path, tmp
 
 FILL = """
 import sys
+import time
 from pathlib import Path
 from megapix.data.cache import CachedShards
 from megapix.shards.index import ShardEntry, read_index
@@ -228,6 +231,19 @@ def test_connections_that_fail_are_tried_again(what: str, shards: Path, tmp_path
             with pytest.raises(StorageError, match=r"http://\S+: \w+.*; tried again for 0.02 minutes$"):
                 epoch(replace(remote, "cache", str(tmp_path / "c")))
             setattr(faults, what, 0)
+
+
+def test_a_rank_knows_that_its_workers_wait(shards: Path, tmp_path: Path) -> None:
+    """So that the watchdog can tell it from a hang."""
+    faults, before = Faults(), time.monotonic()
+    with faulty(shards, faults) as url:
+        remote = config(url, cache=str(tmp_path / "a"), workers=1)
+        located = locate(remote)
+        for breaks in (0, 2):
+            faults.breaks = breaks
+            stream = batches(remote, located, 3, BatchLayout(8, 1, 1), 0, 0, ())
+            assert same([next(stream) for _ in range(5)], epoch(config(str(shards))))
+            assert (before < workers.WAITED.value < time.monotonic()) == bool(breaks)
 
 
 def test_a_server_without_ranges_is_named(shards: Path, tmp_path: Path) -> None:

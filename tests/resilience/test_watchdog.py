@@ -319,6 +319,18 @@ def test_words_say_how_far_a_rank_is() -> None:
     ]
 
 
+def test_waiting_for_storage_is_news_where_files_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    watch = Watchdog(World(), SECONDS, {"data": 7.0})
+    watch.notes.waiting = lambda: 1090.0
+    for phase, expected in (("data", 10.0), ("step", 100.0)):
+        now = 1000.0
+        watch.note(4, phase)
+        now = 1100.0
+        assert now - watch.notes.spoken(now).at == expected
+
+
 def test_news_of_a_phase_and_time_of_compilation(monkeypatch: pytest.MonkeyPatch) -> None:
     """Bytes that a background save writes are no news of a step. Compilation has seconds of its own, and takes none of
     those of the phase that it comes in, at any step; one that fails is where the error is of."""
