@@ -61,7 +61,7 @@ test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest $(PARALLEL)
 
 test-long: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest $(PARALLEL) -m long
+	$(BIN)/python -m pytest $(PARALLEL) -m long --durations 25
 
 # Parity and speed on a GPU, as Markdown that grows; MINUTES=5 ends it earlier. No network is needed once .venv is there.
 gpu-checks: $(VENV)/.installed

@@ -24,7 +24,7 @@ UNREAD = [
 EXPECTED = {"text": (STEP_WAITS, UNREAD), "text, masked": (STEP_WAITS, UNREAD)}
 EXPECTED |= {f"sampler, {name}": ([], []) for name in ("euler", "heun", "ab2")}
 """Case -> waits, and parameters without a gradient; the others have STEP_WAITS and none."""
-QUICK = ("classes", "text, masked", "repa, online", "sampler, ab2", "policies, selective_modulation, 2")
+QUICK = ("classes", "text, masked")
 ALL = 9 + 6 * 3
 KINDS = (
     "patch gelu",

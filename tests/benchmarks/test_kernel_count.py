@@ -52,11 +52,7 @@ def check(capability: int) -> None:
             assert c.ratio <= 1.3, c
 
 
-def test_the_tails_kernels_are_bound_by_their_traffic_on_an_h100() -> None:
-    check(90)
-
-
 @pytest.mark.long
-@pytest.mark.parametrize("capability", [80, 100])
-def test_the_tails_kernels_are_bound_by_their_traffic_on_other_cards(capability: int) -> None:
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_the_tails_kernels_are_bound_by_their_traffic(capability: int) -> None:
     check(capability)

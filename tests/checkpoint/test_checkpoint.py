@@ -318,6 +318,7 @@ def test_ranks_change_in_mid_run(subject: Subject, tmp_path: Path) -> None:
     assert list(found.values()) == pytest.approx(list(expected.values()), rel=1e-5)
 
 
+@pytest.mark.long
 def test_a_row_of_losses_goes_on_after_a_resume(shards: Path, tmp_path: Path) -> None:
     """Rows of five steps, and an end after seven and after eight: on the same ranks the same bits, on others nearly."""
     common = ["--log.every", str(5 * STEP_BATCH), "--optim.lr-step-at", "never"]

@@ -334,6 +334,7 @@ def test_a_remote_index_needs_a_local_folder(web: Nginx) -> None:
         locate(config(web.url))
 
 
+@pytest.mark.long
 def test_s3(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("moto")
     s3fs = pytest.importorskip("s3fs")

@@ -236,6 +236,7 @@ def test_a_lost_rank_is_told(files: Files, tmp_path: Path) -> None:
     assert (tmp_path / "x.json").exists()
 
 
+@pytest.mark.long
 def test_a_full_gpu_of_one_rank_ends_all(files: Files, tmp_path: Path) -> None:
     """In one line, and code 1; the others do not take it for a rank that was lost."""
     command = ["megapix evaluate", "1", *files.command(tmp_path / "score.json", "--count", "9", "--batch", "2")]

@@ -224,7 +224,7 @@ def test_under_srun_a_task_is_a_rank(nodes: str, first: str, train: list[str], t
 @pytest.mark.parametrize(("played", "code"), [(0, 0), (1, 1), (2, 2), (75, 75), (69, 69), (247, 69), (255, 69)])
 def test_the_ranks_code_comes_through(played: int, code: int, train: list[str], tmp_path: Path) -> None:
     """247 is how DeepSpeed's launcher ends when a rank of it was killed, 255 what ssh says of a lost host."""
-    assert finish(start(tmp_path, f"exit {played}", *train))[0] == code
+    assert finish(start(tmp_path, f"exit {played}", *train, checked="run"))[0] == code
 
 
 @pytest.mark.parametrize(
@@ -232,7 +232,9 @@ def test_the_ranks_code_comes_through(played: int, code: int, train: list[str], 
 )
 def test_a_signal_becomes_a_stop_file(sent: signal.Signals, train: list[str], tmp_path: Path) -> None:
     stop = tmp_path / "run" / "stop"
-    process = start(tmp_path, f"echo up; until [ -e {stop} ]; do sleep 0.1; done; exit 75", *train)
+    process = start(
+        tmp_path, f"echo up; until [ -e {stop} ]; do sleep 0.1; done; exit 75", *train, checked=str(stop.parent)
+    )
     assert process.stdout
     assert process.stdout.readline() == "up\n"
     process.send_signal(sent)
@@ -247,7 +249,13 @@ def test_a_hang_up_takes_the_terminal_with_it(train: list[str], tmp_path: Path) 
     mute, stop = tmp_path / "mute", tmp_path / "run" / "stop"
     mute.write_text(f'#!/bin/sh\nexec {ROOT}/launch.sh "$@" 2>/dev/full\n')
     mute.chmod(0o755)
-    process = start(tmp_path, f"echo up; until [ -e {stop} ]; do sleep 0.1; done; exit 75", *train, script=mute)
+    process = start(
+        tmp_path,
+        f"echo up; until [ -e {stop} ]; do sleep 0.1; done; exit 75",
+        *train,
+        script=mute,
+        checked=str(stop.parent),
+    )
     assert process.stdout
     assert process.stdout.readline() == "up\n"
     process.send_signal(signal.SIGHUP)
@@ -256,7 +264,7 @@ def test_a_hang_up_takes_the_terminal_with_it(train: list[str], tmp_path: Path) 
 
 @pytest.mark.parametrize("sent", [[signal.SIGINT], [signal.SIGTERM, signal.SIGTERM]])
 def test_int_or_a_second_signal_ends_at_once(sent: list[signal.Signals], train: list[str], tmp_path: Path) -> None:
-    process = start(tmp_path, "echo up; exec sleep 100", *train)
+    process = start(tmp_path, "echo up; exec sleep 100", *train, checked=str(tmp_path / "run"))
     assert process.stdout
     assert process.stderr
     assert process.stdout.readline() == "up\n"

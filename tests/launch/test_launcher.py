@@ -48,8 +48,8 @@ def test_launcher_help_and_errors(own_shards: Path, tmp_path: Path) -> None:
     ("tool", "words"),
     [
         ("g++", "no g++: DeepSpeed compiles its CPU communication op"),
-        ("room", "/dev/shm has 64 MiB free, 2 CPU ranks need 132"),
-        ("ninja", "no ninja beside"),
+        pytest.param("room", "/dev/shm has 64 MiB free, 2 CPU ranks need 132", marks=pytest.mark.long),
+        pytest.param("ninja", "no ninja beside", marks=pytest.mark.long),
         ("pdsh", "no pdsh: --hostfile starts the nodes with it (Debian: apt install pdsh); or --no-ssh"),
     ],
 )
@@ -87,7 +87,7 @@ def test_launcher_says_what_the_machine_lacks(tool: str, words: str, own_shards:
     ("options", "visible", "expected"),
     [
         pytest.param([], "", "--include localhost:0,1,2,3", marks=pytest.mark.long),
-        (["--ranks", "2"], "", "--include localhost:0,1"),
+        pytest.param(["--ranks", "2"], "", "--include localhost:0,1", marks=pytest.mark.long),
         pytest.param([], "2,3", "--include localhost:2,3", marks=pytest.mark.long),
         (["--ranks=2"], "1,2,3", "--include localhost:1,2"),
         (["--ranks", "5"], "", "launch.sh: error: --ranks = 5: there are 4 GPUs (0,1,2,3)"),
@@ -128,7 +128,7 @@ def test_launcher_on_a_machine_with_gpus(
         assert "visible=\n" in done.stdout, "the launcher sets it for each rank"
 
 
-@pytest.mark.parametrize("broken", [True, False])
+@pytest.mark.parametrize("broken", [True, pytest.param(False, marks=pytest.mark.long)])
 def test_launcher_without_a_gpu_that_works(broken: bool, own_shards: Path, tmp_path: Path) -> None:
     """An nvidia-smi that finds no driver, and a user who wants none of the GPUs, give CPU ranks."""
     tools = tmp_path / "tools"
@@ -163,6 +163,7 @@ def test_torchrun_starts_it_too(own_shards: Path, tmp_path: Path) -> None:
     assert counters(tmp_path / "run").images_seen == 16
 
 
+@pytest.mark.long
 def test_launch_sh_trains_and_samples(own_shards: Path, tmp_path: Path) -> None:
     """The whole way as a user goes it: launcher, two ranks, a worker each, then `megapix sample` and `export`."""
     run = tmp_path / "run"

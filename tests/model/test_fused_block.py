@@ -26,6 +26,7 @@ def succeed(*command: str, interpreted: bool = True) -> str:
     return done.stdout
 
 
+@pytest.mark.long
 def test_both_operations_and_the_network_against_references() -> None:
     succeed("tests.programs.fused_kernels", "operations")
 

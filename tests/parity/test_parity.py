@@ -193,7 +193,8 @@ def test_the_table_holds(tmp_path: Path) -> None:
     assert "differs" not in text
 
 
-@pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.long), "bf16"])
+@pytest.mark.long
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_offloaded_ema_equals_a_dense_one_bit_for_bit(precision: str, shards: Path) -> None:
     """With skipped steps, after which DeepSpeed alone would keep the gradient that was not finite."""
     succeed(2, "tests.programs.dense_ema", [precision, "classes", shards, "zero2_offload"])

@@ -116,7 +116,7 @@ def test_every_step_once_in_the_files(interrupted: Path) -> None:
     assert [event.step for event in events.Images("samples/ema")] == [4, 8]
 
 
-@pytest.mark.parametrize("loading", ["true", "false"])
+@pytest.mark.parametrize("loading", ["true", pytest.param("false", marks=pytest.mark.long)])
 def test_every_step_once_over_http(loading: str, interrupted: Path) -> None:
     """With TensorBoard's fast reader, its default, and with the other one."""
     with tensorboard(interrupted / "tensorboard", "--load_fast", loading) as server:

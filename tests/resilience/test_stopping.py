@@ -100,7 +100,7 @@ def test_a_start_beside_a_run_that_is_ending_goes_on_from_its_end(shards: Path, 
     assert steps == list(range(1, counters(run).images_seen // STEP_BATCH + 1))
 
 
-@pytest.mark.parametrize("number", ["SIGTERM", "SIGUSR1"])
+@pytest.mark.parametrize("number", ["SIGTERM", pytest.param("SIGUSR1", marks=pytest.mark.long)])
 def test_workers_do_not_hear_what_asks_the_run_to_stop(number: str) -> None:
     """In a new process, since the first one that Python starts of this kind has SIGTERM unblocked."""
     code = f"""
@@ -134,6 +134,7 @@ def test_asked_while_the_compiler_works(shards: Path, tmp_path: Path) -> None:
     assert counters(run).images_seen > 0
 
 
+@pytest.mark.long
 def test_workers_end_with_a_rank_that_is_killed(shards: Path, tmp_path: Path) -> None:
     """The server that they are forked from, too: a launcher waits for the end of every process of its group."""
     run = tmp_path / "run"
@@ -160,6 +161,7 @@ def test_workers_end_with_a_rank_that_is_killed(shards: Path, tmp_path: Path) ->
         Path(f"/dev/shm/sem.megapix-{os.getpid()}-used").unlink(missing_ok=True)
 
 
+@pytest.mark.long
 def test_a_killed_worker_costs_no_batch(shards: Path, tmp_path: Path) -> None:
     """One of rank 1's two, in mid-run: it is named, and the run ends as one that was left alone."""
     options = ["--data.workers", "2", "--optim.end-at", str(80 * STEP_BATCH), "--optim.lr-step-at", "never"]

@@ -159,7 +159,8 @@ def test_a_lost_rank_is_named_and_ends_the_others(fault: str, words: str, within
     assert ended[2].err == "", "rank 0 of this host has said it"
 
 
-@pytest.mark.parametrize(("fault", "within"), [("kill", 0.0), pytest.param("stop", SECONDS, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize(("fault", "within"), [("kill", 0.0), ("stop", SECONDS)])
 def test_the_loss_of_rank_0_is_seen_by_every_other(fault: str, within: float) -> None:
     ended, seconds = watched(fault, 0)
     assert [rank.code for rank in ended] == [-signal.SIGKILL, EXIT_LOST, EXIT_LOST]

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from data_prep.passes.caption_counts import CaptionCounts
 from data_prep.sources.base import Item
-from data_prep.sources.captions import captions_in, captions_of, packed, parse_keys, recorded
+from data_prep.sources.captions import captions_in, captions_of, option_of, packed, parse_keys
 from data_prep.writing.shard import _about
 from megapix import rng
 from megapix.config import DataConfig
@@ -180,10 +180,10 @@ def test_the_option(tmp_path: Path) -> None:
     assert parse_keys("") == ()
     assert parse_keys("long") == (("long", 1.0),)
     assert parse_keys("long=0.7, short=3e-1,a=b=2") == (("long", 0.7), ("short", 0.3), ("a=b", 2.0))
-    assert recorded(()) == {}
+    assert option_of(()) == ""
     for option in ("long", "long=0.7,short=0.3,tags", "a=b=2.0", "a=b=1.0"):
-        assert recorded(parse_keys(option)) == {"captions": option}
-        assert parse_keys(recorded(parse_keys(option))["captions"]) == parse_keys(option)
+        assert option_of(parse_keys(option)) == option
+        assert parse_keys(option_of(parse_keys(option))) == parse_keys(option)
     for option, words in (
         ("long,", "--captions 'long,': key '' is empty; expected KEY, or KEY=WEIGHT, separated by commas"),
         ("=2", "key '' is empty"),

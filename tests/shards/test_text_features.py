@@ -245,6 +245,7 @@ cli.main(sys.argv[1:])
 """`data_prep`, killed within its second file."""
 
 
+@pytest.mark.long
 def test_a_kill_ends_in_the_same_bytes(plain: Path, encoder_folder: Path, stored: Path, tmp_path: Path) -> None:
     folder, script = Path(shutil.copytree(plain, tmp_path / "shards")), tmp_path / "killed.py"
     script.write_text(KILLED)

@@ -116,6 +116,7 @@ def test_a_run_on_two_gpus(shards: Path, tmp_path: Path) -> None:
     assert scalars(tmp_path / "gpus", "speed/mfu") == pytest.approx(of_an_h100)
 
 
+@pytest.mark.long
 def test_a_run_on_text_on_a_gpu(text_shards: Path, text_encoder: Path, tmp_path: Path) -> None:
     """The frozen encoders of text and of images compute there, too."""
     text = Subject("text", text_shards)
