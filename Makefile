@@ -94,7 +94,7 @@ $(VENV)/.installed-t2i: $(VENV)/.installed constraints.txt
 $(VENV)/.installed-dev: $(VENV)/.installed
 	@echo "== adding what the tests need"
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt \
-	  --editable '.[demo,dev,evaluate,fast,http,parquet,s3]'
+	  --editable '.[dedupe,demo,dev,evaluate,fast,http,parquet,s3,zstd]'
 	@touch $@
 
 clean:

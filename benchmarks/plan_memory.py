@@ -12,7 +12,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from data_prep.sources.base import Item
+from data_prep.listing.base import Item
+from data_prep.listing.classes import Classes
 from data_prep.sources.imagenet import SynsetTars
 from data_prep.writing.finish import finish
 from data_prep.writing.plan import Options, describe, jobs
@@ -51,7 +52,8 @@ def main() -> None:
             count += 1
         print(f"{len(items):,} samples planned in {count:,} shards: {peak()}, {time.perf_counter() - start:.1f} s")
         start = time.perf_counter()
-        index = finish(Path(root), count, lambda _: source.classes, "", options.policy.to_dict(), source.about)
+        classes = Classes(source.classes)
+        index = finish(Path(root), range(count), lambda _: classes, "", options.policy.to_dict(), source.about)
         assert index.samples == len(items)
         print(f"put together from {count:,} receipts: {peak()}, {time.perf_counter() - start:.1f} s")
 

@@ -1,53 +1,55 @@
-"""The command line: `data_prep write | index | demo | verify | inspect | stats | features | embed-text`.
+"""The command line: `data_prep write | index | merge | demo | verify | inspect | stats | features | embed-text`.
 
 Bad input: one line, exit code 2.
 """
 
 from __future__ import annotations
 
-import re
 import signal
 import sys
-from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-import tyro
-
 from data_prep.options import (
+    COMMANDS,
     Command,
     Demo,
     EmbedText,
-    ImageOptions,
     Inspect,
     MakeFeatures,
     MakeIndex,
-    RemoteOptions,
+    Merge,
     Stats,
     Verify,
     Write,
 )
-from megapix import __version__, outage
-from megapix.errors import InputError, StorageError
+from data_prep.preparing import access_of, make_index, merge_parts, write_shards
+from megapix import __version__, console
+from megapix.errors import InputError, StorageError, one_of
 
 if TYPE_CHECKING:
-    from megapix.shards.image_policy import Policy
-    from megapix.shards.index import Index
-    from megapix.shards.storage import Access
+    pass
 
 DESCRIPTION = "Make and check WebDataset tar shards, with an index, for `megapix train`."
 
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point of the console script; returns the exit code."""
-    if (sys.argv[1:] if argv is None else argv) == ["--version"]:
+    return console.until_nobody_reads(lambda: _main(sys.argv[1:] if argv is None else argv))
+
+
+def _main(arguments: list[str]) -> int:
+    if arguments == ["--version"]:
         print(f"data_prep {__version__}")
         return 0
-    command = tyro.cli(Command, args=argv, prog="data_prep", description=DESCRIPTION)
+    if not arguments or arguments[0] not in COMMANDS:
+        return _no_command(arguments)
+    command = console.parse(COMMANDS[arguments[0]], arguments[1:], f"data_prep {arguments[0]}")
     run: Any = {
-        Write: _write,
-        Demo: _write,
-        MakeIndex: _index,
+        Write: write_shards,
+        Demo: write_shards,
+        MakeIndex: make_index,
+        Merge: merge_parts,
         Verify: _verify,
         Inspect: _inspect,
         Stats: _stats,
@@ -60,6 +62,8 @@ def main(argv: list[str] | None = None) -> int:
     except InputError as error:
         print(f"data_prep: error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        raise
     except StorageError as error:
         print(f"data_prep: error: {error}", file=sys.stderr)
         return error.exit_code
@@ -72,122 +76,26 @@ def main(argv: list[str] | None = None) -> int:
         return 130
 
 
+def _no_command(arguments: list[str]) -> int:
+    """Print the help, or say which commands there are."""
+    if arguments and arguments[0] in ("-h", "--help"):
+        console.parse(Command, ["--help"], "data_prep", description=DESCRIPTION)
+    said = "expected a command"
+    if arguments:
+        said = f"command {arguments[0]!r} does not exist"
+    print(f"data_prep: error: {said}{one_of((arguments or [''])[0], list(COMMANDS))}", file=sys.stderr)
+    return 2
+
+
 def _interrupt(_signal: int, _frame: FrameType | None) -> None:
     raise KeyboardInterrupt
-
-
-def _write(command: Write | Demo) -> int:
-    from data_prep.sources import open_source
-    from data_prep.sources.base import Source
-    from data_prep.sources.captions import parse_keys
-    from data_prep.sources.openmoji import OpenMoji
-    from data_prep.sources.reading import Reading
-    from data_prep.writing.plan import Options
-    from data_prep.writing.write import write
-
-    source: Source
-    if isinstance(command, Demo):
-        source = OpenMoji.open(command.split, command.name)
-    else:
-        if command.source.is_dir() and command.out.resolve().is_relative_to(command.source.resolve()):
-            raise InputError(
-                f"OUT {str(command.out)!r} lies inside SOURCE {str(command.source)!r}; give another folder"
-            )
-        source = open_source(command.source, command.kind, Reading(parse_keys(command.captions), command.labels))
-    options = Options(_policy(command), command.format, command.quality, command.samples_per_shard, command.seed)
-    if command.dry_run:
-        options.check()
-        shards = -(-len(source.items) // options.samples_per_shard)
-        about = "at least " if len(options.policy.buckets) > 1 else ""
-        print(
-            f"data_prep: would write {len(source.items):,} images of {_size(command.size)} ({source.about['kind']}, "
-            f"{len(source.classes)} classes) in {about}{shards} shards to {command.out}"
-        )
-        return 0
-    index, was_finished = write(
-        source, command.out, options, command.workers, command.max_rejected, command.retry_rejected
-    )
-    _summary(command.out, index, was_finished)
-    return 0
-
-
-def _index(command: MakeIndex) -> int:
-    from data_prep.sources.captions import parse_keys
-    from data_prep.sources.reading import Reading
-    from data_prep.writing.index import index
-
-    made, was_finished = index(
-        command.shards,
-        command.out,
-        _policy(command),
-        command.workers,
-        command.max_rejected,
-        _access(command),
-        reading=Reading(parse_keys(command.captions)),
-    )
-    _summary(command.out, made, was_finished)
-    return 0
-
-
-def _policy(command: ImageOptions) -> Policy:
-    from megapix.shards.image_policy import Policy
-
-    match = re.fullmatch(r"#?([0-9a-fA-F]{2})([0-9a-fA-F]{2})([0-9a-fA-F]{2})", command.background)
-    if not match:
-        raise InputError(f"--background = {command.background!r}: expected a colour such as '#ffffff'")
-    if command.policy == "untouched" and command.size:
-        raise InputError(f"--size = {command.size} has no meaning with --policy untouched")
-    red, green, blue = (int(part, 16) for part in match.groups())
-    return Policy.make(
-        command.policy,
-        command.size,
-        command.bucket_step,
-        command.bucket_ratio,
-        fast=command.resize == "fast",
-        background=(red, green, blue),
-        min_side=command.min_side,
-    )
-
-
-def _access(command: RemoteOptions) -> Access:
-    from megapix.shards.storage import Access
-
-    endless = float("inf")
-    if not 0 < command.timeout < endless or not 0 <= command.outage_minutes < endless:
-        raise InputError(
-            f"--timeout = {command.timeout}, --outage-minutes = {command.outage_minutes}: expected above 0, 0 or more"
-        )
-    if command.retries is not None:
-        print("data_prep: warning: --retries has no effect any more: --outage-minutes takes its place", file=sys.stderr)
-    outage.wait_at_most(command.outage_minutes)
-    return Access(command.timeout, command.outage_minutes)
-
-
-def _size(size: int) -> str:
-    return f"{size} pixels" if size else "any size"
-
-
-def _summary(out: Path, index: Index, was_finished: bool) -> None:
-    from data_prep.writing import account
-
-    classes = ", ".join(f"{entry.name} {entry.samples}" for entry in index.classes[:8])
-    more = f" and {len(index.classes) - 8} more" if len(index.classes) > 8 else ""
-    size = sum(shard.bytes for shard in index.files) / 1e6
-    print(
-        f"data_prep: {out} {'was finished already' if was_finished else 'is finished'}: {index.samples:,} "
-        f"images of {_size(index.image_policy['size'])} in {len(index.files)} shards, {size:.1f} MB; {classes}{more}"
-    )
-    if counted := account.load(out):
-        print(f"data_prep: of {counted.listed:,} entries: {counted}")
-    if index.rejected:
-        print(f"data_prep: {index.rejected} samples were rejected; {out / 'rejected.jsonl'} says why")
 
 
 def _verify(command: Verify) -> int:
     from data_prep.passes.verify import verify
 
     faults = 0
-    for fault in verify(command.folder, command.workers, _access(command)):
+    for fault in verify(command.folder, command.workers, access_of(command)):
         print(f"data_prep: fault: {fault}", file=sys.stderr)
         faults += 1
     print(f"data_prep: {command.folder}: {f'{faults} faults' if faults else 'everything is as the index says'}")
@@ -202,7 +110,7 @@ def _inspect(command: Inspect) -> int:
     for line in report(command.folder):
         print(line)
     if command.sheet:
-        shown = contact_sheet(command.folder, command.sheet, command.columns, command.rows, _access(command))
+        shown = contact_sheet(command.folder, command.sheet, command.columns, command.rows, access_of(command))
         print(f"data_prep: {command.sheet}: {shown} images")
     return 0
 
@@ -218,7 +126,7 @@ def _stats(command: Stats) -> int:
         command.features,
         command.batch,
         command.workers,
-        _access(command),
+        access_of(command),
     )
     print(
         f"data_prep: {command.out}: {made.extractor} of {made.moments.count:,} images, "
@@ -238,7 +146,7 @@ def _features(command: MakeFeatures) -> int:
         command.flip,
         command.batch,
         command.workers,
-        _access(command),
+        access_of(command),
     )
     samples, size = sum(file.samples for file in made.files), sum(map(made.bytes_of, made.files)) / 1e6
     print(

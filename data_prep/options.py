@@ -12,6 +12,8 @@ from typing import Annotated, Literal
 
 import tyro
 
+from data_prep.filters.options import FilterOptions
+
 CPUS = os.cpu_count() or 1
 
 Folder = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FOLDER")]
@@ -34,10 +36,15 @@ class ImageOptions:
     divides it."""
     bucket_ratio: float = 2.0
     """Largest ratio of the sides of an aspect bucket."""
+    bucket_min: int = 0
+    """Aspect buckets with fewer samples are merged into the nearest that has as many: give a run's global batch, since
+    each of its steps holds one bucket. 0 leaves them."""
+    icc: Literal["convert", "ignore"] = "convert"
+    """Embedded ICC profiles: convert the colours to sRGB, or leave them as they are stored."""
     background: str = "#ffffff"
     """Colour on which transparent images are composited."""
     min_side: int = 1
-    """Images whose shorter side has fewer pixels are rejected."""
+    """Images whose shorter side has fewer pixels are filtered."""
     max_rejected: float = 0.001
     """Largest share of samples that may be left out because they cannot be used; more stop the run."""
     workers: int = CPUS
@@ -50,6 +57,33 @@ class CaptionOptions:
 
     captions: Annotated[str, tyro.conf.arg(metavar="KEY[=WEIGHT],…")] = ""
     """Parquet columns or JSON keys that hold the captions, such as 'long=0.7,short=0.3'; by default the usual ones."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TarOptions:
+    """What becomes of damaged tar files."""
+
+    max_rejected_tars: float = 0.01
+    """Largest share of tar files that may be left out because they cannot be read; above 0, one may always be."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelOptions:
+    """What is a sample, and its class."""
+
+    classes: Annotated[str, tyro.conf.arg(metavar="FILE|none")] = ""
+    """Classes: a file of names in order (one a line), a JSON list of them, or a JSON object name -> number or number ->
+    name; 'none' makes everything one class. By default labels that are numbers are the class numbers, and names are put
+    in order."""
+    image_key: Annotated[str, tyro.conf.arg(metavar="KIND[,KIND]…")] = ""
+    """Which member of a tar file is a sample's image: what follows the first dot of its name, such as image.jpg; of
+    several the first that is there."""
+    split: Annotated[str, tyro.conf.arg(metavar="NAME|all")] = ""
+    """Of splits that lie in one folder (train-*, validation-*, test-*) the one to take, or all together; by default
+    train."""
+    hold_out: Annotated[str, tyro.conf.arg(metavar="N|SHARE")] = ""
+    """Samples that go into a second folder, OUT-held-out, and not into OUT: a number such as 5000 or a share such as
+    0.01; chosen by a hash of their names."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +103,8 @@ class ShardOptions(ImageOptions):
     """How shards are written."""
 
     format: Literal["png", "jpg", "webp", "original"] = "png"
-    """Image format in the shards: png is lossless; original keeps the bytes, with --policy untouched."""
+    """Image format in the shards: png is lossless; original keeps the bytes of PNG, JPEG and WebP, with --policy
+    untouched, and makes PNG of others."""
     quality: int = 95
     """Quality of jpg and webp, 1 to 100."""
     samples_per_shard: int = 1000
@@ -79,13 +114,14 @@ class ShardOptions(ImageOptions):
     retry_rejected: tyro.conf.FlagCreatePairsOff[bool] = False
     """Write the shards that miss rejected samples again."""
     dry_run: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Say what would be written, and write nothing."""
+    """Say what would be written and what each filter takes, and write nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Write(ShardOptions, CaptionOptions):
+class Write(ShardOptions, CaptionOptions, LabelOptions, FilterOptions, TarOptions):
     """Shards from images: a folder of class folders, ImageNet's synset tars (in a folder or one tar), a zip in EDM2's
-    layout, parquet files, images with a text beside each, existing WebDataset shards, or a flat set with a label file.
+    layout, parquet files, images with a text beside each or with a metadata file, existing WebDataset shards, or a flat
+    set with a label file.
 
     The same command resumes after an interruption; samples that cannot be used are listed in OUT/rejected.jsonl.
     """
@@ -95,12 +131,17 @@ class Write(ShardOptions, CaptionOptions):
     out: Out
     """Folder to write; what is finished in it is left as it is."""
     kind: Annotated[
-        Literal["shards", "imagenet", "edm2-zip", "parquet", "image-text", "image-folder", "labelled"] | None,
+        Literal["shards", "imagenet", "edm2-zip", "metadata", "parquet", "image-text", "image-folder", "labelled"]
+        | None,
         tyro.conf.arg(name="source"),
     ] = None
     """Kind of source; by default it is recognised."""
     labels: Path | None = None
-    """For a flat folder or tar of images: a text file with a line LABEL or NAME LABEL for each."""
+    """For a flat folder or tar of images: a text file with a line LABEL or NAME LABEL for each, CSV, TSV or JSON."""
+    class_order: Literal["name", "number"] | None = None
+    """Order of class folders; by default that of their numbers if all are numbers, else of their names."""
+    keep: Annotated[str, tyro.conf.arg(metavar="COLUMN,…")] = ""
+    """JSON keys or parquet columns that are kept in the samples' JSON, such as aesthetic,similarity."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +157,7 @@ class Demo(ShardOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MakeIndex(ImageOptions, CaptionOptions, RemoteOptions):
+class MakeIndex(ImageOptions, CaptionOptions, LabelOptions, FilterOptions, TarOptions, RemoteOptions):
     """An index over WebDataset shards that exist already, local or remote, without rewriting a byte.
 
     Each tar file is read once: hashed, its images decoded, its classes (cls) or captions (txt, json) listed. The image
@@ -127,6 +168,23 @@ class MakeIndex(ImageOptions, CaptionOptions, RemoteOptions):
     """Folder, URL (http, https, s3, gs) or braces such as 'https://host/train-{0000..1023}.tar'."""
     policy: Literal["crop", "buckets"] = "crop"
     """ADM's centre crop to a square, or the nearest of several sizes of equal area."""
+    out: Annotated[Path, tyro.conf.arg(metavar="INDEX")]
+    """Folder for the index; give it to `megapix train` as --data.path."""
+    dry_run: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Say what each filter takes of local tar files, and write nothing."""
+    rehash: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Read every tar file again and compare its hash, whatever its size and time of modification say."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Merge:
+    """One index over folders that were prepared apart, by the names of their classes; their tar files stay as they are.
+
+    The parts have the same image policy. Their order is the order of the samples.
+    """
+
+    parts: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="PART…")]
+    """Folders that `write` or `index` has made."""
     out: Annotated[Path, tyro.conf.arg(metavar="INDEX")]
     """Folder for the index; give it to `megapix train` as --data.path."""
 
@@ -226,9 +284,22 @@ class EmbedText:
     """Remove features of another encoder, other options or other shards that are stored there."""
 
 
+COMMANDS: dict[str, type] = {
+    "write": Write,
+    "index": MakeIndex,
+    "merge": Merge,
+    "demo": Demo,
+    "verify": Verify,
+    "inspect": Inspect,
+    "stats": Stats,
+    "features": MakeFeatures,
+    "embed-text": EmbedText,
+}
+"""Name -> its options."""
 Command = (
     Annotated[Write, tyro.conf.subcommand("write", prefix_name=False)]
     | Annotated[MakeIndex, tyro.conf.subcommand("index", prefix_name=False)]
+    | Annotated[Merge, tyro.conf.subcommand("merge", prefix_name=False)]
     | Annotated[Demo, tyro.conf.subcommand("demo", prefix_name=False)]
     | Annotated[Verify, tyro.conf.subcommand("verify", prefix_name=False)]
     | Annotated[Inspect, tyro.conf.subcommand("inspect", prefix_name=False)]

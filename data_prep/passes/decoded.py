@@ -63,7 +63,7 @@ def in_order(shards: Shards, parts: Sequence[Part], workers: int) -> Iterator[tu
 
 
 def _decode(shards: Shards, part: Part) -> NDArray[np.uint8]:
-    storage, index = _storage(shards.index.base or str(shards.folder), shards.access), shards.index
+    storage, index = _storage(shards.index.tars_at(shards.folder), shards.access), shards.index
     policy = Policy.from_dict(index.image_policy)
     records = Table(shards.folder, index).rows(*part)
     return np.stack([_image(storage, index, policy, record) for record in records])

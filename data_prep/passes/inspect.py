@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from itertools import accumulate
@@ -36,7 +37,8 @@ def report(folder: Path) -> Iterator[str]:
     size = f"{policy['size']} pixels" if policy["size"] else "any size"
     yield f"{folder}: {index.samples:,} images of {size} in {len(index.files)} shards"
     yield f"  source       {index.source.get('kind')}" + (f", {index.base}" if index.base else "")
-    scaled = "" if policy["mode"] == "untouched" else ", fast" if policy["fast"] else ", exact"
+    scaled = ", ICC profiles ignored" if policy.get("icc") == "ignore" else ""
+    scaled += "" if policy["mode"] == "untouched" else ", fast" if policy["fast"] else ", exact"
     yield f"  policy       {policy['mode']}{scaled}, applied at {policy['applied']}"
     yield f"  bytes        {total:,} in shards, {total // index.samples:,} per sample"
     yield f"  image bytes  {sizes[0]:,} smallest, {sizes[len(sizes) // 2]:,} median, {sizes[-1]:,} largest"
@@ -46,14 +48,36 @@ def report(folder: Path) -> Iterator[str]:
     yield f"  rejected     {index.rejected:,}" + (" (rejected.jsonl)" if index.rejected else "")
     if counted := account.load(folder):
         yield f"  entries      {counted.listed:,}: {counted}"
+        for number, remark in enumerate([*counted.remarks, *counted.noted(policy["size"])]):
+            yield f"  {'' if number else 'remarks':12} {remark}"
     yield f"  identity     {index.digest}"
     buckets = [tuple(bucket) for bucket in policy["buckets"]]
     if len(buckets) > 1:
         yield "  buckets (width x height)"
         counts = {b: sum(s.samples for s in index.shards if s.bucket == b) for b in range(len(buckets))}
         yield from _histogram([(f"{w}x{h}", counts[b]) for b, (h, w) in enumerate(buckets)])
+        for remark in rare_buckets(index):
+            yield f"  {remark}"
     yield "  classes"
     yield from _histogram([(entry.name, entry.samples) for entry in index.classes])
+
+
+def rare_buckets(index: Index) -> Iterator[str]:
+    """A line for each aspect bucket that was merged into another one, and one for the rarest that is left."""
+    names = [f"{width}x{height}" for height, width in index.image_policy["buckets"]]
+    least = index.image_policy.get("bucket_min", 0)
+    for bucket, into, samples in index.image_policy.get("merged", []):
+        yield f"{samples:,} samples of bucket {names[bucket]} are in {names[into]} (--bucket-min {least})"
+    counts: Counter[int] = Counter()
+    for shard in index.shards:
+        counts[shard.bucket] += shard.samples
+    if len(counts) > 1:
+        rarest = min(counts, key=lambda bucket: (counts[bucket], bucket))
+        hint = f"--bucket-min {least}" if least else "--bucket-min merges rare ones"
+        yield (
+            f"the rarest bucket, {names[rarest]}, has {counts[rarest]:,} samples, the most that a run's global "
+            f"batch may have ({hint})"
+        )
 
 
 def _histogram(rows: list[tuple[str, int]]) -> Iterator[str]:
@@ -85,7 +109,7 @@ def contact_sheet(folder: Path, out: Path, columns: int, rows: int, access: Acce
     from megapix.shards.image_policy import Policy, decode_indexed
 
     index = read_index(folder)
-    policy, storage = Policy.from_dict(index.image_policy), open_storage(index.base or str(folder), access)
+    policy, storage = Policy.from_dict(index.image_policy), open_storage(index.tars_at(folder), access)
     cell, gap = policy.size or CELL, 2
     rows = min(rows, len(index.classes))
     sheet = Image.new("RGB", (columns * (cell + gap) + gap, rows * (cell + gap) + gap), (255, 255, 255))

@@ -9,14 +9,18 @@ from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+from data_prep.listing import img2dataset
+from data_prep.listing.base import Entries
+from data_prep.listing.captions import trimmed
+from data_prep.listing.classes import from_record, numbered
+from data_prep.listing.reading import Reading, as_indexed
+from data_prep.listing.tar_samples import TarSample, samples_of
+from data_prep.listing.tars import members
+from data_prep.passes.merge import part_of
 from data_prep.passes.text_feature_report import text_faults
-from data_prep.sources.base import Entries
-from data_prep.sources.captions import parse_keys
-from data_prep.sources.reading import Reading
-from data_prep.sources.tar_samples import TarSample, labels_of, samples_of
-from data_prep.sources.tars import members
-from data_prep.writing.index import local_copy
+from data_prep.writing.index import INDEX_KIND, local_copy, rows_beside
 from data_prep.writing.pool import check_workers, in_processes
 from megapix.errors import InputError
 from megapix.files import sha256_of
@@ -66,14 +70,21 @@ def verify(folder: Path, workers: int, access: Access, progress: bool = True) ->
 
 
 def _verify_file(folder: Path, index: Index, access: Access, rows: list[Rows]) -> list[str]:
-    storage, name = open_storage(index.base or str(folder), access), rows[0][0].name
+    storage, name = open_storage(index.tars_at(folder), access), rows[0][0].name
     if isinstance(storage, Local) and not (storage.base / name).is_file():
         return [f"{storage.where(name)} is missing, but the index lists it"]
-    with tempfile.TemporaryDirectory() as temporary, local_copy(storage, name, Path(temporary)) as path:
-        return list(_faults(folder, index, storage.where(name), path, rows))
+    reading = as_indexed(_source_of(index, name))
+    with (
+        tempfile.TemporaryDirectory() as temporary,
+        local_copy(storage, name, Path(temporary)) as path,
+        rows_beside(storage, name, Path(temporary), reading) as beside,
+    ):
+        return list(_faults(folder, index, storage.where(name), path, rows, reading, beside))
 
 
-def _faults(folder: Path, index: Index, shown: str, path: Path, rows: list[Rows]) -> Iterator[str]:
+def _faults(
+    folder: Path, index: Index, shown: str, path: Path, rows: list[Rows], reading: Reading, beside: img2dataset.Rows
+) -> Iterator[str]:
     entry = rows[0][0]
     if (size := path.stat().st_size) != entry.bytes:
         yield f"{shown} has {size} bytes, but the index lists {entry.bytes}"
@@ -82,10 +93,10 @@ def _faults(folder: Path, index: Index, shown: str, path: Path, rows: list[Rows]
         yield f"{shown}: sha256 differs from the index: the file was changed or damaged"
         return
     try:
-        # Shards that `write` made have our own keys, wherever their captions came from.
-        keys = parse_keys(str(index.source.get("captions", ""))) if index.base else ()
-        samples = samples_of(path, Entries(), Reading(keys), shown)
-        labels = dict(zip((sample.offset for sample in samples), labels_of(samples, shown), strict=True))
+        samples = samples_of(path, Entries(), reading, beside, shown)
+        by_offset: dict[int, list[tuple[TarSample, int]]] = {}
+        for sample, label in zip(samples, _labels_of(samples, index, entry.name), strict=True):
+            by_offset.setdefault(sample.offset, []).append((sample, label))
     except InputError as error:
         yield str(error)
         return
@@ -95,23 +106,38 @@ def _faults(folder: Path, index: Index, shown: str, path: Path, rows: list[Rows]
             yield f"{shown}: holds {len(samples)} samples, the index lists {listed}"
         if not _in_order(path, samples):
             yield f"{shown}: the members are not KEY.cls, KEY.json and the image of each sample, in order"
-    by_offset = {sample.offset: sample for sample in samples}
     policy, table = Policy.from_dict(index.image_policy), Table(folder, index)
     with open(path, "rb") as file, open(folder / CAPTIONS_NAME, "rb") as captions:
         for entry, place, first in rows:
             for record in table.rows(first, first + entry.samples):
-                sample = by_offset.get(record.offset)
-                if sample is None or (record.shard, record.size) != (place, sample.size):
+                there = by_offset.get(record.offset, [])
+                if not there or (record.shard, record.size) != (place, there[0][0].size):
                     yield f"{shown}: a record of {TABLE_NAME} points at byte {record.offset}, where no image begins"
                     continue
                 data = os.pread(file.fileno(), record.size, record.offset)
                 caption = os.pread(captions.fileno(), record.caption_size, record.caption_offset)
-                for fault in _sample_faults(record, sample, labels[record.offset], data, caption):
-                    yield f"{shown}: sample {sample.key}: {fault}"
+                found = [(one, list(_sample_faults(record, one, label, data, caption))) for one, label in there]
+                sample, faults = min(found, key=lambda each: len(each[1]))  # links: samples may share an image
+                yield from (f"{shown}: sample {sample.key}: {fault}" for fault in faults)
                 try:
                     decode_indexed(data, policy, entry.bucket, index.prepared)
                 except ValueError as error:
                     yield f"{shown}: sample {sample.key}: cannot be decoded: {error}"
+
+
+def _source_of(index: Index, name: str) -> dict[str, Any]:
+    """What is recorded of how a tar file was read. Nothing of shards that `write` made: they have our own keys and
+    class numbers, wherever their captions and labels came from."""
+    source = part_of(index, name).get("source", index.source)
+    return source if source.get("kind") == INDEX_KIND else {}
+
+
+def _labels_of(samples: list[TarSample], index: Index, name: str) -> list[int]:
+    """The samples' class numbers: those of the part that the tar file comes from, as they are in this index."""
+    numbers = part_of(index, name).get("labels", range(len(index.classes)))
+    names = [index.class_names[number] for number in numbers]
+    labels = numbered([sample.label for sample in samples], from_record(names, _source_of(index, name)))
+    return [numbers[label] if label < len(numbers) else label for label, _ in labels]
 
 
 def _sample_faults(record: SampleRecord, sample: TarSample, label: int, data: bytes, caption: bytes) -> Iterator[str]:
@@ -122,12 +148,14 @@ def _sample_faults(record: SampleRecord, sample: TarSample, label: int, data: by
         return
     if label != record.label:
         yield f"the class differs from {TABLE_NAME}"
-    if caption != sample.caption.encode():
-        yield f"the caption differs from {CAPTIONS_NAME}"
     try:
-        unpack(caption.decode())
+        indexed, fault = trimmed(unpack(caption.decode())), ""  # older indexes have the blanks around a caption
     except ValueError as error:
-        yield f"its captions in {CAPTIONS_NAME} cannot be told apart: {error}"
+        indexed, fault = None, f"its captions in {CAPTIONS_NAME} cannot be told apart: {error}"
+    if indexed != sample.caption:
+        yield f"the caption differs from {CAPTIONS_NAME}"
+    if fault:
+        yield fault
 
 
 def _in_order(path: Path, samples: list[TarSample]) -> bool:

@@ -8,12 +8,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from data_prep.sources.base import Source
-from data_prep.sources.reading import PLAIN, Reading
+from data_prep.listing.base import Source
+from data_prep.listing.reading import PLAIN, Reading
 from megapix.errors import InputError, one_of
 
-CAPTIONED = ("parquet", "image-text", "shards")
+CAPTIONED = ("parquet", "image-text", "shards", "metadata")
 """Kinds that have captions under names, for --captions."""
+CLASSED = ("shards", "imagenet", "edm2-zip", "parquet", "image-folder", "labelled", "metadata")
+"""Kinds that have labels, for --classes FILE."""
+SPLIT = ("parquet", "shards", "edm2-zip", "image-folder", "image-text", "metadata")
+"""Kinds that know splits, for --split."""
 
 
 def open_source(path: Path, name: str | None = None, reading: Reading = PLAIN) -> Source:
@@ -34,6 +38,7 @@ def _open(path: Path, name: str | None, reading: Reading) -> Source:
     from data_prep.sources.image_text import ImageText
     from data_prep.sources.imagenet import SynsetTars
     from data_prep.sources.labelled import LabelledImages
+    from data_prep.sources.metadata import Metadata
     from data_prep.sources.parquet import Parquet
     from data_prep.sources.shards import Shards
 
@@ -41,6 +46,7 @@ def _open(path: Path, name: str | None, reading: Reading) -> Source:
         "shards": Shards,
         "imagenet": SynsetTars,
         "edm2-zip": Edm2Zip,
+        "metadata": Metadata,
         "parquet": Parquet,
         "image-text": ImageText,
         "image-folder": ImageFolder,
@@ -50,7 +56,7 @@ def _open(path: Path, name: str | None, reading: Reading) -> Source:
     if reading.labels is not None:
         if name not in (None, "labelled"):
             raise InputError(f"--labels goes with a flat set of images, not with --source {name}")
-        _check_captioned(reading, "labelled")
+        _check(reading, "labelled")
         return LabelledImages.open(path, reading)
     if name == "labelled":
         raise InputError("--source labelled needs --labels FILE")
@@ -59,16 +65,24 @@ def _open(path: Path, name: str | None, reading: Reading) -> Source:
     name = name or next((name for name, kind in kinds.items() if kind.recognises(path)), None)
     if name is None:
         raise InputError(
-            f"source {str(path)!r} is of no known kind ({', '.join([*kinds, 'labelled'])}); a folder needs one folder "
-            "of images for each class, and flat images need --labels FILE"
+            f"source {str(path)!r} is of no known kind ({', '.join([*kinds, 'labelled'])}); expected images, "
+            "such as one folder of them for each class"
         )
-    _check_captioned(reading, name)
+    _check(reading, name)
     opened: Source = kinds[name].open(path, reading)
     return opened
 
 
-def _check_captioned(reading: Reading, name: str) -> None:
+def _check(reading: Reading, name: str) -> None:
     if reading.keys and name not in CAPTIONED:
         raise InputError(
             f"--captions names columns or JSON keys, which --source {name} has not; expected {', '.join(CAPTIONED)}"
         )
+    for option, given, kinds in (
+        ("--split", reading.split, SPLIT),
+        ("--image-key", reading.image_keys, ("shards",)),
+        ("--class-order", reading.class_order, ("image-folder", "edm2-zip")),
+        ("--classes FILE", reading.classes and reading.classes.numbers is not None, CLASSED),
+    ):
+        if given and name not in kinds:
+            raise InputError(f"{option} has no meaning with --source {name}; expected {', '.join(kinds)}")

@@ -8,10 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data_prep.sources.base import Entries, Item, ending, is_image
-from data_prep.sources.files import files_in
-from data_prep.sources.reading import PLAIN, Reading
-from data_prep.sources.tars import TarReader, members
+from data_prep.listing.archives import is_tar, names_in, plain_tar
+from data_prep.listing.base import Entries, Item, ending, is_image
+from data_prep.listing.classes import numbered
+from data_prep.listing.files import files_in
+from data_prep.listing.reading import PLAIN, Reading
+from data_prep.listing.tars import TarReader, members
 from megapix.errors import InputError
 
 SYNSET = re.compile(r"(?:.*/)?(n\d{8})\.tar")
@@ -32,7 +34,7 @@ class SynsetTars:
         """Whether there are tar files named by synset."""
         if path.is_dir():
             return any(SYNSET.fullmatch(entry.name) for entry in path.iterdir())
-        return path.suffix == ".tar" and any(SYNSET.fullmatch(name) for name, _, _ in members(path, Entries()))
+        return is_tar(path.name) and any(SYNSET.fullmatch(name) for name in names_in(path))
 
     @classmethod
     def open(cls, path: Path, reading: Reading = PLAIN) -> SynsetTars:
@@ -42,19 +44,22 @@ class SynsetTars:
             InputError: no synset tar, or one that is damaged or holds no image.
         """
         entries, found = Entries(), list[tuple[str, Path, int, int | None]]()
-        inside = path.is_file()
+        if inside := path.is_file():
+            path = plain_tar(path, reading.unpacked)
         for name, at, size in members(path, entries) if inside else ((n, 0, 0) for n in files_in(path, entries)):
             if not (match := SYNSET.fullmatch(name)):
                 entries.pass_over(ending(name))
             elif inside:
                 found.append((match[1], path, at, at + size))
             else:
-                found.append((match[1], path / name, 0, None))
+                found.append((match[1], plain_tar(path / name, reading.unpacked), 0, None))
         if not found:
             raise InputError(f"source {str(path)!r} holds no synset tar such as n01440764.tar")
         found.sort(key=lambda entry: entry[0])
+        synsets = [synset for synset, *_ in found]
+        labels = numbered(synsets, reading.classes) if reading.classes else [(n, "") for n in range(len(found))]
         items: list[Item] = []
-        for label, (synset, file, start, end) in enumerate(found):
+        for (synset, file, start, end), (label, fault) in zip(found, labels, strict=True):
             there = sorted(members(file, entries, start, end))
             images = [entry for entry in there if is_image(entry[0])]
             for name, *_ in there:
@@ -64,5 +69,6 @@ class SynsetTars:
                     entries.pass_over(ending(name))
             if not images:
                 raise InputError(f"{file}: synset {synset} holds no image")
-            items += [Item(f"{synset}/{name}", label, synset, (str(file), at, size)) for name, at, size in images]
-        return cls(tuple(synset for synset, *_ in found), items, entries=entries)
+            for name, at, size in images:
+                items.append(Item(f"{synset}/{name}", label, synset, (str(file), at, size), fault=fault))
+        return cls(reading.classes.names if reading.classes else tuple(synsets), items, entries=entries)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from data_prep.sources.base import Entries, Item
+from data_prep.listing.base import Entries, Item
 from megapix.errors import InputError
 
 Split = Literal["train", "heldout", "all"]

@@ -11,20 +11,22 @@ import json
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data_prep.sources.base import UNCLASSED, Entries, Item, check_label, ending
-from data_prep.sources.captions import CaptionKeys, captions_in, packed
-from data_prep.sources.files import files_below
-from data_prep.sources.reading import PLAIN, Reading
+from data_prep.listing.base import Entries, Item, ending
+from data_prep.listing.captions import CAPTION_COLUMNS, CaptionKeys, captions_in, packed, trimmed
+from data_prep.listing.classes import Label, NoClass, label_of, settle
+from data_prep.listing.files import files_below
+from data_prep.listing.img2dataset import is_table
+from data_prep.listing.reading import PLAIN, Reading
+from data_prep.listing.splits import of_split
 from megapix.errors import InputError
 from megapix.shards.captions import Caption
 
 IMAGE_COLUMNS = ("image", "img", "jpg", "png", "webp")
 LABEL_COLUMNS = ("label", "cls", "fine_label")
-CAPTION_COLUMNS = ("caption", "text", "txt", "captions")
-"""The first of these that there is holds the captions, without --captions."""
 WEIGHT_COLUMN = "caption_weights"
 """Lists of weights, for the captions of a column of lists of texts."""
 KIND = "parquet"
@@ -81,16 +83,16 @@ class Parquet:
 
     @staticmethod
     def recognises(path: Path) -> bool:
-        """Whether there are parquet files."""
-        return bool(_files(path, Entries()))
+        """Whether there are parquet files that are not tables of images beside them."""
+        return any(not is_table(file) for file in _files(path, Entries()))
 
     @classmethod
     def open(cls, path: Path, reading: Reading = PLAIN) -> Parquet:
         """List the rows; only labels and captions are read.
 
         Raises:
-            InputError: pyarrow is not installed, a damaged file, no column of images or of --captions, or a caption or
-                weight that is none.
+            InputError: pyarrow is not installed, a damaged file, no column of images or of --captions, a caption or
+                weight that is none, more names than classes have, or several splits without train.
         """
         if importlib.util.find_spec("pyarrow") is None:
             raise InputError(f"source {str(path)!r} needs pyarrow: pip install 'megapix[parquet]'")
@@ -100,30 +102,37 @@ class Parquet:
         files = _files(path, entries)
         if not files:
             raise InputError(f"source {str(path)!r} holds no parquet file")
+        by_name = {_name(path, file): file for file in files}
+        chosen, split = of_split(list(by_name), reading.split, entries, f"source {str(path)!r}")
         items: list[Item] = []
+        labels: list[Label] = []
         names: tuple[str, ...] | None = None
-        labelled: dict[bool, Path] = {}
-        for file in files:
+        for file in map(by_name.__getitem__, chosen):
             try:
-                rows, names_here, has_labels = _rows(path, file, reading.keys)
+                rows, labels_here, names_here = _rows(path, file, reading)
             except (pyarrow.ArrowException, OSError) as error:
                 raise InputError(f"{file}: cannot be read as a parquet file: {error}") from error
-            labelled.setdefault(has_labels, file)
-            if len(labelled) > 1:
-                raise InputError(f"{labelled[False]} has no column of labels, but {labelled[True]} has one")
             if names is not None and names_here not in (None, names):
                 raise InputError(f"{file}: its class names are not those of the files before it")
             names = names or names_here
             items += rows
+            labels += labels_here
         if not items:
             raise InputError(f"source {str(path)!r} holds no rows")
         entries.listed += len(items)
-        numbers = tuple(str(n) for n in range(1 + max(item.label for item in items)))
-        classes = (names or numbers) if True in labelled else (UNCLASSED,)
-        return cls(classes, items, about={"kind": KIND, **reading.recorded()}, entries=entries)
+        captioned = bool(reading.keys) or any(item.caption for item in items)
+        classes, numbers = settle(labels, reading.classes, captioned, names or ())
+        entries.remark(classes.remark)
+        items = [item._replace(label=n, fault=why) for item, (n, why) in zip(items, numbers, strict=True)]
+        return cls(classes.names, items, about={"kind": KIND, **reading.recorded(), **split}, entries=entries)
 
 
-def _rows(root: Path, file: Path, keys: CaptionKeys) -> tuple[list[Item], tuple[str, ...] | None, bool]:
+def _name(root: Path, file: Path) -> str:
+    return file.relative_to(root).as_posix() if root.is_dir() else file.name
+
+
+def _rows(root: Path, file: Path, reading: Reading) -> tuple[list[Item], list[Label], tuple[str, ...] | None]:
+    """(the rows, whose labels are not settled yet; these; names of the classes if the file has them)."""
     import pyarrow.parquet
 
     with pyarrow.parquet.ParquetFile(file) as opened:
@@ -132,24 +141,41 @@ def _rows(root: Path, file: Path, keys: CaptionKeys) -> tuple[list[Item], tuple[
         if image is None:
             raise InputError(f"{file}: no column of images ({', '.join(IMAGE_COLUMNS)}); it has {schema.names}")
         label = _column(schema.names, LABEL_COLUMNS)
-        columns = _caption_columns(schema, file, keys)
-        name = file.relative_to(root).as_posix() if root.is_dir() else file.name
+        columns = _caption_columns(schema, file, reading.keys)
+        there = [column for column in reading.columns if column in schema.names]
+        name = _name(root, file)
         classes = _class_names(schema, label)
-        named = [packed([Caption(one.replace("_", " "))]) for one in classes or ()]
-        items = []
+        items: list[Item] = []
+        labels: list[Label] = []
         for group in range(opened.num_row_groups):
-            table = opened.read_row_group(group, [*([label] if label else []), *_caption_names(columns)])
+            wanted = dict.fromkeys((*([label] if label else []), *_caption_names(columns), *there))
+            table = opened.read_row_group(group, list(wanted))
             count = opened.metadata.row_group(group).num_rows
-            labels = table.column(label).to_pylist() if label else [0] * count
+            raw = _cells(table, label, f"{file}: row group {group}") if label else [None] * count
             where, chunk = f"{file}: row group {group}", f"{name}/{group}"
             captions = _captions_of_rows(table, columns, where) if columns else []
-            for row, number in enumerate(labels):
-                check_label(number, f"{where}, row {row}: {label}")
-                if classes and number >= len(classes):
-                    raise InputError(f"{where}, row {row}: {label} is {number} of {len(classes)}")
-                caption = captions[row] if columns else named[number] if named else ""
-                items.append(Item(f"{chunk}/{row}", number, caption, (str(file), group, row, image), chunk))
-    return items, classes, label is not None
+            known = {column: _cells(table, column, where) for column in there}
+            for row, value in enumerate(raw):
+                found = _label(value, label or "", classes)
+                named = classes[found] if classes and isinstance(found, int) else found
+                caption = captions[row] if columns else _as_caption(named)
+                about = reading.chosen({column: cells[row] for column, cells in known.items()})
+                items.append(Item(f"{chunk}/{row}", 0, caption, (str(file), group, row, image), chunk, about))
+                labels.append(label_of(named, "label") if reading.classes and isinstance(named, str) else found)
+    return items, labels, classes
+
+
+def _label(value: Any, column: str, classes: tuple[str, ...] | None) -> Label:
+    found = label_of(value, column)
+    if classes and isinstance(found, int) and found >= len(classes):
+        return NoClass(f"{column}: the class is {found}, but there are {len(classes)} names of classes")
+    return found
+
+
+@lru_cache
+def _as_caption(label: Label) -> str:
+    """The name of a class as the caption of what has no other; empty if the class has a number alone."""
+    return packed([Caption(label.replace("_", " "))]) if isinstance(label, str) else ""
 
 
 def _column(names: list[str], known: tuple[str, ...]) -> str | None:
@@ -247,7 +273,7 @@ def _captions_of_rows(table: Any, columns: list[_CaptionColumn], where: str) -> 
                 captions += captions_in(value, weight)
             except ValueError as error:
                 raise InputError(f"{where}, row {row}: {name}: {error}") from error
-        found.append(packed(captions))
+        found.append(trimmed(captions))
     return found
 
 

@@ -10,9 +10,11 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from megapix.shards.pixels import Pixels
+from megapix.shards.pixels import Pixels, kind_of
 
 Format = Literal["png", "jpg", "webp"]
+KEPT = ("png", "jpg", "webp")
+"""Kinds that lie in shards: those that everybody's readers decode."""
 SAMPLED_ROWS = 24
 """Rows that decide on an image's PNG filter."""
 
@@ -27,6 +29,12 @@ def encode(pixels: Pixels, extension: Format, quality: int) -> bytes:
     else:
         image.save(out, "WEBP", quality=quality)
     return out.getvalue()
+
+
+def keeps(data: bytes) -> str | None:
+    """The ending under which encoded bytes may lie in a shard as they are; None for kinds that are transcoded."""
+    kind = kind_of(data)
+    return kind if kind in KEPT else None
 
 
 def png(pixels: Pixels) -> bytes:

@@ -6,14 +6,26 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from types import MappingProxyType
+from typing import Any, BinaryIO, NamedTuple
 
-from data_prep.sources.base import Entries
+import numpy as np
+
+from data_prep.filters.duplicates import duplicates_of
+from data_prep.filters.fingerprints import length_of
+from data_prep.filters.rules import Duplicates
+from data_prep.listing.base import Entries
+from data_prep.listing.captions import lacking
+from data_prep.listing.classes import Classes, Found, Given, Label, NoClass, numbered, recorded
 from data_prep.writing import receipt
 from data_prep.writing.account import Account
-from data_prep.writing.receipt import Receipt, Rejected
+from data_prep.writing.held_out import HoldOut, Side, folder_beside
+from data_prep.writing.pool import Budget
+from data_prep.writing.receipt import Part, Receipt, Rejected
+from data_prep.writing.survey import Rare
 from megapix.errors import InputError
 from megapix.files import write_atomic
 from megapix.shards.index import CAPTIONS_NAME, TABLE_NAME, ClassEntry, Index, ShardEntry, write_index
@@ -22,7 +34,7 @@ from megapix.shards.table import SampleRecord
 REJECTED_NAME = "rejected.jsonl"
 
 
-class _Hashed:
+class HashedFile:
     """A file beside its final name, hashed as it is written."""
 
     def __init__(self, path: Path) -> None:
@@ -46,84 +58,254 @@ class _Hashed:
 
 def finish(
     out: Path,
-    parts: int,
-    classes: Callable[[int], tuple[str, ...]],
+    parts: Sequence[Part],
+    classes: Callable[[Found], Classes | Given],
     base: str,
     image_policy: dict[str, Any],
     source: dict[str, Any],
     listed: Entries | None = None,
     filtered: Mapping[str, int] | None = None,
+    budget: Budget | None = None,
+    hold: HoldOut | None = None,
+    captioned: bool = False,
+    merge: Callable[[Counter[int]], Rare] | None = None,
+    duplicates: Duplicates | None = None,
+    say: Callable[[str], None] = lambda _: None,
 ) -> Index:
-    """Put the receipts of parts 0 … `parts` - 1 together, and write the index.
+    """Put the receipts of the parts together, in their order, and write the index; with `hold` also that of the folder
+    of what is held out, before the other.
 
     Args:
-        classes: the names of the classes, given the largest label; that is -1 where no sample has a class.
+        classes: the classes, given the labels of all samples.
         base: where the tar files lie; empty for `out`.
-        listed: what the source has listed; None where the receipts have it.
+        listed: what the source has listed, besides what receipts say.
         filtered: option -> samples that it took before the parts were made.
+        budget: of samples that are rejected here, for their labels.
+        captioned: whether captions are what is wanted, even if no sample has one.
+        merge: the buckets that are merged into others, given the samples of each; None where the parts know already.
+        duplicates: which samples of all parts are the same, where their fingerprints are in the receipts.
+        say: is called with each line that the command prints.
 
     Raises:
-        InputError: not one sample can be used, or some have a class and some have not.
+        InputError: not one sample can be used, more are rejected than the budget allows, or `hold` leaves a folder
+            empty.
     """
-    entries: list[tuple[int, int, int, ShardEntry]] = []
-    rejected: list[Rejected] = []
-    taken, seen = Counter(filtered or {}), Entries() if listed is None else listed
-    for number in range(parts):
-        there = _receipt(out, number)
+    found, taken, seen, notes = Found(), Counter(filtered or {}), Entries(), Counter[str]()
+    found.captioned = captioned
+    seen.add(listed or Entries())
+    gone = _duplicates(out, parts, duplicates) if duplicates else {}
+    for part in parts:
+        there = _receipt(out, part, gone, duplicates)
         taken.update(there.filtered)
+        notes.update(there.notes)
         if there.listed:
             seen.add(there.listed)
-        entries += [(entry.bucket, number, place, entry) for place, entry in enumerate(there.entries)]
-        rejected += there.rejected
-    entries.sort()
-    if not entries:
-        raise InputError("not one sample can be used")
-    table, captions = _Hashed(out / TABLE_NAME), _Hashed(out / CAPTIONS_NAME)
+        for label, count in Counter(_labels(there)).items():
+            found.add(label, count)
+        found.captioned = found.captioned or any(sample.caption for sample in there.samples)
+    settled = classes(found)
+    what = _What(out, parts, settled, gone, duplicates)
+    if budget and found.refused_by(settled):
+        budget.spend(tuple(one for each in what.all() for one in each.rejected_here))
+    seen.remark(settled.remark)
+    for line in seen.remarks:
+        say(line)
+    source = source | recorded(settled)
+    rare = merge(what.by_bucket()) if merge else Rare()
+    whole = _Whole(what, rare, base, image_policy | rare.recorded(), seen)
+    if hold is None:
+        return _finish(out, whole, None, source, taken, notes)
+    for side in hold.sides(name for each in what.all() for name in each.usable()):
+        folder = folder_beside(out) if side.held else out
+        about = source | hold.recorded() | side.recorded
+        counted = (Counter[str](), Counter[str]()) if side.held else (taken, notes)
+        index = _finish(folder, whole, side, about, *counted)
+    return index
+
+
+class _Settled(NamedTuple):
+    """A receipt whose labels are class numbers."""
+
+    there: Receipt
+    numbers: list[int]
+    """-1 for a sample that is rejected for its label."""
+    rejected_here: list[Rejected]
+    """For their labels."""
+
+    def usable(self) -> Iterator[str]:
+        """Names of the samples that have a class."""
+        return (self.there.name_of(n) for n, number in enumerate(self.numbers) if number >= 0)
+
+    def chosen(self, side: Side | None) -> list[int]:
+        """As `numbers`, with -1 for what belongs to the other folder, too."""
+        if side is None:
+            return self.numbers
+        return [
+            number if number >= 0 and side.has(self.there.name_of(n)) else -1 for n, number in enumerate(self.numbers)
+        ]
+
+    def counts(self, side: Side | None) -> Counter[int]:
+        """Place in the receipt's entries -> samples that are chosen."""
+        pairs = zip(self.there.samples, self.chosen(side), strict=True)
+        return Counter(sample.entry for sample, number in pairs if number >= 0)
+
+    def rejected(self, side: Side | None) -> list[Rejected]:
+        """All that are rejected, and belong to the folder."""
+        return [one for one in (*self.there.rejected, *self.rejected_here) if side is None or side.has(one.source)]
+
+
+class _What(NamedTuple):
+    """The receipts, and the classes of their labels."""
+
+    out: Path
+    parts: Sequence[Part]
+    classes: Classes | Given
+    gone: Mapping[Part, set[int]]
+    """Part -> places of the samples that are duplicates of others."""
+    duplicates: Duplicates | None
+
+    def all(self) -> Iterator[_Settled]:
+        """The receipts, one at a time."""
+        return (self.of(number) for number in range(len(self.parts)))
+
+    def of(self, number: int) -> _Settled:
+        """The receipt of a part, by its place in `parts`."""
+        there = _receipt(self.out, self.parts[number], self.gone, self.duplicates)
+        labels = _labels(there)
+        known = dict(zip(distinct := list(set(labels)), numbered(distinct, self.classes), strict=True))
+        found = [known[label] for label in labels]
+        rejected = [Rejected.because(there.name_of(n), ValueError(why)) for n, (_, why) in enumerate(found) if why]
+        return _Settled(there, [-1 if why else label for label, why in found], rejected)
+
+    def by_bucket(self) -> Counter[int]:
+        """Bucket -> its samples, before any is merged into another."""
+        counts: Counter[int] = Counter()
+        for settled in self.all():
+            for place, samples in settled.counts(None).items():
+                counts[settled.there.entries[place].bucket] += samples
+        return counts
+
+
+class _Whole(NamedTuple):
+    """What both folders of a set in two have in common."""
+
+    what: _What
+    rare: Rare
+    base: str
+    image_policy: dict[str, Any]
+    seen: Entries
+
+
+def _labels(there: Receipt) -> list[Label]:
+    """The samples' labels as they are in the tar file."""
+    wrong = dict(there.no_class)
+    return [NoClass(wrong.get(n, "")) if s.label == -1 else s.label for n, s in enumerate(there.samples)]
+
+
+def _finish(
+    out: Path, whole: _Whole, side: Side | None, source: dict[str, Any], taken: Counter[str], notes: Counter[str]
+) -> Index:
+    """Write table, captions and index of what belongs to `side`; all without."""
+    what, seen = whole.what, whole.seen
+    found: list[tuple[int, int, ShardEntry]] = []
+    rejected: list[Rejected] = []
+    tars = 0
+    for number, settled in enumerate(what.all()):
+        kept = settled.counts(side)
+        for place, entry in enumerate(settled.there.entries):
+            if kept[place]:
+                found.append((number, place, replace(entry, samples=kept[place])))
+        rejected += (here := settled.rejected(side))
+        tars += settled.there.unreadable and bool(here)
+    rejected += [Rejected.because(name, InputError(reason)) for name, reason in seen.unreadable.items()]
+    if tars := tars + len(seen.unreadable):
+        source = source | {"rejected_tars": tars}
+    if not found:
+        why = f": {rejected[-1].source!r}: {rejected[-1].reason}" if rejected else ""
+        took = "".join(f"; {option} takes {count:,}" for option, count in taken.items())
+        raise InputError(f"not one sample can be used{why}{took}")
+    entries = _merged(found, whole.rare)
+    table, captions = HashedFile(out / TABLE_NAME), HashedFile(out / CAPTIONS_NAME)
     counts: Counter[int] = Counter()
-    for row, (_, number, place, _) in enumerate(entries):
-        for entry, size, offset, label, crc, caption in _receipt(out, number).samples:
-            if entry == place:
-                text = caption.encode()
-                record = SampleRecord(row, size, offset, max(label, 0), crc, captions.size, len(text))
+    uncaptioned = 0
+    for row, (number, places, _) in enumerate(entries):
+        settled = what.of(number)
+        for sample, label in zip(settled.there.samples, settled.chosen(side), strict=True):
+            if sample.entry in places and label >= 0:
+                text = sample.caption.encode()
+                record = SampleRecord(row, sample.size, sample.offset, label, sample.crc, captions.size, len(text))
                 table.write(record.to_bytes())
                 captions.write(text)
+                uncaptioned += not text
                 counts[label] += 1
-    names = classes(max(counts))
-    if -1 in counts and len(counts) > 1:
-        raise InputError(f"{counts[-1]} samples have no class (cls), but {counts.total() - counts[-1]} have one")
-    counts[0] += counts.pop(-1, 0)
+    names = what.classes.names
     if max(counts) >= len(names):
         raise InputError(f"a sample has class {max(counts)}, but there are {len(names)} classes, numbered from 0")
     _write_rejected(out, rejected)
     index = Index(
         samples=sum(counts.values()),
-        base=base,
+        base=whole.base,
         classes=tuple(ClassEntry(name, counts[label]) for label, name in enumerate(names)),
         shards=tuple(entry for *_, entry in entries),
         table_sha256=table.done(),
         captions_sha256=captions.done(),
-        image_policy=image_policy,
+        image_policy=whole.image_policy,
         source=source,
         rejected=len(rejected),
     )
+    passed = dict(seen.passed)
+    if side:
+        others = seen.listed - seen.parts - sum(passed.values()) - index.samples - len(rejected) - taken.total()
+        passed[side.others] = others
     account = Account(
         seen.listed,
         index.samples,
         len(rejected),
         dict(sorted(taken.items())),
         seen.parts,
-        dict(sorted(seen.passed.items())),
+        dict(sorted(passed.items())),
+        seen.remarks + lacking(uncaptioned, index.samples, seen.captioned),
+        dict(sorted(notes.items())),
     )
     account.save(out)
     write_index(out, index)
     return index
 
 
-def _receipt(out: Path, number: int) -> Receipt:
-    found = receipt.load(out, number)
+def _merged(found: list[tuple[int, int, ShardEntry]], rare: Rare) -> list[tuple[int, set[int], ShardEntry]]:
+    """(part, places in its receipt, entry) of each entry of the index, in the order of their buckets."""
+    rows: dict[tuple[int, int], list[tuple[int, ShardEntry]]] = {}
+    for number, place, entry in found:
+        rows.setdefault((rare.into.get(entry.bucket, entry.bucket), number), []).append((place, entry))
+    merged = []
+    for (bucket, number), row in sorted(rows.items()):
+        samples = sum(entry.samples for _, entry in row)
+        merged.append((number, {place for place, _ in row}, replace(row[0][1], samples=samples, bucket=bucket)))
+    return merged
+
+
+def _receipt(
+    out: Path, part: Part, gone: Mapping[Part, set[int]] = MappingProxyType({}), kind: Duplicates | None = None
+) -> Receipt:
+    found = receipt.load(out, part)
     if found is None:
-        raise InputError(f"{out}: the receipt of part {number} is gone; run the same command again")
-    return found
+        raise InputError(f"{out}: the receipt of part {part} is gone; run the same command again")
+    return found.without(gone[part], kind.option) if kind and part in gone else found
+
+
+def _duplicates(out: Path, parts: Sequence[Part], kind: Duplicates) -> dict[Part, set[int]]:
+    """Part -> places of the samples that are duplicates of earlier ones, in the order of the parts."""
+    prints, counts = bytearray(), []
+    for part in parts:
+        there = _receipt(out, part).prints
+        prints += bytes.fromhex("".join(there))
+        counts.append(len(there))
+    taken = duplicates_of(np.frombuffer(prints, np.uint8).reshape(-1, length_of(kind)), kind)
+    gone: dict[Part, set[int]] = {}
+    for part, places in zip(parts, np.split(taken, np.cumsum(counts)[:-1]), strict=True):
+        if places.any():
+            gone[part] = set(np.flatnonzero(places).tolist())
+    return gone
 
 
 def _write_rejected(out: Path, rejected: list[Rejected]) -> None:

@@ -2,85 +2,70 @@
 
 Each tar file is read once, in a worker process: hashed, its samples listed, every image decoded and put through the
 image policy, which the loader then applies again when it reads them. A remote file is copied to a temporary one for
-that long. The work is kept in receipts, so an interrupted command resumes where it was.
+that long. The work is kept in receipts that go by the files' names, so an interrupted command resumes where it was, and
+one over a set that has grown, shrunk or changed reads what is new. A tar file that cannot be read is rejected as a
+whole, within a budget of its own.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import tempfile
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from data_prep.sources.base import UNCLASSED, Entries
-from data_prep.sources.captions import check_found
-from data_prep.sources.reading import PLAIN, Reading
-from data_prep.sources.shards import names_beside
-from data_prep.sources.tar_samples import labels_of, samples_of
+from data_prep.filters.fingerprints import fingerprint
+from data_prep.filters.rules import NO_FILTERS, Filters, check_columns
+from data_prep.listing.archives import DamagedTar
+from data_prep.listing.base import Entries, as_utf8
+from data_prep.listing.captions import check_found
+from data_prep.listing.classes import NONE, Found, NoClass, is_name
+from data_prep.listing.img2dataset import Rows, table_of
+from data_prep.listing.reading import PLAIN, Reading
+from data_prep.listing.splits import of_split
+from data_prep.listing.tar_samples import TarSample, samples_of
+from data_prep.listing.tar_set import class_names_of, recorded_base, tar_files
+from data_prep.listing.tars import TarBudget
 from data_prep.writing import plan as planning
-from data_prep.writing import receipt
+from data_prep.writing import receipt, versions
 from data_prep.writing.finish import finish
+from data_prep.writing.held_out import HoldOut, folder_beside
 from data_prep.writing.pool import Budget, Outcome, alone_in, check_workers, in_processes
-from data_prep.writing.receipt import Receipt, Rejected, Sample
+from data_prep.writing.receipt import Receipt, Rejected, Sample, TarState
+from data_prep.writing.survey import Rare
 from data_prep.writing.write import begin
 from megapix.errors import InputError
 from megapix.files import sha256_of
 from megapix.shards.image_policy import Policy
-from megapix.shards.index import Index, ShardEntry
-from megapix.shards.storage import Access, Local, Storage, is_url, open_storage, protocol_of
+from megapix.shards.index import INDEX_NAME, Index, ShardEntry, read_index
+from megapix.shards.storage import Access, Local, Refused, Storage, open_storage
+
+INDEX_KIND = "index of WebDataset shards"
+GROWS = ("shards", "list_sha256")
+"""Keys of the plan that change where tar files come or go."""
+UNFINISHED = "unfinished"
+"""File among the receipts while these may be newer than the index."""
 
 
-class Part(NamedTuple):
-    """One tar file to index."""
+class Work(NamedTuple):
+    """What a worker process needs to index any tar file."""
 
-    number: int
-    name: str
-
-
-def tar_files(pattern: str, access: Access) -> tuple[str, list[str]]:
-    """(folder or URL, names below it in order) of the tar files that `pattern` names.
-
-    Args:
-        pattern: a folder or URL that lists its files, one tar file, or WebDataset's braces,
-            'https://host/train-{0000..1023}.tar'.
-
-    Raises:
-        InputError: a protocol that is not read, nothing there, or no tar file.
-    """
-    from braceexpand import braceexpand
-
-    try:
-        paths = list(braceexpand(pattern))
-    except ValueError as error:
-        raise InputError(f"{pattern!r}: the braces are not closed") from error
-    if is_url(pattern):
-        protocol_of(pattern)
-    if len(paths) == 1 and not pattern.endswith(".tar"):
-        base = pattern.rstrip("/") if is_url(pattern) else str(Path(pattern).resolve())
-        storage = open_storage(base, access)
-        if isinstance(storage, Local) and not Path(base).is_dir():
-            raise InputError(f"{pattern!r} is not a folder or a tar file")
-        names = [name for name in storage.names() if name.endswith(".tar") and not name.startswith(".")]
-        if not names:
-            raise InputError(f"{pattern!r} holds no tar file")
-        return base, names
-    if not is_url(pattern):
-        paths = [str(Path(path).resolve()) for path in paths]
-    base = paths[0].rpartition("/")[0]
-    while not all(path.startswith(f"{base}/") for path in paths):
-        base = base.rpartition("/")[0]
-    if is_url(pattern) and base.count("/") < 2:
-        raise InputError(f"{pattern!r}: the tar files lie on several hosts; expected one")
-    names = [path[len(base) + 1 :] for path in paths]
-    base = base or "/"
-    if len(set(names)) < len(names):
-        raise InputError(f"{pattern!r} names a tar file twice")
-    return base, names
+    place: str
+    """Folder or URL of the tar files."""
+    access: Access
+    policy: Policy
+    reading: Reading
+    filters: Filters
+    out: Path
+    rehash: bool
 
 
 def index(
@@ -92,56 +77,108 @@ def index(
     access: Access,
     progress: bool = True,
     reading: Reading = PLAIN,
+    rehash: bool = False,
+    hold: HoldOut | None = None,
+    bucket_min: int = 0,
+    filters: Filters = NO_FILTERS,
+    say: Callable[[str], None] = lambda _: None,
 ) -> tuple[Index, bool]:
     """Index the tar files of `pattern` into the folder `out`; return the index, and whether it was finished already.
 
+    Where `out` has the index of another list or state of these tar files, that one is kept as a version
+    (`versions.py`).
+
+    Args:
+        rehash: read every tar file and compare its hash, whatever its size and time of modification say.
+        hold: samples that go into a second index over the same tar files (`held_out.folder_beside`).
+        say: is called with each line that the command prints.
+
     Raises:
-        InputError: nothing there, a tar file that is damaged or cannot be read, a key that occurs twice, samples with
-            and without a class, a key of --captions that no sample has, an `out` of other files or options, or more
-            rejected samples than allowed.
+        InputError: nothing there, several splits without train, more names than classes have, a key of --captions or a
+            column that no sample has, an `out` of other files or options, or more rejected samples or tar files than
+            allowed.
     """
     from tqdm import tqdm
 
-    budget = Budget(max_rejected)
+    budget, tar_budget, listed = Budget(max_rejected), TarBudget(reading.max_rejected_tars), Entries()
+    filters = filters.with_least_side(policy.min_side)
     check_workers(workers)
-    base, names = tar_files(pattern, access)
+    planning.check_bucket_min(bucket_min, policy)
+    policy = planning.as_begun(out, policy)
+    place, names = tar_files(pattern, access, listed)
+    split = dict[str, str]()
+    if reading.split or "{" not in pattern:  # whoever writes braces names the files
+        names, split = of_split(names, reading.split, listed, repr(pattern))
+    for line in listed.remarks:
+        say(line)
+    listed.remarks.clear()
+    base = recorded_base(place, out, planning.begun(out).get("base", ""))
+    about = {**reading.recorded(), **split, **filters.recorded()}
     plan = {
-        "kind": "index of WebDataset shards",
-        **planning.of_policy(policy),
-        **reading.recorded(),
+        "kind": INDEX_KIND,
+        **planning.of_policy(policy, bucket_min),
+        **about,
+        **(reading.classes.recorded() if reading.classes else {}),
+        **(hold.recorded() if hold else {}),
         "base": base,
         "shards": len(names),
         "list_sha256": hashlib.sha256("\n".join(names).encode()).hexdigest(),
     }
-    known = () if is_url(base) else names_beside(Path(base))
+    known = () if reading.classes == NONE else class_names_of(place, names)
     try:
-        planning.settle(out, plan)
+        folders = [out, folder_beside(out)] if hold else [out]
+        for folder in folders:
+            # Receipts hold labels as the tar files do: what they mean may be said anew before there is an index.
+            planning.settle(folder, plan, GROWS if (folder / INDEX_NAME).is_file() else (*GROWS, "labels"))
         with alone_in(out):
-            if there := begin(out, retry_rejected=False):
-                return there, True
-            work = partial(_index_file, base, access, policy, reading, out)
-            parts = [Part(number, name) for number, name in enumerate(names)]
-            with tqdm(total=len(parts), unit="shard", disable=not progress, mininterval=0.5) as bar:
-                seen, found = 0, set[str]()
-                for done, (_, outcome) in enumerate(in_processes(work, parts, workers), 1):
+            for folder in folders:
+                planning.record(folder, plan)
+            there = {folder: index for folder in folders if (index := begin(folder, retry_rejected=False))}
+            receipt.by_name(out)
+            work = Work(place, access, policy, reading, filters, out, rehash)
+            unfinished = out / receipt.RECEIPTS / UNFINISHED
+            whole = len(there) == len(folders) and not unfinished.exists()
+            if whole and _are_of(there, plan["list_sha256"], work, names, workers):
+                return there[out], True
+            unfinished.touch()
+            tar_budget.files = len(names)
+            with tqdm(total=len(names), unit="shard", disable=not progress, mininterval=0.5) as bar:
+                seen, found, columns, labels = 0, set[str](), set[str](), Found()
+                for done, (_, outcome) in enumerate(in_processes(partial(_index_file, work), names, workers), 1):
+                    bar.update()
+                    if outcome.unreadable:
+                        tar_budget.spend(outcome.rejected[0].source, outcome.rejected[0].reason)
+                        continue
                     seen += outcome.samples
-                    budget.samples = seen * len(parts) // done  # if the others are like these; at the end, exactly
+                    budget.samples = seen * len(names) // done  # if the others are like these; at the end, exactly
                     budget.spend(outcome.rejected)
                     found.update(outcome.caption_keys)
-                    bar.update()
+                    columns.update(outcome.columns)
+                    for label in outcome.names if reading.classes is None else ():
+                        labels.add(label)  # too many end the command here, and not when all is read
             check_found(reading.keys, found, repr(pattern))
-            image_policy = policy.to_dict() | {"applied": "loading"}
-            about = {"kind": plan["kind"], "list_sha256": plan["list_sha256"], **reading.recorded()}
-            return finish(out, len(parts), partial(_class_names, known), base, image_policy, about), False
+            check_columns(filters, (), columns)
+            make = partial(
+                finish,
+                out,
+                names,
+                lambda labels: reading.classes or labels.classes(known),
+                base,
+                policy.to_dict() | {"applied": "loading"},
+                {"kind": plan["kind"], "list_sha256": plan["list_sha256"], **about},
+                listed,
+                budget=budget,
+                hold=hold,
+                captioned=bool(reading.keys),
+                merge=partial(Rare.below, bucket_min, policy=policy),
+                duplicates=filters.duplicates,
+                say=say,
+            )
+            versions.replaced(there, make)
+            unfinished.unlink()
+            return read_index(out), False
     except OSError as error:
         raise InputError(f"cannot write {str(error.filename or out)!r}: {error.strerror or error}") from error
-
-
-def _class_names(known: tuple[str, ...], largest: int) -> tuple[str, ...]:
-    """Those of an index beside the shards, else the numbers; one name where no sample has a class."""
-    if largest < 0:
-        return (UNCLASSED,)
-    return known if len(known) > largest else tuple(str(number) for number in range(largest + 1))
 
 
 @contextmanager
@@ -155,52 +192,128 @@ def local_copy(storage: Storage, name: str, beside: Path) -> Iterator[Path]:
         yield Path(file.name)
 
 
-def _index_file(base: str, access: Access, policy: Policy, reading: Reading, out: Path, part: Part) -> Outcome:
-    storage = open_storage(base, access)
-    made = receipt.load(out, part.number)
-    if made is None or any(entry.bytes != _size(storage, entry.name) for entry in made.entries):
-        with local_copy(storage, part.name, out / receipt.RECEIPTS) as path:
-            made = _indexed(path, storage.where(part.name), part.name, policy, reading)
-        made.save(out, part.number)
-    return Outcome(len(made.samples) + len(made.rejected), made.rejected, made.caption_keys)
+@contextmanager
+def rows_beside(storage: Storage, name: str, beside: Path, reading: Reading) -> Iterator[Rows]:
+    """The rows of img2dataset's table of a tar file, if it has one; a remote one is copied when it is asked for."""
+    path, mark, query = (name, "", "") if isinstance(storage, Local) else name.partition("?")
+    table = f"{table_of(path)}{mark}{query}"
+    with ExitStack() as copies:
+
+        def find() -> Path | None:
+            try:
+                storage.size(table)
+            except (OSError, Refused):
+                return None
+            return copies.enter_context(local_copy(storage, table, beside))
+
+        yield Rows(find, reading)
 
 
-def _size(storage: Storage, name: str) -> int:
+def _index_file(work: Work, name: str) -> Outcome:
+    storage = open_storage(work.place, work.access)
+    state, made = _state(storage, name), receipt.load(work.out, name)
+    if made is None or not _same(made, state) or work.rehash:
+        copies = work.out / receipt.RECEIPTS
+        with local_copy(storage, name, copies) as path, rows_beside(storage, name, copies, work.reading) as rows:
+            sha256 = sha256_of(path) if made is not None else ""
+            if made is None or not sha256 or made.tar is None or made.tar.sha256 != sha256:
+                made = _indexed(path, storage.where(name), name, work.policy, work.reading, work.filters, rows)
+                sha256 = sha256 or (made.entries[0].sha256 if made.entries else sha256_of(path))
+            made = replace(made, tar=TarState(name, *state, sha256))
+        made.save(work.out, name)
+    labels = {sample.label for sample in made.samples if sample.label != -1 and is_name(sample.label)}
+    samples = len(made.samples) + len(made.rejected) + sum(made.filtered.values())
+    return Outcome(samples, made.rejected, made.caption_keys, tuple(labels), made.columns, made.unreadable)
+
+
+def _are_of(there: Mapping[Path, Index], list_sha256: str, work: Work, names: list[str], workers: int) -> bool:
+    """Whether finished indexes are of these tar files, and each of these is as it was."""
+    if any(index.source.get("list_sha256") != list_sha256 for index in there.values()):
+        return False
+    return all(stands for _, stands in in_processes(partial(_stands, work), names, workers))
+
+
+def _stands(work: Work, name: str) -> bool:
+    """Whether the tar file is the one that its receipt is of."""
+    made = receipt.load(work.out, name)
+    return made is not None and not work.rehash and _same(made, _state(open_storage(work.place, work.access), name))
+
+
+def _same(made: Receipt, state: tuple[int, str]) -> bool:
+    """Whether size and time (or ETag) of the tar file are those of its receipt; one of an older version has no time."""
+    return made.tar is not None and (made.tar.bytes, made.tar.changed or state[1]) == state
+
+
+def _state(storage: Storage, name: str) -> tuple[int, str]:
     try:
-        return storage.size(name)
+        return storage.state(name)
+    except FileNotFoundError as error:
+        raise InputError(f"{storage.where(name)} does not exist") from error
     except OSError as error:
         raise InputError(f"{storage.where(name)}: cannot be read: {error.strerror or error}") from error
 
 
-def _indexed(path: Path, shown: str, name: str, policy: Policy, reading: Reading) -> Receipt:
-    from megapix.shards.pixels import decode
-
+def _indexed(
+    path: Path, shown: str, name: str, policy: Policy, reading: Reading, filters: Filters, rows: Rows
+) -> Receipt:
     if not path.is_file():
         raise InputError(f"{shown} does not exist")
     counted = Entries()
-    listed = samples_of(path, counted, reading, shown)
-    found: list[tuple[int, Sample]] = []
+    try:
+        listed = samples_of(path, counted, reading, rows, shown)
+    except DamagedTar as error:  # the tar file is one entry that is rejected
+        return Receipt((), (), (Rejected.because(name, error),), listed=Entries(1), unreadable=True)
+    found: list[tuple[int, Sample, TarSample]] = []
     rejected: list[Rejected] = []
+    notes: Counter[str] = Counter()
+    taken: Counter[str] = Counter()
+    prints: list[str] = []
     with open(path, "rb") as file:
-        labels_of(listed, shown)
         for sample in listed:
             if sample.fault:
                 rejected.append(Rejected.because(f"{name}/{sample.name}", ValueError(sample.fault)))
                 continue
-            label = -1 if sample.label is None else sample.label  # `finish` sees whether other tar files have classes
+            if option := filters.of_sample(sample.caption, sample.about):
+                taken[option] += 1
+                continue
+            # Which labels are classes is known when those of all tar files are: `finish` settles it.
+            label = -1 if isinstance(sample.label, NoClass) else sample.label
             data = os.pread(file.fileno(), sample.size, sample.offset)
             try:
-                pixels = decode(data, policy.background)
-                bucket = policy.bucket_of(*pixels.shape[:2])
-                policy.apply(pixels, bucket)
+                if filters.sizes and (option := filters.of_size(*policy.size_of(data))):
+                    taken[option] += 1
+                    continue
+                decoded = policy.read(data)
+                bucket = policy.bucket_of(*decoded.pixels.shape[:2])
+                policy.apply(decoded.pixels, bucket)
             except ValueError as error:
                 rejected.append(Rejected.because(f"{name}/{sample.name}", error))
                 continue
+            notes.update(policy.notes_of(decoded, bucket))
+            if filters.duplicates:
+                prints.append(fingerprint(decoded.pixels, filters.duplicates).hex())
             crc = zlib.crc32(data)
-            found.append((bucket, Sample(0, sample.size, sample.offset, label, crc, sample.caption)))
+            found.append((bucket, Sample(0, sample.size, sample.offset, label, crc, sample.caption), sample))
     size, sha256 = path.stat().st_size, sha256_of(path)
-    buckets = sorted({bucket for bucket, _ in found})
-    entries = tuple(ShardEntry(name, sum(bucket == b for bucket, _ in found), size, sha256, b) for b in buckets)
-    samples = tuple(sample._replace(entry=buckets.index(bucket)) for bucket, sample in found)
+    buckets = sorted({bucket for bucket, *_ in found})
+    entries = tuple(ShardEntry(name, sum(bucket == b for bucket, *_ in found), size, sha256, b) for b in buckets)
+    samples = tuple(sample._replace(entry=buckets.index(bucket)) for bucket, sample, _ in found)
+    names = tuple(as_utf8(f"{name}/{of.name}") for *_, of in found)
+    no_class = tuple(
+        (n, of.label.reason) for n, (*_, of) in enumerate(found) if isinstance(of.label, NoClass) and of.label.reason
+    )
     has = tuple(key for key, _ in reading.keys if any(key in sample.caption_keys for sample in listed))
-    return Receipt(entries, samples, tuple(rejected), has, listed=counted)
+    there = {column for sample in listed if sample.about for column in json.loads(sample.about)}
+    return Receipt(
+        entries,
+        samples,
+        tuple(rejected),
+        has,
+        filtered=dict(taken),
+        notes=dict(notes),
+        listed=counted,
+        names=names,
+        no_class=no_class,
+        columns=tuple(column for column in filters.columns if column in there),
+        prints=tuple(prints),
+    )

@@ -29,6 +29,12 @@ class Outcome:
     rejected: tuple[Rejected, ...]
     caption_keys: tuple[str, ...] = ()
     """Keys of --captions that it has."""
+    names: tuple[int | str, ...] = ()
+    """Distinct labels that are no class numbers."""
+    columns: tuple[str, ...] = ()
+    """Columns of filters that it has."""
+    unreadable: bool = False
+    """Whether the part is a tar file that was rejected as a whole."""
 
 
 @dataclass

@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from data_prep.sources.base import Filtered, Item, Reader
+from data_prep.listing.base import Filtered, Item, Reader
 from data_prep.writing import receipt
 from data_prep.writing.plan import Job, Options
 from data_prep.writing.pool import Outcome
@@ -24,6 +24,9 @@ from megapix.errors import InputError
 from megapix.files import sha256_of
 from megapix.shards.captions import unpack
 from megapix.shards.index import ShardEntry, sample_key, shard_name
+
+TRANSCODED = "transcoded to PNG"
+"""Counted where --format original cannot keep the bytes."""
 
 
 def write_shard(reader: Reader, out: Path, options: Options, retry_rejected: bool, job: Job) -> Outcome:
@@ -59,12 +62,13 @@ def _write(reader: Reader, out: Path, options: Options, job: Job) -> Receipt:
     kept: list[tuple[Item, int]] = []
     rejected: list[Rejected] = []
     filtered: Counter[str] = Counter()
+    notes: Counter[str] = Counter()
     try:
         with open(temporary, "wb") as file:
             with TarWriter(file, user="megapix", group="megapix", mtime=0, encoder=False) as tar:
                 for number, item in enumerate(job.items, job.first):
                     try:
-                        image, extension = _render(reader, item, options, job.bucket)
+                        image, extension, noted = _render(reader, item, options, job.bucket)
                     except Filtered as taken:
                         filtered[taken.option] += 1
                         continue
@@ -72,12 +76,13 @@ def _write(reader: Reader, out: Path, options: Options, job: Job) -> Receipt:
                         rejected.append(Rejected.because(item.name, error))
                         continue
                     kept.append((item, zlib.crc32(image)))
+                    notes.update(noted)
                     tar.write(
                         {
                             "__key__": sample_key(number),
                             extension: image,
                             "cls": str(item.label).encode(),
-                            "json": json.dumps(_about(item), ensure_ascii=False).encode(),
+                            "json": json.dumps(_about(item, options.keep), ensure_ascii=False).encode(),
                         }
                     )
             file.flush()
@@ -87,7 +92,7 @@ def _write(reader: Reader, out: Path, options: Options, job: Job) -> Receipt:
         raise
     # A shard that is written again goes first, so that its old bytes never stand beside the new receipt.
     (out / name).unlink(missing_ok=True)
-    made = replace(_receipt(temporary, name, job.bucket, kept, rejected), filtered=dict(filtered))
+    made = replace(_receipt(temporary, name, job.bucket, kept, rejected), filtered=dict(filtered), notes=dict(notes))
     made.save(out, job.number)
     if kept:
         os.replace(temporary, out / name)
@@ -96,17 +101,20 @@ def _write(reader: Reader, out: Path, options: Options, job: Job) -> Receipt:
     return made
 
 
-def _about(item: Item) -> dict[str, Any]:
-    """The sample's JSON member; `data_prep.sources.captions.captions_of` reads it back to the same captions."""
+def _about(item: Item, keep: tuple[str, ...]) -> dict[str, Any]:
+    """The sample's JSON member, with the columns to keep that it has; `data_prep.listing.captions.captions_of` reads it
+    back to the same captions."""
     captions = unpack(item.caption)
+    metadata = json.loads(item.about) if keep and item.about else {}
+    kept = {column: metadata[column] for column in keep if column in metadata}
     if len(captions) == 1:
-        return {"source": item.name, "caption": captions[0].text}
-    return {"source": item.name, "captions": [caption._asdict() for caption in captions]}
+        return {"source": item.name, "caption": captions[0].text, **kept}
+    return {"source": item.name, "captions": [caption._asdict() for caption in captions], **kept}
 
 
-def _render(reader: Reader, item: Item, options: Options, bucket: int) -> tuple[bytes, str]:
-    from data_prep.writing.encode import encode
-    from megapix.shards.pixels import decode, kind_of
+def _render(reader: Reader, item: Item, options: Options, bucket: int) -> tuple[bytes, str, tuple[str, ...]]:
+    """The image as it is written, its ending, and what is to be counted of it."""
+    from data_prep.writing.encode import encode, keeps
 
     if item.fault:
         raise ValueError(item.fault)
@@ -115,12 +123,15 @@ def _render(reader: Reader, item: Item, options: Options, bucket: int) -> tuple[
         data = reader.read(item, policy.size)
     except OSError as error:  # the file went away, or cannot be read
         raise ValueError(f"cannot be read: {error.strerror or error}") from error
-    pixels = policy.apply(decode(data, policy.background), bucket)
-    if options.format == "original":
-        kind = kind_of(data)
-        assert kind, "decode reads no other"
-        return data, kind
-    return encode(pixels, options.format, options.quality), options.format
+    if options.filters.sizes and (option := options.filters.of_size(*policy.size_of(data))):
+        raise Filtered(option)
+    decoded = policy.read(data)
+    pixels, notes = policy.apply(decoded.pixels, bucket), policy.notes_of(decoded, bucket)
+    if options.format != "original":
+        return encode(pixels, options.format, options.quality), options.format, notes
+    if kind := keeps(data):
+        return data, kind, notes
+    return encode(pixels, "png", options.quality), "png", (*notes, TRANSCODED)
 
 
 def _receipt(path: Path, name: str, bucket: int, kept: list[tuple[Item, int]], rejected: list[Rejected]) -> Receipt:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import tyro
-
+from megapix import console
 from megapix.dist import World
 from megapix.evaluation.options import EvaluateOptions
 from megapix.sample.options import SampleOptions, check
@@ -11,7 +10,7 @@ from megapix.sample.options import SampleOptions, check
 
 def sample(arguments: list[str], world: World) -> int:
     """Sample images and write them as PNG."""
-    options = tyro.cli(SampleOptions, args=arguments, prog="megapix sample", console_outputs=world.main)
+    options: SampleOptions = console.parse(SampleOptions, arguments, "megapix sample", world.main)
     check(options)
 
     from megapix.sample.command import sample
@@ -22,7 +21,7 @@ def sample(arguments: list[str], world: World) -> int:
 def evaluate(arguments: list[str], world: World) -> int:
     """Score samples of a network; every rank calls it."""
     arguments = [a for a in arguments if not a.startswith("--local_rank=")]
-    options = tyro.cli(EvaluateOptions, args=arguments, prog="megapix evaluate", console_outputs=world.main)
+    options: EvaluateOptions = console.parse(EvaluateOptions, arguments, "megapix evaluate", world.main)
 
     from megapix.evaluation.run import evaluate
 

@@ -10,6 +10,7 @@ from megapix.cli.images import evaluate, sample
 from megapix.cli.tools import bench, doctor, plan
 from megapix.cli.train import train
 from megapix.cli.weights import export, import_, reshard
+from megapix.console import until_nobody_reads
 from megapix.dist import (
     CollectiveInputError,
     CollectiveStorageError,
@@ -65,6 +66,10 @@ RESUMES = {"train": "; the same command resumes from the last checkpoint", "eval
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point of the console script and of each rank; returns the exit code."""
+    return until_nobody_reads(lambda: _main(argv))
+
+
+def _main(argv: list[str] | None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE, end="", file=sys.stdout if arguments else sys.stderr)

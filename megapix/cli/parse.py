@@ -8,15 +8,14 @@ import sys
 import typing
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
-import tyro
-
-from megapix import config
+from megapix import config, console
 from megapix.bench.options import StepOptions, check_batch
 from megapix.config import PRESETS, Config, old
 from megapix.dist import World
 from megapix.errors import InputError, one_of
+from megapix.text import text_of
 
 T = TypeVar("T")
 
@@ -38,6 +37,13 @@ def parse_run(arguments: list[str], world: World, command: str = "train") -> Con
     """
     default, name, rest = named_config(arguments)
     return parse(Config, default, f"megapix {command} {name}", rest, world)
+
+
+def gives_classes(arguments: list[str]) -> bool:
+    """Whether arguments that `parse_run` has read set model.num_classes, themselves or in their --config FILE."""
+    if any(argument.partition("=")[0].replace("_", "-") == "--model.num-classes" for argument in arguments):
+        return True
+    return arguments[0] == "--config" and "num_classes" in _json_of(Path(arguments[1])).get("model", {})
 
 
 def parse_step(arguments: list[str], world: World, command: str = "megapix bench step") -> StepOptions:
@@ -71,7 +77,8 @@ def named_config(arguments: list[str]) -> tuple[Config, str, list[str]]:
 def parse(kind: type[T], default: T, command: str, arguments: list[str], world: World) -> T:
     """Options of `kind` from arguments over `default`; only rank 0 prints tyro's messages."""
     written = _spelled_out(old.without(arguments), set(_switches(kind)))
-    return tyro.cli(kind, default=default, args=written, prog=command, console_outputs=world.main)
+    parsed: T = console.parse(kind, written, command, world.main, default=default)
+    return parsed
 
 
 def _switches(kind: type, prefix: str = "--") -> Iterator[str]:
@@ -108,10 +115,14 @@ def _spelled_out(arguments: list[str], switches: set[str]) -> list[str]:
 
 
 def _read_config(path: Path) -> Config:
+    return config.from_dict(Config, _json_of(path), str(path))
+
+
+def _json_of(path: Path) -> dict[str, Any]:
     try:
-        data = json.loads(path.read_text())
+        data = json.loads(text_of(path.read_bytes()))
     except (OSError, ValueError) as error:
         raise InputError(f"--config {path}: cannot be read as JSON: {error}") from error
     if not isinstance(data, dict):
         raise InputError(f"--config {path}: expected a table of options, found {type(data).__name__}")
-    return config.from_dict(Config, data, str(path))
+    return data

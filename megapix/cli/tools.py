@@ -7,7 +7,7 @@ from typing import Annotated
 
 import tyro
 
-from megapix.cli.parse import named_config, parse, parse_run, parse_step, print_usage
+from megapix.cli.parse import gives_classes, named_config, parse, parse_run, parse_step, print_usage
 from megapix.config import Config
 from megapix.costs.assumptions import PlanOptions
 from megapix.dist import World
@@ -58,11 +58,12 @@ def doctor(arguments: list[str], world: World) -> int:
         return main([a for a in arguments if a != "--parity"], world)
     if not arguments or arguments[0] in ("-h", "--help"):
         return print_usage(DOCTOR_USAGE, arguments)
-    requested = parse_run([a for a in arguments if not a.startswith("--local_rank=")], world, "doctor")
+    arguments = [a for a in arguments if not a.startswith("--local_rank=")]
+    requested = parse_run(arguments, world, "doctor")
 
     from megapix.doctor.command import examine
 
-    return examine(requested, world)
+    return examine(requested, world, gives_classes(arguments))
 
 
 @dataclass(frozen=True)

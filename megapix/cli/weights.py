@@ -8,7 +8,7 @@ from typing import Literal
 
 import tyro
 
-from megapix import config
+from megapix import config, console
 from megapix.dist import World
 from megapix.errors import InputError
 from megapix.files import check_writable
@@ -34,7 +34,7 @@ class ExportOptions:
 
 def export(arguments: list[str], world: World) -> int:
     """Export weights for use outside training."""
-    options = tyro.cli(ExportOptions, args=arguments, prog="megapix export", console_outputs=world.main)
+    options: ExportOptions = console.parse(ExportOptions, arguments, "megapix export", world.main)
     theirs = options.format == "nvlabs"
     if options.raw and options.ema and not theirs:
         raise InputError("--ema and --raw: expected one of them")
@@ -79,7 +79,7 @@ class ImportOptions:
 
 def import_(arguments: list[str], world: World) -> int:
     """Import released weights."""
-    options = tyro.cli(ImportOptions, args=arguments, prog="megapix import", console_outputs=world.main)
+    options: ImportOptions = console.parse(ImportOptions, arguments, "megapix import", world.main)
     if options.raw and options.ema:
         raise InputError("--ema and --raw: expected one of them")
     from megapix.weights import nvlabs
@@ -115,7 +115,7 @@ class ReshardOptions:
 
 def reshard(arguments: list[str], world: World) -> int:
     """Rewrite a checkpoint."""
-    options = tyro.cli(ReshardOptions, args=arguments, prog="megapix reshard", console_outputs=world.main)
+    options: ReshardOptions = console.parse(ReshardOptions, arguments, "megapix reshard", world.main)
     if options.ranks < 1:
         raise InputError(f"--ranks = {options.ranks}: expected at least 1")
     from megapix.checkpoint.find import find

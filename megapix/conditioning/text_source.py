@@ -21,6 +21,7 @@ from megapix.shards.index import CAPTIONS_NAME, INDEX_NAME, read_index
 from megapix.shards.table import check_table
 from megapix.shards.text_features import TextFeatures, read_text_features
 from megapix.shards.text_recipe import Recipe
+from megapix.text import text_of as read_text
 
 if TYPE_CHECKING:
     import torch
@@ -160,7 +161,7 @@ def read_prompts(path: Path, option: str) -> Sequence[str]:
             if not size_of(path / CAPTIONS_NAME):
                 raise InputError(f"{shown} has no captions")
             return FirstCaptions(path, index)
-        lines = tuple(line.strip() for line in read_bytes(path).decode("utf-8").splitlines() if line.strip())
+        lines = tuple(line.strip() for line in read_text(read_bytes(path)).split("\n") if line.strip())
     except (OSError, ValueError) as error:
         raise InputError(
             f"{shown}: cannot be read: {error}; expected a file of UTF-8 text, one prompt per line, or a shard folder"

@@ -14,6 +14,7 @@ from typing import Any
 from megapix.config.options import Config
 from megapix.config.spans import BatchLayout
 from megapix.errors import InputError, one_of
+from megapix.text import text_of
 
 DS_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
 
@@ -84,7 +85,7 @@ def read_knobs(name: str, unproven: bool = False) -> dict[str, Any]:
         known = sorted(file.stem for file in DS_CONFIGS.glob("*.json"))
         raise InputError(f"machine.ds_config = {name!r}: neither a file nor a name in ds_configs/{one_of(name, known)}")
     try:
-        knobs = json.loads(path.read_text())
+        knobs = json.loads(text_of(path.read_bytes()))
     except ValueError as error:
         raise InputError(f"{path}: not JSON: {error}") from error
     zero = knobs.get("zero_optimization") if isinstance(knobs, dict) else None

@@ -72,7 +72,8 @@ class ModelConfig:
     modulation: Literal["pre", "post"] = _identity("pre")
     """Pixel-wise AdaLN: 'pre' with gates as in the paper, or 'post', the later variant against loss spikes."""
     num_classes: int = _identity(1000)
-    """Classes of the data set; the class table has one more row, the null class for guidance. 0 with text."""
+    """Classes of the data set; the class table has one more row, the null class for guidance. 0 with text.
+    Where `megapix train` is not given it, a network with classes takes the number of the shards."""
     text_width: int = _identity(0)
     """Width of the text features that condition the network (MM-DiT blocks); 0 with classes."""
     text_tokens: int = _identity(300)
@@ -132,6 +133,9 @@ class DataConfig:
     """Seconds without a byte after which a remote request is abandoned and retried."""
     outage_minutes: float = _machine(10.0)
     """Minutes for which storage that cannot be read now is waited for, remote or local; then the run ends with 74."""
+    repeat_rare_buckets: bool = _machine(False)
+    """Train on aspect buckets with fewer samples than the global batch, though a step then holds the same images
+    several times."""
     workers: int = _machine(4)
     """Processes of each rank that read and decode; 0 decodes in the training process."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +13,8 @@ from megapix.errors import InputError
 from megapix.files import sha256_of, size_of, write_atomic
 from megapix.outage import error_of
 from megapix.shards.image_policy import Policy
-from megapix.shards.index import INDEX_NAME, TABLE_NAME, TAR_BLOCK, Index, missing_shards, read_index
-from megapix.shards.storage import Access, Remote, is_url
+from megapix.shards.index import INDEX_NAME, TABLE_NAME, TAR_BLOCK, VERSIONS_NAME, Index, missing_shards, read_index
+from megapix.shards.storage import QUERY, Access, Refused, Remote, is_url, shown
 from megapix.shards.table import Table, check_table, hashes
 
 
@@ -29,6 +29,8 @@ class Located:
     """Folder or URL of the tar files."""
     faults: tuple[str, ...] = ()
     """Local tar files that are missing or of another size, which `data.corrupt_shard` lets pass."""
+    newer: str = ""
+    """Digest of the newest index, where this is an older version of it."""
 
     @property
     def remote(self) -> bool:
@@ -39,6 +41,20 @@ class Located:
 def access_of(config: DataConfig) -> Access:
     """How patient remote reads are."""
     return Access(config.timeout, config.outage_minutes)
+
+
+def locate_version(config: DataConfig, digest: str) -> Located:
+    """As `locate`, but where the set has grown, the older index with that digest, if it is kept there."""
+    newest = locate(config)
+    if newest.index.digest == digest:
+        return newest
+    kept = f"{config.path.rstrip('/')}/{VERSIONS_NAME}/{digest[:16]}"
+    try:
+        if not is_url(kept) and size_of(Path(kept) / INDEX_NAME) is None:
+            return newest
+        return replace(locate(replace(config, path=kept)), newer=newest.index.digest)
+    except Refused:  # the server has no such version
+        return newest
 
 
 def locate(config: DataConfig) -> Located:
@@ -52,13 +68,15 @@ def locate(config: DataConfig) -> Located:
     """
     folder = Path(config.path)
     if is_url(config.path):
+        if "?" in config.path:
+            raise InputError(f"data.path = {shown(config.path)!r}: a URL's query would be recorded; set it in {QUERY}")
         if not config.cache:
             raise InputError(f"data.path = {config.path!r} is remote: give a local folder for its index, --data.cache")
         folder = _mirrored(config)
-    index = read_index(folder)
+    index = read_index(folder, config.image_size)
     check_table(folder, index)
     _check_records(folder, index)
-    base = index.base or config.path
+    base = index.tars_at(config.path)
     if is_url(base):
         return Located(index, folder, base)
     faults = missing_shards(Path(base), index)

@@ -16,10 +16,11 @@ from megapix.model import build
 from megapix.train import automatic
 
 
-def examine(requested: Config, world: World) -> int:
+def examine(requested: Config, world: World, classes_given: bool = True) -> int:
     """Check on every node what would make the requested run fail; returns the exit code: 1 if something would, or 0.
 
-    Every rank calls it. One that cannot reach the others prints what it knows on its own.
+    Every rank calls it. One that cannot reach the others prints what it knows on its own. `classes_given` as in
+    `megapix.train.resolve`.
 
     Raises:
         CollectiveInputError: invalid options, on any rank.
@@ -51,7 +52,7 @@ def examine(requested: Config, world: World) -> int:
         tried("shards", lambda: run_files.shards(requested, world)),
     ]
     readable = verdicts[-1].status != "fail"
-    verdicts.append(tried("command", lambda: run_files.command(requested, world, readable)))
+    verdicts.append(tried("command", lambda: run_files.command(requested, world, readable, classes_given)))
     sweep = ""
     if "fail" not in gather(world, gpus.status):
         device = torch.device("cuda", world.local_rank) if torch.cuda.is_available() else torch.device("cpu")

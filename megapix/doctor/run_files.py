@@ -27,7 +27,7 @@ RESERVE = 256 * 2**20
 """Bytes that should stay free beside a checkpoint: events, logs, and what others write meanwhile."""
 
 
-def command(requested: Config, world: World, readable: bool) -> Verdict:
+def command(requested: Config, world: World, readable: bool, classes_given: bool = True) -> Verdict:
     """What `train` checks before its first step, the last checkpoint too, and whether all ranks have the same command.
 
     Every rank calls it; `readable` says whether this one can read the shards.
@@ -38,7 +38,7 @@ def command(requested: Config, world: World, readable: bool) -> Verdict:
     resolved, problem = None, "not checked: the shards cannot be read"
     if readable:
         try:
-            resolved, problem = resolve(requested, world.size), ""
+            resolved, problem = resolve(requested, world.size, classes_given=classes_given), ""
         except InputError as error:
             problem = str(error)
     on_all = not any(gather(world, problem))

@@ -118,7 +118,7 @@ def read_scores(path: Path, option: str) -> Scored:
     import pydantic  # late: only files need it
 
     try:
-        data: Any = json.loads(path.read_text())
+        data: Any = json.loads(path.read_bytes())
         if not isinstance(data, dict) or (data.get("format"), data.get("version")) != (FORMAT, VERSION):
             raise ValueError(f"it is no {FORMAT} of version {VERSION}")
         return pydantic.TypeAdapter(Scored).validate_python({k: data[k] for k in ("manifest", "scores")})

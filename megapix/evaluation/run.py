@@ -133,7 +133,7 @@ def _make_folders(resolved: ResolvedEvaluation, options: EvaluateOptions, work: 
 def _check_shared(m: Manifest, work: Path, world: World) -> None:
     """Check that this rank sees rank 0's folder."""
     path = work / "manifest.json"
-    if not path.is_file() or path.read_text() != _text(m):
+    if not path.is_file() or path.read_bytes() != _text(m).encode():
         raise InputError(f"{path} is not what rank 0 wrote: --out must be on a file system that all nodes share")
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 from fnmatch import fnmatchcase
 from itertools import accumulate
@@ -17,7 +18,9 @@ from pathlib import Path
 
 from megapix.errors import InputError, RankLost
 from megapix.launch.hostfile import Node
+from megapix.launch.supervise import heeding
 from megapix.launch.words import QUOTED
+from megapix.text import text_of
 
 OPEN = """
 PATH LD_LIBRARY_PATH OMP_NUM_THREADS DS_ACCELERATOR MALLOC_* GLIBC_TUNABLES
@@ -31,7 +34,7 @@ PRIVATE = """
 TORCH* PYTORCH* CUDA_* CUDNN_* CUBLAS* NVIDIA_TF32_OVERRIDE TRITON_* DS_* DEEPSPEED_* NCCL* GLOO_* UCX* MV2* FI_* OMP_*
 GOMP_* KMP_* MKL_* OPENBLAS_* MAX_JOBS CC CXX CPATH C_INCLUDE_PATH CPLUS_INCLUDE_PATH LIBRARY_PATH HF_* HUGGING*
 TRANSFORMERS_* TOKENIZERS_* XDG_CACHE_HOME FSSPEC_* AWS_* S3* GOOGLE_* GCLOUD_* GCSFS_* STORAGE_EMULATOR_HOST AZURE_*
-*_proxy *_PROXY MLFLOW*
+*_proxy *_PROXY MLFLOW* MEGAPIX_HTTP_* NETRC
 """
 """What torch, Triton, DeepSpeed, the networks and remote storage read."""
 PASSED_ON = "MLFLOW* MV2* NCCL* PYTHON* UCX*"
@@ -95,11 +98,17 @@ class Handover:
     def _upload(self, private: dict[str, str]) -> None:
         payload = b"".join(os.fsencode(f"{name}={value}") + b"\0" for name, value in private.items())
         ends = list(accumulate(node.slots for node in self.nodes))
-        for node, end in zip(self.nodes, ends, strict=True):
-            with os.fdopen(os.memfd_create("environment"), "w+b") as file:  # a pipe could fill up before ssh reads it
-                file.write(payload)
-                file.seek(0)
-                self.uploads.append(self._ssh(node, TAKE, str(end - node.slots), str(end), stdin=file.fileno()))
+        signals: list[int] = []  # one that came between a start and its place in the list would leave a file behind
+        with heeding(lambda number, _: signals.append(number)):
+            for node, end in zip(self.nodes, ends, strict=True):
+                with os.fdopen(
+                    os.memfd_create("environment"), "w+b"
+                ) as file:  # a pipe could fill up before ssh reads it
+                    file.write(payload)
+                    file.seek(0)
+                    self.uploads.append(self._ssh(node, TAKE, str(end - node.slots), str(end), stdin=file.fileno()))
+        for number in signals:
+            signal.raise_signal(number)
         for node, upload in zip(self.nodes, self.uploads, strict=True):
             code = upload.wait()
             if code == 255:
@@ -137,9 +146,13 @@ def _users() -> dict[str, str]:
     found = dict[str, str]()
     for folder in (Path.home(), Path()):
         try:
-            text = (folder / ".deepspeed_env").read_text(errors="surrogateescape")
+            data = (folder / ".deepspeed_env").read_bytes()
         except OSError:
             continue
+        try:
+            text = text_of(data)
+        except ValueError:  # a value may be of any bytes
+            text = data.decode("utf-8-sig", "surrogateescape").replace("\r\n", "\n")
         found.update(re.findall(r"^([A-Za-z_][A-Za-z_0-9]*)=(.*)$", text, re.MULTILINE))
     return found
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megapix.errors import InputError
+from megapix.text import text_of
 
 
 @dataclass(frozen=True)
@@ -24,12 +25,12 @@ def read(path: str) -> list[Node]:
         InputError: the file cannot be read, a line is none of 'HOST slots=RANKS', or a host is named twice.
     """
     try:
-        text = Path(path).read_text("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+        text = text_of(Path(path).read_bytes())
+    except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is no UTF-8 text"
         raise InputError(f"--hostfile {path}: cannot be read: {reason}") from error
     nodes, seen = list[Node](), dict[str, int]()
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if not (entry := line.partition("#")[0].strip()):
             continue
         # What pdsh would expand (node[01-04]) or a shell would read is no name.

@@ -17,8 +17,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-import tyro
 
+from megapix import console
 from megapix.dist import World, free_port, gather
 from megapix.engine import processes
 from megapix.errors import InputError
@@ -50,7 +50,7 @@ def main(arguments: list[str], world: World) -> int:
     Raises:
         InputError: an option that cannot be used.
     """
-    options = tyro.cli(ParityOptions, args=arguments, prog="megapix doctor --parity", console_outputs=world.main)
+    options: ParityOptions = console.parse(ParityOptions, arguments, "megapix doctor --parity", world.main)
     for name in ("out", "results"):
         path: Path | None = getattr(options, name)
         if path and not path.absolute().parent.is_dir():

@@ -44,7 +44,7 @@ def _geneval(path: Path) -> list[Row]:
 
 
 def _dpg(path: Path) -> list[Row]:
-    files = sorted(path.glob("*.txt")) if path.is_dir() else []
+    files = sorted(file for file in path.iterdir() if file.suffix.lower() == ".txt") if path.is_dir() else []
     if not files:
         raise InputError(f"--prompts {str(path)!r}: expected DPG-Bench's folder of prompts, one .txt file each")
     return [Row(" ".join(read_prompts(file, "--prompts")), file.stem) for file in files]

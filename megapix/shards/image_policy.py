@@ -19,9 +19,12 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from megapix.errors import InputError
-from megapix.shards.pixels import Pixels, cover, decode, decode_exactly
+from megapix.shards.pixels import VERSION, Decoded, Pixels, cover, decode_exactly, read, size_of
 
 Mode = Literal["crop", "buckets", "untouched"]
+Icc = Literal["convert", "ignore"]
+UPSCALED = "upscaled"
+"""Counted of images with fewer pixels on a side than their bucket has."""
 MODES = ("crop", "buckets", "untouched")
 LARGEST_SIDE = 16_384
 """Pixels on a side of what a policy makes."""
@@ -46,6 +49,10 @@ class Policy:
     """Images whose shorter side has fewer pixels are refused."""
     buckets: tuple[tuple[int, int], ...] = ()
     """(height, width) of each size that comes out; none for untouched."""
+    version: int = VERSION
+    """Of decoding (`pixels.py`); an index that does not say has 1."""
+    icc: Icc = "convert"
+    """What becomes of embedded ICC profiles: colours are converted to sRGB, or are left as they are stored."""
 
     @staticmethod
     def make(mode: Mode, size: int, step: int = 0, ratio: float = 2.0, **rest: Any) -> Policy:
@@ -70,7 +77,12 @@ class Policy:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
-        return {**asdict(self), "background": list(self.background), "buckets": [list(b) for b in self.buckets]}
+        data = {**asdict(self), "background": list(self.background), "buckets": [list(b) for b in self.buckets]}
+        if self.version == 1:
+            del data["version"]
+        if self.icc == "convert":
+            del data["icc"]
+        return data
 
     @staticmethod
     def from_dict(data: dict[str, Any]) -> Policy:
@@ -83,15 +95,47 @@ class Policy:
             red, green, blue = (int(value) for value in data["background"])
             buckets = tuple((int(height), int(width)) for height, width in data["buckets"])
             policy = Policy(
-                data["mode"], int(data["size"]), bool(data["fast"]), (red, green, blue), int(data["min_side"]), buckets
+                data["mode"],
+                int(data["size"]),
+                bool(data["fast"]),
+                (red, green, blue),
+                int(data["min_side"]),
+                buckets,
+                int(data.get("version", 1)),
+                data.get("icc", "convert"),
             )
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise InputError(f"the index's image_policy is damaged: {error!r}") from error
+        if not 1 <= policy.version <= VERSION:
+            raise InputError(
+                f"the index's image_policy has version {policy.version}, this release reads 1 to {VERSION}"
+            )
+        if policy.icc not in ("convert", "ignore"):
+            raise InputError(f"the index's image_policy is damaged: icc {policy.icc!r}")
         if policy.mode not in MODES or bool(buckets) == (policy.mode == "untouched"):
             raise InputError(f"the index's image_policy is damaged: mode {policy.mode!r} with sizes {list(buckets)}")
         if any(side < 1 or side > LARGEST_SIDE for bucket in buckets for side in bucket):
             raise InputError(f"the index's image_policy is damaged: sizes {list(buckets)}")
         return policy
+
+    def size_of(self, data: bytes) -> tuple[int, int]:
+        """(height, width) that `read` gives an encoded image; only its header is read. ValueError as there."""
+        return size_of(data, self.version)
+
+    def read(self, data: bytes) -> Decoded:
+        """Decode an image as this policy's version does.
+
+        Raises:
+            ValueError: not an image of a kind that is read, or damaged.
+        """
+        return read(data, self.background, self.version, self.icc == "convert")
+
+    def notes_of(self, decoded: Decoded, bucket: int) -> tuple[str, ...]:
+        """What is to be counted of an image: its own notes, and whether it is scaled up to cover `bucket`."""
+        if self.mode == "untouched":
+            return decoded.notes
+        (height, width), (high, wide) = decoded.pixels.shape[:2], self.buckets[bucket]
+        return (*decoded.notes, UPSCALED) if height < high or width < wide else decoded.notes
 
     def bucket_of(self, height: int, width: int) -> int:
         """Number of the bucket for an image of that size: the nearest in aspect ratio, the first of equals."""
@@ -99,6 +143,10 @@ class Policy:
             return 0
         aspect = math.log(width / height)
         return min(range(len(self.buckets)), key=lambda b: abs(aspect - _log_aspect(self.buckets[b])))
+
+    def apart(self, bucket: int, other: int) -> float:
+        """How far two buckets are from each other: the difference of the logarithms of their aspect ratios."""
+        return abs(_log_aspect(self.buckets[bucket]) - _log_aspect(self.buckets[other]))
 
     def apply(self, pixels: Pixels, bucket: int) -> Pixels:
         """The image at the size of `bucket` (untouched: as it is).
@@ -150,5 +198,5 @@ def decode_indexed(data: bytes, policy: Policy, bucket: int, prepared: bool) -> 
         ValueError: not an image, damaged, of another size than prepared ones have, or refused by the policy.
     """
     if prepared and policy.mode != "untouched":
-        return decode_exactly(data, *policy.buckets[bucket])
-    return policy.apply(decode(data, policy.background), bucket)
+        return decode_exactly(data, *policy.buckets[bucket], policy.version)
+    return policy.apply(policy.read(data).pixels, bucket)

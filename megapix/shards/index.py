@@ -9,7 +9,8 @@ A shard folder holds
 
 and what only `data_prep` reads: plan.json, .receipts/ and rejected.jsonl. In an index over tar files that exist
 already (`data_prep index`), the tar files lie elsewhere: `base` names the folder or URL, and they keep their names.
-Features of the captions may be stored there, too: text-*.safetensors (`text_features.py`).
+Features of the captions may be stored there, too: text-*.safetensors (`text_features.py`). Where the set of tar files
+has grown, versions/DIGEST holds the index of before, each a folder like this one.
 
 A sample that `data_prep write` wrote is three tar members, KEY being nine digits (its number in the plan):
 
@@ -26,19 +27,37 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
+import shlex
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from megapix.errors import InputError
 from megapix.files import read_bytes, size_of, write_atomic
+from megapix.shards.storage import tars_of
 
 FORMAT = "megapix-shards"
 VERSION = 2
 INDEX_NAME = "index.json"
+TAR_FILES = "tar files"
+PREPARED = {
+    "ImageNet's synset tars": r"(^|/)n\d{8}\.tar$",
+    TAR_FILES: r"\.tar$",
+    "parquet files": r"\.parquet$",
+    "images": r"(?i)\.(jpe?g|jpe|jfif|png|webp|gif|bmp|tiff?|avif|jp2|j2k|hei[cf]|jxl)$",
+    "a zip file": r"\.zip$",
+}
+"""What people give in place of an index -> how the names of its files end."""
+LOOKED_AT = 10_000
+"""Files of a folder without an index that are looked at, to say what it holds."""
 TABLE_NAME = "samples.bin"
 CAPTIONS_NAME = "captions.bin"
+VERSIONS_NAME = "versions"
+"""Folder of the older versions of an index whose set has grown."""
 TAR_BLOCK = 512
 LARGEST_COUNT = 10**15
 """What no count of samples, captions, tokens or bytes in a file of ours exceeds."""
@@ -52,6 +71,11 @@ def shard_name(number: int) -> str:
 def sample_key(number: int) -> str:
     """WebDataset key of sample `number` (counted from 0): nine ASCII digits, no dots."""
     return f"{number:09d}"
+
+
+def version_folder(folder: Path, digest: str) -> Path:
+    """Where the version of an index with that digest lies, once a newer one has taken its place."""
+    return folder / VERSIONS_NAME / digest[:16]
 
 
 @dataclass(frozen=True)
@@ -83,7 +107,8 @@ class Index:
 
     samples: int
     base: str
-    """Folder or URL of the tar files; empty if they lie beside the index."""
+    """Folder or URL of the tar files, absolute or relative to the index's own (`tars_at`); empty if they lie
+    beside the index."""
     classes: tuple[ClassEntry, ...]
     shards: tuple[ShardEntry, ...]
     table_sha256: str
@@ -114,6 +139,10 @@ class Index:
         """One entry for each tar file."""
         return tuple({entry.name: entry for entry in self.shards}.values())
 
+    def tars_at(self, place: str | Path) -> str:
+        """Folder or URL of the tar files, of an index that lies in that folder or below that URL."""
+        return tars_of(self.base, str(place), self.shards[0].name)
+
     @property
     def digest(self) -> str:
         """SHA-256 of the index's canonical JSON without `base` and `text`: the identity of a data set, wherever it lies
@@ -133,23 +162,21 @@ def write_index(folder: Path, index: Index) -> None:
     write_atomic(folder / INDEX_NAME, _dump(index).encode())
 
 
-def read_index(folder: str | Path) -> Index:
+def read_index(folder: str | Path, image_size: int = 0) -> Index:
     """Read and check `index.json` of a shard folder.
 
+    Args:
+        image_size: pixels on a side that are wanted, for the command that is proposed where there is no index.
+
     Raises:
-        InputError: no such folder, no index in it, not JSON, another format or version, a missing key, no samples.
+        InputError: no such folder, no index in it (with the command that makes one), not JSON, another format or
+            version, a missing key, no samples.
         StorageError: it cannot be read now.
     """
     folder = Path(folder)
     path = folder / INDEX_NAME
-    there = size_of(path) is not None
-    if not there and not folder.is_dir():
-        raise InputError(f"shard folder {str(folder)!r} does not exist; make one with 'data_prep write SOURCE OUT'")
-    if not there:
-        raise InputError(
-            f"shard folder {str(folder)!r} has no {INDEX_NAME}: it is empty or its preparation did not finish; "
-            "run the same 'data_prep' command again"
-        )
+    if size_of(path) is None:
+        raise InputError(_no_index(folder, f"--size {image_size or 'N'}"))
     try:
         data = json.loads(read_bytes(path))
     except (OSError, ValueError) as error:
@@ -190,6 +217,45 @@ def read_index(folder: str | Path) -> Index:
     if buckets != sorted(buckets):
         raise InputError(f"{path}: the shards are not in the order of their buckets")
     return index
+
+
+def _no_index(folder: Path, size: str) -> str:
+    """What lies at `folder` in place of an index, and the command that makes one of it."""
+    if not folder.exists():
+        return f"shard folder {str(folder)!r} does not exist; make one with 'data_prep write SOURCE OUT {size}'"
+    without = f"shard folder {str(folder)!r} has no {INDEX_NAME}: "
+    if (folder / "plan.json").is_file():
+        return f"{without}its preparation did not finish; run the same 'data_prep' command again"
+    shown, beside = shlex.quote(str(folder)), str(folder).rstrip("/").removesuffix(".tar")
+    what = _kind_of(folder)
+    if what == TAR_FILES:
+        index = shlex.quote(f"{beside}-index")
+        return f"{without}it holds tar files; make an index with: data_prep index {shown} --out {index} {size}"
+    if what:
+        out = shlex.quote(f"{beside}-shards")
+        return f"{without}it holds {what}; make shards with: data_prep write {shown} {out} {size}"
+    empty = "it is empty" if folder.is_dir() and not any(folder.iterdir()) else "it holds nothing that is read"
+    return (
+        f"{without}{empty}; make shards with 'data_prep write SOURCE OUT {size}', or an index over tar files with "
+        f"'data_prep index SHARDS --out INDEX {size}'"
+    )
+
+
+def _kind_of(place: Path) -> str:
+    """What can be prepared of a file, or of a folder's first entries and those below; empty if nothing is known."""
+    names = list(islice(_names(place), LOOKED_AT))
+    if place.is_file() and re.search(PREPARED["images"], place.name):
+        return ""  # one image is no data set
+    return next((kind for kind, ending in PREPARED.items() if any(re.search(ending, name) for name in names)), "")
+
+
+def _names(place: Path) -> Iterator[str]:
+    if not place.is_dir():
+        yield from [place.name] if place.is_file() else []
+        return
+    for _, folders, files in os.walk(place):
+        folders.sort()
+        yield from sorted(files)
 
 
 def _shard_entry(data: dict[str, Any]) -> ShardEntry:

@@ -1,8 +1,13 @@
 """Pixels of an encoded image, and bicubic scaling to cover a size.
 
-Decoding goes through Pillow, or for plain JPEG through simplejpeg where it is installed: the same library underneath,
-and the same pixels. `fast` replaces the bicubic step by torch's antialiased one on 8-bit integers; results differ by
-rounding (tests/shards/test_images.py holds them to 50 dB).
+Decoding has versions, which the image policy of an index names, so that a run sees the same pixels to its end:
+
+    1  PNG, JPEG and WebP; turned upright by EXIF data; the colours as they are stored
+    2  all of `decoding.formats`; turned upright by EXIF data, XMP and TIFF's tag; ICC profiles converted to sRGB
+
+It goes through Pillow, or for plain JPEG through simplejpeg where it is installed: the same library underneath, and the
+same pixels. `fast` replaces the bicubic step by torch's antialiased one on 8-bit integers; results differ by rounding
+(tests/shards/test_images.py holds them to 50 dB).
 """
 
 from __future__ import annotations
@@ -14,14 +19,22 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from megapix.shards.decoding import icc, rgb, upright
+from megapix.shards.decoding.formats import decoding, kind_of, opened
+
+__all__ = ["Decoded", "Pixels", "cover", "decode", "decode_exactly", "kind_of", "read", "size_of"]
+
+VERSION = 2
+"""Of decoding, for new indexes."""
+WHITE = (255, 255, 255)
 FORMATS = ("PNG", "JPEG", "WEBP")
-"""Formats that are opened; Pillow's other readers are never reached."""
+"""Formats that version 1 opens."""
 ORIENTATION = 0x0112
 """EXIF tag: how the camera was held."""
 
@@ -29,48 +42,66 @@ Pixels: TypeAlias = NDArray[np.uint8]
 """uint8 [H, W, 3], RGB."""
 
 
-def kind_of(data: bytes) -> str | None:
-    """The ending for encoded bytes (png, jpg or webp), from their first bytes; None if they are none of these."""
-    if data.startswith(b"\x89PNG\r\n\x1a\n"):
-        return "png"
-    if data.startswith(b"\xff\xd8\xff"):
-        return "jpg"
-    return "webp" if data[:4] == b"RIFF" and data[8:12] == b"WEBP" else None
+class Decoded(NamedTuple):
+    """An image, and what is to be counted of how it came about."""
+
+    pixels: Pixels
+    notes: tuple[str, ...] = ()
+    """`icc.CONVERTED` or `icc.UNUSABLE`."""
 
 
-def size_of(data: bytes) -> tuple[int, int]:
-    """(height, width) of an encoded image when it is upright, from its header.
-
-    Raises:
-        ValueError: not a PNG, JPEG or WebP image, or as large as a decompression bomb.
-    """
-    with _opened(data) as image, _decoding():
-        exif = Image.Exif()
-        exif.load(image.info.get("exif", b""))  # image.getexif() would decode a whole PNG
-        turned = exif.get(ORIENTATION, 1) in (5, 6, 7, 8)
-        return (image.width, image.height) if turned else (image.height, image.width)
-
-
-def decode(data: bytes, background: tuple[int, int, int] = (255, 255, 255)) -> Pixels:
-    """Decode a whole PNG, JPEG or WebP image (the first frame of an animated one) to 8-bit RGB, upright.
-
-    EXIF orientation is applied, transparency composited on `background`, 16-bit grey scaled to 8 bits.
+def size_of(data: bytes, version: int = VERSION) -> tuple[int, int]:
+    """(height, width) of an encoded image when it is upright, from its header; that of `decode`, wherever it stands.
 
     Raises:
-        ValueError: not such an image, truncated, with broken EXIF data, or as large as a decompression bomb.
+        ValueError: not an image of a kind that is read, damaged, or as large as a decompression bomb.
     """
-    with _opened(data) as image:
-        if image.format == "JPEG" and image.mode in ("RGB", "L") and "exif" not in image.info:
-            pixels = _plain_jpeg(data)
-            if pixels is not None:
-                return pixels
-        with _decoding():
+    if version == 1:
+        return _size_1(data)
+    with opened(data) as image, decoding():
+        return upright.size_upright(image, upright.turn_of(image))
+
+
+def decode(data: bytes, background: tuple[int, int, int] = WHITE, version: int = VERSION) -> Pixels:
+    """The pixels of `read`, uint8 [H, W, 3]; its errors."""
+    return read(data, background, version).pixels
+
+
+def read(
+    data: bytes, background: tuple[int, int, int] = WHITE, version: int = VERSION, convert: bool = True
+) -> Decoded:
+    """Decode a whole image (the first frame or page of several) to 8-bit RGB, upright.
+
+    Transparency is composited on `background`; grey of 12 and 16 bits, and floats from 0 to 1, are scaled to 8 bits.
+
+    Args:
+        convert: whether colours are converted to sRGB by an embedded ICC profile.
+
+    Raises:
+        ValueError: not an image of a kind that is read, one that needs a plug-in, truncated, with broken EXIF data, or
+            as large as a decompression bomb.
+    """
+    if version == 1:
+        return Decoded(_decode_1(data, background))
+    with opened(data) as image, decoding():
+        turn = upright.turn_of(image)
+        conversion, note = icc.asked(image) if convert else (None, None)
+        size = upright.size_upright(image, turn)
+        pixels = None
+        if image.format == "JPEG" and image.mode in ("RGB", "L") and turn is None and conversion is None:
+            pixels = _plain_jpeg(data) if _agrees(_simplejpeg()) else None
+        if pixels is None:
             image.load()
-            upright = ImageOps.exif_transpose(image)
-            return np.asarray(_to_rgb(upright, background))
+            whole = rgb.eight_bits(image)
+            if conversion is not None:
+                whole = icc.to_srgb(whole, conversion)
+            pixels = np.asarray(rgb.on_background(upright.turned(whole, image.format, turn), background))
+    if pixels.shape[:2] != size:
+        raise ValueError(f"its header says {size[1]}x{size[0]} pixels, but {pixels.shape[1]}x{pixels.shape[0]} came")
+    return Decoded(pixels, (note,) if note else ())
 
 
-def decode_exactly(data: bytes, height: int, width: int) -> Pixels:
+def decode_exactly(data: bytes, height: int, width: int, version: int = VERSION) -> Pixels:
     """Decode an image that is already RGB of that size; its size is compared before any pixel is decoded.
 
     Raises:
@@ -79,34 +110,10 @@ def decode_exactly(data: bytes, height: int, width: int) -> Pixels:
     with _opened(data) as image:
         if image.size != (width, height):
             raise ValueError(f"image is {image.width}x{image.height} pixels, expected {width}x{height}")
-    pixels = decode(data)
+    pixels = decode(data, version=version)
     if pixels.shape[:2] != (height, width):
         raise ValueError(f"image is to be turned to {pixels.shape[1]}x{pixels.shape[0]} pixels (EXIF)")
     return pixels
-
-
-def _opened(data: bytes) -> Image.Image:
-    with _decoding():
-        return Image.open(io.BytesIO(data), formats=FORMATS)
-
-
-@contextmanager
-def _decoding() -> Iterator[None]:
-    """Whatever a decoder makes of damaged or hostile bytes is a ValueError: Pillow's parsers raise all kinds.
-
-    An image that Pillow warns of as a bomb is refused; its other warnings (odd EXIF data) change nothing.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            yield
-    except MemoryError:
-        raise
-    except UnidentifiedImageError as error:
-        raise ValueError("not a PNG, JPEG or WebP image") from error
-    except Exception as error:
-        raise ValueError(str(error) or type(error).__name__) from error
 
 
 @lru_cache(maxsize=1)
@@ -129,17 +136,32 @@ def _plain_jpeg(data: bytes) -> Pixels | None:
         return None
 
 
-def _to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
-    if image.mode.startswith("I"):  # 16-bit grey, which convert() would clip at 255 instead of scaling
-        values = np.asarray(image.convert("I"))
-        pixels = np.repeat((values >> 8).clip(0, 255).astype(np.uint8)[..., None], 3, axis=2)
-        pixels[values == image.info.get("transparency", -1)] = background
-        return Image.fromarray(pixels)
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        rgba = image.convert("RGBA")
-        canvas = Image.new("RGBA", rgba.size, (*background, 255))
-        return Image.alpha_composite(canvas, rgba).convert("RGB")
-    return image.convert("RGB")
+@lru_cache(maxsize=4)
+def _agrees(library: Any) -> bool:
+    """Whether simplejpeg's copy of libjpeg-turbo gives the pixels of Pillow's copy: they may be of different releases.
+
+    Seen on a small picture, as it is stored with every subsampling, and progressively.
+    """
+    if library is None:
+        return False
+    y, x = np.mgrid[:43, :61]
+    probe = Image.fromarray(np.stack([x * 7 % 256, y * 11 % 256, (x * y) % 256], -1).astype(np.uint8))
+    kinds: tuple[tuple[Image.Image, dict[str, Any]], ...] = (
+        *((probe, {"subsampling": subsampling}) for subsampling in (0, 1, 2)),
+        (probe, {"progressive": True}),
+        (probe.convert("L"), {}),
+    )
+    for picture, options in kinds:
+        out = io.BytesIO()
+        picture.save(out, "JPEG", quality=80, **options)
+        with Image.open(out, formats=("JPEG",)) as image:
+            expected = np.asarray(image.convert("RGB"))
+        try:
+            if not np.array_equal(library.decode_jpeg(out.getvalue(), "RGB"), expected):
+                return False
+        except ValueError:
+            return False
+    return True
 
 
 def cover(pixels: Pixels, height: int, width: int, fast: bool = False) -> Pixels:
@@ -174,3 +196,64 @@ def _torch_bicubic(pixels: Pixels, height: int, width: int) -> Pixels:
         image = torch.from_numpy(pixels).permute(2, 0, 1)[None]
     scaled = torch.nn.functional.interpolate(image, (height, width), mode="bicubic", antialias=True)
     return scaled[0].permute(1, 2, 0).numpy()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Version 1, of indexes without a version: what comes out of it never changes
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _size_1(data: bytes) -> tuple[int, int]:
+    with _opened(data) as image, _decoding():
+        exif = Image.Exif()
+        exif.load(image.info.get("exif", b""))  # image.getexif() would decode a whole PNG
+        turned = exif.get(ORIENTATION, 1) in (5, 6, 7, 8)
+        return (image.width, image.height) if turned else (image.height, image.width)
+
+
+def _decode_1(data: bytes, background: tuple[int, int, int]) -> Pixels:
+    with _opened(data) as image:
+        if image.format == "JPEG" and image.mode in ("RGB", "L") and "exif" not in image.info:
+            pixels = _plain_jpeg(data)
+            if pixels is not None:
+                return pixels
+        with _decoding():
+            image.load()
+            return np.asarray(_to_rgb(ImageOps.exif_transpose(image), background))
+
+
+def _opened(data: bytes) -> Image.Image:
+    with _decoding():
+        return Image.open(io.BytesIO(data), formats=FORMATS)
+
+
+@contextmanager
+def _decoding() -> Iterator[None]:
+    """Whatever a decoder makes of damaged or hostile bytes is a ValueError: Pillow's parsers raise all kinds.
+
+    An image that Pillow warns of as a bomb is refused; its other warnings (odd EXIF data) change nothing.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            yield
+    except MemoryError:
+        raise
+    except UnidentifiedImageError as error:
+        raise ValueError("not a PNG, JPEG or WebP image") from error
+    except Exception as error:
+        raise ValueError(str(error) or type(error).__name__) from error
+
+
+def _to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
+    if image.mode.startswith("I"):  # 16-bit grey, which convert() would clip at 255 instead of scaling
+        values = np.asarray(image.convert("I"))
+        pixels = np.repeat((values >> 8).clip(0, 255).astype(np.uint8)[..., None], 3, axis=2)
+        pixels[values == image.info.get("transparency", -1)] = background
+        return Image.fromarray(pixels)
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        canvas = Image.new("RGBA", rgba.size, (*background, 255))
+        return Image.alpha_composite(canvas, rgba).convert("RGB")
+    return image.convert("RGB")

@@ -62,8 +62,8 @@ class Losses(NamedTuple):
     """REPA's alignment loss, 1 - cos, while it is on."""
 
 
-def train(requested: Config, world: World) -> None:
-    """Start or resume the `requested` run; every rank calls it.
+def train(requested: Config, world: World, classes_given: bool = True) -> None:
+    """Start or resume the `requested` run; every rank calls it. `classes_given` as in `resolve`.
 
     Raises:
         InputError: bad input, found before the first step and raised on every rank; or a sample that may not be read.
@@ -77,22 +77,29 @@ def train(requested: Config, world: World) -> None:
     with Watchdog(world, requested.machine.watchdog, _waits(requested)) as watchdog:
         outage.note_waits(workers.WAITED)
         watchdog.notes.waiting = lambda: workers.WAITED.value
-        _train(requested, world, device, watchdog)
+        _train(requested, world, device, watchdog, classes_given)
 
 
-def _train(requested: Config, world: World, device: torch.device, watchdog: Watchdog) -> None:
+def _train(requested: Config, world: World, device: torch.device, watchdog: Watchdog, classes_given: bool) -> None:
     stop = StopRequest(Path(requested.out), world)
     on_all_ranks(world, lambda: check_writable(Path(requested.out)))
     # First of all: what is read of the folder while the run before is still ending may be old when it has ended.
     watchdog.note(0, "lock")
     with run_lock(Path(requested.out), world):
         watchdog.note(0, "start")
-        _in_folder(requested, world, device, stop, watchdog)
+        _in_folder(requested, world, device, stop, watchdog, classes_given)
 
 
-def _in_folder(requested: Config, world: World, device: torch.device, stop: StopRequest, watchdog: Watchdog) -> None:
+def _in_folder(
+    requested: Config,
+    world: World,
+    device: torch.device,
+    stop: StopRequest,
+    watchdog: Watchdog,
+    classes_given: bool,
+) -> None:
     choice = choose(Path(requested.out), requested.resume, world)
-    resolved = on_all_ranks(world, lambda: resolve(requested, world.size, choice))
+    resolved = on_all_ranks(world, lambda: resolve(requested, world.size, choice, classes_given))
     cards = automatic.cards_of(world, device)
     lacks = automatic.lacking(world, cards)
     resolved, lines = on_all_ranks(world, lambda: automatic.settle(resolved, cards, lacks))

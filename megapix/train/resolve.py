@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +14,7 @@ from megapix.checkpoint.manifest import State
 from megapix.conditioning.text_source import TextSource, text_of
 from megapix.config import BatchLayout, Config, EvaluationConfig, RepaConfig
 from megapix.config.ds_config import read_knobs
-from megapix.data.locate import Located, locate
+from megapix.data.locate import Located, locate, locate_version
 from megapix.dist import World
 from megapix.errors import InputError
 from megapix.shards.image_features import Features, read_features
@@ -39,7 +40,7 @@ class ResolvedRun:
     changes: list[str]
     """Schedule options, and the number of ranks, where they differ from the checkpoint's."""
     kept: tuple[str, ...] = ()
-    """What the run has of the checkpoint's although another value was asked for, a line each."""
+    """What the run has of the checkpoint or of the data although preset or command have another value, a line each."""
     teacher: Encoder | None = None
     """REPA's frozen encoder, if there is one."""
     features: Features | None = None
@@ -73,12 +74,14 @@ class ResolvedRun:
         return self.saved is not None and self.saved.state.counters.images_seen >= self.end
 
 
-def resolve(requested: Config, ranks: int, choice: Choice | None = None) -> ResolvedRun:
+def resolve(requested: Config, ranks: int, choice: Choice | None = None, classes_given: bool = True) -> ResolvedRun:
     """Check a configuration against its data, its run folder and the number of ranks, and freeze its spans.
 
     Args:
         ranks: ranks of the run.
         choice: the checkpoint to resume from; None looks for it here, checking sizes only, before any rank starts.
+        classes_given: whether model.num_classes is what the user wants, and not only the preset's: else a network with
+            classes takes the number of the data.
 
     Raises:
         InputError: the first thing that is wrong.
@@ -86,7 +89,7 @@ def resolve(requested: Config, ranks: int, choice: Choice | None = None) -> Reso
     config.validate(requested)
     layout = config.batch_layout(requested, ranks)
     read_knobs(requested.machine.ds_config, requested.machine.unproven)
-    located = locate(requested.data)
+    located, choice = _located(requested, choice)
     index = located.index
     _check_sizes(requested, requested.data.path, Policy.from_dict(index.image_policy))
     if len({shard.bucket for shard in index.shards}) > 1 and layout.total % requested.data.reading_groups:
@@ -94,6 +97,9 @@ def resolve(requested: Config, ranks: int, choice: Choice | None = None) -> Reso
             f"data.reading_groups = {requested.data.reading_groups}: with aspect buckets expected a divisor of "
             f"optim.global_batch = {layout.total}"
         )
+    taken: tuple[str, ...] = ()
+    if requested.model.num_classes not in (0, len(index.classes)) and not classes_given:
+        requested, taken = _with_classes(requested, len(index.classes))
     if requested.model.num_classes and len(index.classes) != requested.model.num_classes:
         raise InputError(
             f"model.num_classes = {requested.model.num_classes}, "
@@ -107,18 +113,20 @@ def resolve(requested: Config, ranks: int, choice: Choice | None = None) -> Reso
     text = text_of(requested, located, validation)
     resolved = config.replace(resolved, "text.digest", text.digest)
     standard = _standard(requested.evaluation)
-    run = Path(requested.out)
-    check_writable(run)
-    choice = choice or choose(run, requested.resume, World(), hashed=False)
     if choice.saved is None:
+        _check_rare_buckets(requested, index, layout.total)
         if requested.init:
             from megapix.weights import stages  # late: torch, which no other check needs
 
             stages.check(resolved)
-        return ResolvedRun(resolved, located, layout, choice, validation, [], (), teacher, features, standard, text)
+        return ResolvedRun(resolved, located, layout, choice, validation, [], taken, teacher, features, standard, text)
     folder, state = choice.saved.folder, choice.saved.state
     _check_batch(state, layout, str(folder))
     resolved, kept = _kept(resolved, state.config)
+    kept = (*taken, *kept)
+    if located.newer:
+        newer = f"has a newer index, {located.newer[:16]}…; the run keeps its own, {index.digest[:16]}…"
+        kept = (*kept, f"data.path: {requested.data.path!r} {newer} of {index.samples:,} images")
     changes = config.compare(state.config, resolved, str(folder))
     if state.data_digest != index.digest:
         raise InputError(
@@ -128,6 +136,23 @@ def resolve(requested: Config, ranks: int, choice: Choice | None = None) -> Reso
     if state.layout.ranks != ranks:
         changes.append(f"ranks: {state.layout.ranks} -> {ranks}")
     return ResolvedRun(resolved, located, layout, choice, validation, changes, kept, teacher, features, standard, text)
+
+
+def _with_classes(requested: Config, classes: int) -> tuple[Config, tuple[str, ...]]:
+    """With the number of classes of the data, and a line that says so."""
+    before = requested.model.num_classes
+    line = f"model.num_classes: {classes}, the classes of {requested.data.path!r}, in place of the preset's {before}"
+    return config.replace(requested, "model.num_classes", classes), (line,)
+
+
+def _located(requested: Config, choice: Choice | None) -> tuple[Located, Choice]:
+    """The data, of which a run that resumes keeps the version that it began with; and the checkpoint."""
+    located = locate(requested.data)
+    check_writable(Path(requested.out))
+    choice = choice or choose(Path(requested.out), requested.resume, World(), hashed=False)
+    if choice.saved and choice.saved.state.data_digest != located.index.digest:
+        located = locate_version(requested.data, choice.saved.state.data_digest)
+    return located, choice
 
 
 def _kept(resolved: Config, saved: Config) -> tuple[Config, tuple[str, ...]]:
@@ -214,6 +239,27 @@ def _check_sizes(requested: Config, path: str, policy: Policy) -> None:
             raise InputError(
                 f"{path!r} has images of {width}x{height} pixels, not divisible by model.patch_size = {patch}"
             )
+
+
+def _check_rare_buckets(requested: Config, index: Index, batch: int) -> None:
+    """A step holds one bucket: of one with fewer samples than a step has, it would hold the same images several times.
+
+    Runs that began so go on, and indexes of the first version of the image policy are used as they were.
+    """
+    policy = Policy.from_dict(index.image_policy)
+    counts: Counter[int] = Counter()
+    for shard in index.shards:
+        counts[shard.bucket] += shard.samples
+    if len(counts) < 2 or policy.version == 1 or requested.data.repeat_rare_buckets:
+        return
+    rarest = min(counts, key=lambda bucket: (counts[bucket], bucket))
+    if counts[rarest] < batch:
+        height, width = policy.buckets[rarest]
+        raise InputError(
+            f"{requested.data.path!r}: the aspect bucket {width}x{height} has {counts[rarest]} samples, fewer than "
+            f"optim.global_batch = {batch}, so that steps would hold the same images several times; prepare it with "
+            f"data_prep … --bucket-min {batch}, or give --data.repeat-rare-buckets"
+        )
 
 
 def check_writable(run: Path) -> None:

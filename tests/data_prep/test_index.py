@@ -136,7 +136,7 @@ def test_bad_samples_are_listed_and_bounded(tmp_path: Path, capsys: pytest.Captu
     assert run(*command) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert "1 of 26 samples cannot be used, --max-rejected allows 0.001" in error
-    assert "'00003.tar/bad.PNG': not a PNG, JPEG or WebP image" in error
+    assert "'00003.tar/bad.PNG': not an image of a kind that is read" in error
     assert not (tmp_path / "index" / "index.json").exists()
     assert run(*command, "--max-rejected", 0.05) == 0, "the same command resumes"
     index = read_index(tmp_path / "index")
@@ -170,16 +170,20 @@ def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["ftp://host/a.tar"], "'ftp' is not read"),
         ([add(tmp_path / "twice", ("a.png", png), ("a.cls", b"1"), ("a.png", png))], "key 'a' occurs twice"),
         ([add(tmp_path / "two", ("a.png", png), ("a.jpg", png))], "'0.tar/a.png': expected one image"),
-        ([add(tmp_path / "word", ("a.png", png), ("a.cls", b"cat"))], "the class is 'cat', expected a number, 0 to"),
-        ([add(tmp_path / "huge", ("a.png", png), ("a.cls", b"3000000000"))], "cls: the class is 3000000000"),
         ([add(tmp_path / "half", ("a.png", png), ("a.json", b'{"label": 3.7}'))], "json: the class is 3.7"),
         ([add(tmp_path / "inf", ("a.png", png), ("a.json", b'{"label": Infinity}'))], "json: the class is inf"),
         ([add(tmp_path / "long", ("a.png", png), ("a.json", b" " * (1 << 21)))], "its json member has 2097152 bytes"),
         ([add(tmp_path / "deep", ("a.png", png), ("a.json", b"[" * 100_000))], "recursion"),
-        ([add(tmp_path / "mixed", ("a.png", png), ("b.png", png), ("b.cls", b"1"))], "sample 'a' has no class"),
-        ([add(tmp_path / "minus", ("a.png", png), ("a.cls", b"-1"))], "cls: the class is '-1', expected a number"),
+        (
+            [add(tmp_path / "mixed", ("a.png", png), ("b.png", png), ("b.cls", b"1"))],
+            "'0.tar/a.png': it has no class, but others have one",
+        ),
+        ([add(tmp_path / "minus", ("a.png", png), ("a.cls", b"-1"))], "cls: the class is '-1', expected a name, or"),
         ([add(tmp_path / "odd", ("a.png", png), ("a.json", b"{"))], "its json member is not JSON"),
-        ([some], "1 samples have no class (cls), but 1 have one"),
+        (
+            [some],
+            "1 of 2 samples cannot be used, --max-rejected allows 0.001 of them; the latest is '1.tar/a.png': it has",
+        ),
         ([cut], "0.tar: cannot be read as an uncompressed tar file: unexpected end of data"),
         ([add(tmp_path / "fine", ("a.png", png)), "--outage-minutes", -1], "--outage-minutes = -1"),
         ([tmp_path / "fine", "--workers", 0], "--workers = 0"),

@@ -14,12 +14,12 @@ import webdataset
 from PIL import Image
 
 from data_prep import cli
+from data_prep.listing.captions import CaptionKeys, parse_keys
+from data_prep.listing.reading import Reading
 from data_prep.passes.verify import verify
 from data_prep.sources import open_source
-from data_prep.sources.captions import CaptionKeys, parse_keys
 from data_prep.sources.image_text import ImageText
 from data_prep.sources.parquet import Parquet
-from data_prep.sources.reading import Reading
 from data_prep.sources.shards import Shards
 from megapix.errors import InputError
 from megapix.files import sha256_of
@@ -235,7 +235,7 @@ def test_bad_parquet_captions(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         ({"caption": two, "caption_weights": [["1", "heavy"], ["1"]]}, "the weight of caption 'a' is '1', expected a"),
         ({"caption": two, "caption_weights": [[1.0], [1.0]]}, "2 captions, but 1 in caption_weights; expected as many"),
         ({"caption": [{"name": "a"}, None]}, "row group 0, row 0: caption: a caption is \"{'name': 'a'}\", expected"),
-        ({"caption": [[1], [2]]}, "row group 0, row 0: caption: a caption is '1', expected a text"),
+        ({"caption": [[b"a"], [b"b"]]}, "row group 0, row 0: caption: a caption is \"b'a'\", expected a text"),
         ({"caption": [b"a", b"b"]}, "row group 0, row 0: caption: a caption is \"b'a'\", expected a text"),
     ):
         table(path, **columns)

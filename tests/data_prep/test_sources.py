@@ -14,15 +14,16 @@ import pytest
 import webdataset
 from PIL import Image
 
+from data_prep.listing.base import Item, Source
+from data_prep.listing.reading import Reading
 from data_prep.sources import open_source
-from data_prep.sources.base import Source
 from data_prep.sources.edm2_zip import Edm2Zip
 from data_prep.sources.image_folder import ImageFolder
 from data_prep.sources.image_text import ImageText
 from data_prep.sources.imagenet import SynsetTars
 from data_prep.sources.labelled import LabelledImages
+from data_prep.sources.metadata import Metadata
 from data_prep.sources.parquet import Parquet
-from data_prep.sources.reading import Reading
 from data_prep.sources.shards import Shards
 from data_prep.writing import plan as planning
 from data_prep.writing.plan import Options
@@ -120,6 +121,16 @@ def image_text(image_folder: Path, out: Path) -> Path:
     return out
 
 
+def metadata(image_folder: Path, out: Path) -> Path:
+    lines = ["file_name,text,label"]
+    for place, (label, path) in enumerate(files(image_folder)):
+        (out / f"part{place % 2}").mkdir(parents=True, exist_ok=True)
+        (out / f"part{place % 2}" / path.name).write_bytes(path.read_bytes())
+        lines.append(f"part{place % 2}/{path.name},no {label},{SYNSETS[label]}")
+    (out / "metadata.csv").write_text("\n".join(lines))
+    return out
+
+
 def parquet(image_folder: Path, out: Path) -> Path:
     """Two files as `datasets` writes them: a struct of bytes and path, a ClassLabel, small row groups."""
     pyarrow = pytest.importorskip("pyarrow")
@@ -151,6 +162,7 @@ KINDS: dict[str, tuple[Callable[[Path, Path], Path], type, tuple[str, ...]]] = {
     "flat folder": (flat_folder, LabelledImages, SYNSETS),
     "parquet": (parquet, Parquet, SYNSETS),
     "image-text": (image_text, ImageText, ("images",)),
+    "metadata": (metadata, Metadata, SYNSETS),
     "flat tar": (flat_tar, LabelledImages, ("0", "1", "2")),
 }
 
@@ -180,7 +192,7 @@ def test_sources(kind: str, image_folder: Path, tmp_path: Path) -> None:
     if kind == "image-text":
         expected = [(0, data) for data in sorted(data for _, data in expected)]
     assert found == expected
-    if kind in ("shards", "parquet", "image-text"):
+    if kind in ("shards", "parquet", "image-text", "metadata"):
         assert {item.caption for item in source.items} == {"no 0", "no 1", "no 2"}
 
 
@@ -195,33 +207,20 @@ def test_bad_sources(image_folder: Path, tmp_path: Path) -> None:
     flat = flat_folder(image_folder, tmp_path / "flat")
     labels = tmp_path / "labels.txt"
     lines = labels.read_text().splitlines()
-    zipped = edm2_zip(image_folder, tmp_path / "zipped")
-    with zipfile.ZipFile(tmp_path / "bare.zip", "w") as archive:
+    with zipfile.ZipFile(tmp_path / "other.zip", "w") as archive:
         archive.writestr("a.png", b"")
-    with zipfile.ZipFile(zipped) as archive, zipfile.ZipFile(tmp_path / "fewer.zip", "w") as fewer:
-        for name in archive.namelist():
-            if name != "dataset.json":
-                fewer.writestr(name, archive.read(name))
-        fewer.writestr("dataset.json", json.dumps({"labels": json.loads(archive.read("dataset.json"))["labels"][:-1]}))
-
-    def zip_with_label(label: str) -> Path:
-        with zipfile.ZipFile(tmp_path / "label.zip", "w") as archive:
-            archive.writestr("a.png", b"")
-            archive.writestr("dataset.json", f'{{"labels": [["a.png", {label}]]}}')
-        return tmp_path / "label.zip"
-
+        archive.writestr("dataset.json", "{}")
+    hollow = tmp_path / "hollow"
+    hollow.mkdir()
     loop = tmp_path / "loop" / "class"
     loop.mkdir(parents=True)
     (loop / "again").symlink_to(tmp_path / "loop")
     cases: list[tuple[Callable[[], object], str]] = [
         (lambda: open_source(tmp_path / "none"), "does not exist"),
-        (lambda: open_source(flat), "of no known kind .* flat images need --labels FILE"),
+        (lambda: open_source(hollow), "of no known kind .* expected images, such as one folder of them for each class"),
         (lambda: open_source(flat, name="edm-zip"), "'edm-zip' is not a kind of source .did you mean 'edm2-zip'"),
         (lambda: open_source(flat, name="shards", reading=Reading(labels=labels)), "not with --source shards"),
-        (lambda: open_source(tmp_path / "bare.zip"), "dataset.json is missing"),
-        (lambda: open_source(tmp_path / "fewer.zip"), "dataset.json has no label for '00000/img"),
-        (lambda: open_source(zip_with_label("-1")), "dataset.json: a.png: the class is -1, expected a number"),
-        (lambda: open_source(zip_with_label("1e999")), "dataset.json: a.png: the class is inf, expected a number"),
+        (lambda: open_source(tmp_path / "other.zip"), "dataset.json holds no list 'labels'"),
         (lambda: open_source(tmp_path / "loop"), "class' holds no image"),
         (lambda: open_source(Path("a" * 300)), "cannot be read: File name too long"),
         (lambda: open_source(flat, reading=Reading(labels=tmp_path / "none.txt")), "none.txt: cannot be read"),
@@ -230,8 +229,8 @@ def test_bad_sources(image_folder: Path, tmp_path: Path) -> None:
         with pytest.raises(InputError, match=message):
             call()
     for text, message in (
-        ("\n".join(lines[:-1]), "has 39 lines, but there are 40 images"),
-        ("\n".join([*lines[:-1], "other.png n01440764"]), "has no line for image"),
+        ("\n".join(["n01440764"] * 39), "has 39 lines, but there are 40 images"),
+        ("\n".join(["other.png n01440764"] * 40), "not one line names an image such as '00.png'"),
         ("\n".join([*lines[:-1], "a b c"]), "expected LABEL, or NAME LABEL"),
     ):
         labels.write_text(text)
@@ -299,21 +298,10 @@ def test_bad_parquet_files(image_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "damaged.parquet").write_bytes(b"PAR1 and nothing")
     for path, message in (
         (table("bare", label=[1]), "no column of images"),
-        (table("negative", image=[png], label=[-1]), "row group 0, row 0: label: the class is -1, expected a number"),
-        (
-            table("null", image=[png], label=pyarrow.array([None], pyarrow.int64())),
-            "label: the class is None, expected a number",
-        ),
         (tmp_path / "damaged.parquet", "cannot be read as a parquet file"),
     ):
         with pytest.raises(InputError, match=message):
             open_source(path)
-    both = tmp_path / "both"
-    both.mkdir()
-    table("both/a", image=[png], label=[5])
-    table("both/b", image=[png])
-    with pytest.raises(InputError, match=r"both/b.parquet has no column of labels, but \S+/both/a.parquet has one"):
-        open_source(both)
     text = open_source(table("text", image=["not bytes"], label=[0]))
     with pytest.raises(ValueError, match="the row holds no image bytes"):
         text.reader.read(text.items[0], 16)
@@ -324,22 +312,31 @@ def test_bad_parquet_files(image_folder: Path, tmp_path: Path) -> None:
 
 
 def test_bad_image_text_pairs(image_folder: Path, tmp_path: Path) -> None:
+    """What cannot be read rejects its image; what is not there leaves its caption empty."""
     pairs = image_text(image_folder, tmp_path / "pairs")
-    text, about = next(pairs.rglob("*.txt")), next(pairs.rglob("*.json"))
-    about.write_text('{"title": "no caption"}')
-    with pytest.raises(InputError, match=rf"{about}: expected the key 'caption' or 'captions', or {about.stem}.txt"):
-        open_source(pairs)
-    about.write_text('{"caption": ')
-    with pytest.raises(InputError, match=rf"{about}: expected JSON: Expecting value"):
-        open_source(pairs)
+    (text, cut, gone), about = sorted(pairs.rglob("*.txt"))[:3], sorted(pairs.rglob("*.json"))[:4]
     text.write_bytes(b"caf\xe9")
-    about.write_text('{"caption": null}')
-    with pytest.raises(InputError, match=rf"{text}: expected UTF-8 text: .* can't decode byte 0xe9"):
-        open_source(pairs)
-    about.write_text('{"caption": null}')
-    text.unlink()
-    with pytest.raises(InputError, match=rf"expected {text.name} or {text.stem}.json beside it"):
-        open_source(pairs, "image-text")
+    cut.write_text("a dog", "utf-16-le")
+    gone.unlink()
+    about[0].write_text('{"title": "no caption"}')
+    about[1].write_text('{"caption": ')
+    about[2].write_text('["a dog"]')
+    about[3].write_text("null")
+    source = open_source(pairs)
+    found = {item.name: item for item in source.items}
+
+    def of(path: Path) -> Item:
+        return found[path.relative_to(pairs).with_suffix(".png").as_posix()]
+
+    assert [of(path).caption for path in (gone, about[0], about[3])] == ["", "", ""]
+    assert not any(of(path).fault for path in (gone, about[0], about[3]))
+    assert of(text).fault == f"{text}: byte 3 is not UTF-8 text; expected UTF-8, or UTF-16 with a byte order mark"
+    assert of(cut).fault.startswith(f"{cut}: it holds zero bytes, as UTF-16 without a byte order mark does")
+    assert of(about[1]).fault.startswith(f"{about[1]} is not JSON: Expecting value")
+    assert of(about[2]).fault == f"{about[2]} is a list, expected a JSON object"
+    assert sum(bool(item.fault) for item in source.items) == 4
+    index, _ = write(source, tmp_path / "out", OPTIONS, workers=1, max_rejected=0.1, progress=False)
+    assert (index.samples, index.rejected) == (36, 4)
 
 
 def test_samples_that_are_none_are_rejected(tmp_path: Path) -> None:
@@ -353,8 +350,8 @@ def test_samples_that_are_none_are_rejected(tmp_path: Path) -> None:
     index, _ = write(open_source(tmp_path / "odd.tar"), tmp_path / "out", OPTIONS, 1, max_rejected=0.7, progress=False)
     assert (index.samples, index.rejected) == (1, 2)
     reasons = (tmp_path / "out" / "rejected.jsonl").read_text()
-    assert "expected one image (png, jpg, jpeg, webp), found ['cls']" in reasons
-    assert "the class is 'cat', expected a number" in reasons
+    assert "expected one image (png, jpg, webp, gif, bmp, tif, avif, jp2, heic, jxl), found ['cls']" in reasons
+    assert "the class is 'cat', expected a number, as most labels are, such as 1" in reasons
 
 
 def test_one_process_at_a_time(image_folder: Path, tmp_path: Path) -> None:

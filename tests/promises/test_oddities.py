@@ -67,16 +67,15 @@ def plant(folder: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
         "animated.png": (encoded(Image.new("RGB", size, (7, 7, 9)), "PNG", **frames), (7, 7, 9)),
         "bits.png": (encoded(Image.new("1", size, 1)), (255, 255, 255)),
         "jpeg-called.png": (encoded(Image.new("RGB", size, (50, 50, 50)), "JPEG", quality=100), (50, 50, 50)),
+        "gif-called.png": (encoded(Image.new("L", size, 9), "GIF"), (9, 9, 9)),
     }
     jpeg = encoded(Image.fromarray(photo(40, 40)), "JPEG")
     bad_files: dict[str, tuple[bytes, str]] = {
-        "empty.png": (b"", "not a PNG, JPEG or WebP image"),
-        "text.jpg": (b"<html>not found</html>", "not a PNG, JPEG or WebP image"),
-        "gif-called.png": (encoded(Image.new("L", size), "GIF"), "not a PNG, JPEG or WebP image"),
+        "empty.png": (b"", "not an image of a kind that is read"),
+        "text.jpg": (b"<html>not found</html>", "not an image of a kind that is read"),
         "cut.jpg": (jpeg[: len(jpeg) // 2], "truncated"),
         "cut.png": (encoded(Image.fromarray(photo(40, 40)))[:900], "truncated"),
         "cut.webp": (encoded(Image.fromarray(photo(40, 40)), "WEBP")[:300], ""),
-        "small.png": (encoded(Image.new("RGB", (30, 9))), "30x9 pixels, --min-side is 16"),
         "bomb.png": (png_header(30_000, 30_000), "exceeds limit"),
         "hollow.png": (png_header(20, 20), ""),
     }
@@ -88,6 +87,7 @@ def plant(folder: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
 
 def test_every_oddity(tmp_path: Path) -> None:
     good, bad = plant(tmp_path / "images")
+    (tmp_path / "images" / "class" / "small.png").write_bytes(encoded(Image.new("RGB", (30, 9))))
     command = ["write", tmp_path / "images", tmp_path / "out", "--size", 16, "--workers", 1, "--min-side", 16]
     assert run(*command, "--background", "#008000", "--max-rejected", 0.5) == 0
     urls = str(tmp_path / "out" / "shard-000000.tar")
@@ -105,6 +105,7 @@ def test_every_oddity(tmp_path: Path) -> None:
         assert one["reason"]
         assert one["exception"]
     assert read_index(tmp_path / "out").rejected == len(bad)
+    assert json.loads((tmp_path / "out" / "entries.json").read_text())["filtered"] == {"--min-side 16": 1}
     assert run("verify", tmp_path / "out", "--workers", 1) == 0
 
 
@@ -206,11 +207,15 @@ def test_training_on_aspect_buckets(tmp_path: Path) -> None:
     shards = tmp_path / "shards"
     command = ["write", tmp_path / "images", shards, "--size", 16, "--policy", "buckets", "--bucket-step", 4]
     assert run(*command, "--workers", 1) == 0
-    succeed(2, "megapix", arguments(shards, tmp_path / "whole"))
+    refused = start(1, "megapix", arguments(shards, tmp_path / "whole"))[0]
+    assert refused.code == 2
+    assert "bucket 12x24 has 6 samples, fewer than optim.global_batch = 8" in refused.err
+    assert "--bucket-min 8, or give --data.repeat-rare-buckets" in refused.err
+    succeed(2, "megapix", arguments(shards, tmp_path / "whole", "--data.repeat-rare-buckets"))
     losses = scalars(tmp_path / "whole", "loss/train")
     assert sorted(losses) == list(range(1, 21))
     assert all(np.isfinite(loss) for loss in losses.values())
-    succeed(2, "megapix", arguments(shards, tmp_path / "parts", "--optim.end-at", "80"))
+    succeed(2, "megapix", arguments(shards, tmp_path / "parts", "--data.repeat-rare-buckets", "--optim.end-at", "80"))
     succeed(2, "megapix", arguments(shards, tmp_path / "parts"))
     assert scalars(tmp_path / "parts", "loss/train") == losses
     assert start(1, "megapix", arguments(shards, tmp_path / "bad", "--model.patch-size", "8"))[0].code == 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ import pytest
 from hypothesis import given, seed
 from hypothesis import strategies as st
 
+from data_prep.listing.base import Item
+from data_prep.listing.captions import captions_in, captions_of, json_object, packed, parse_keys, trimmed
+from data_prep.listing.reading import Reading
 from data_prep.passes.caption_counts import CaptionCounts
-from data_prep.sources.base import Item
-from data_prep.sources.captions import captions_in, captions_of, option_of, packed, parse_keys
 from data_prep.writing.shard import _about
 from megapix import rng
 from megapix.config import DataConfig
@@ -52,7 +54,7 @@ def test_a_single_caption_is_its_own_text(text: str) -> None:
 @given(CAPTIONS)
 def test_the_json_of_a_shard_holds_what_its_item_has(captions: list[Caption]) -> None:
     text = packed(captions)
-    about = json.loads(json.dumps(_about(Item("a.png", 0, text)), ensure_ascii=False))
+    about = json.loads(json.dumps(_about(Item("a.png", 0, text), ()), ensure_ascii=False))
     assert ("caption" in about) == (len(unpack(text)) == 1)
     assert packed(captions_of(about, "", ())) == text
 
@@ -120,7 +122,12 @@ def test_captions_come_as_often_as_their_weights_say() -> None:
         ([], []),
         (["", None, {"text": None, "weight": math.nan}, {"text": "", "weight": 0}], []),
         ("a dog", [Caption("a dog", 2.0)]),
-        (7, [Caption("7", 2.0)]),
+        (7, []),
+        (math.nan, []),
+        (True, []),
+        (Decimal("0.5"), []),
+        ([3, math.nan, "a dog"], [Caption("a dog", 2.0)]),
+        ({"text": math.nan, "weight": 0}, []),
         (["a dog", "a cat"], [Caption("a dog", 2.0), Caption("a cat", 2.0)]),
         ({"text": "a dog", "weight": 3}, [Caption("a dog", 6.0)]),
         (
@@ -144,7 +151,7 @@ def test_values_that_hold_captions(value: Any, expected: list[Caption]) -> None:
         ([{"text": "dog", "weight": 10**400}], "the weight of caption 'dog' is inf, exp"),
         ([{"text": "dog", "weight": True}], "the weight of caption 'dog' is True, exp"),
         ([{"text": "dog", "weight": 1.7e308}], "the weight of caption 'dog' is inf, exp"),  # twice that
-        ([3], "a caption is '3', expected a text, or a list of texts or of"),
+        ([{}], "a caption is '{}', expected a text, or a list of texts or of"),
         ([["dog"]], r"a caption is \"\['dog'\]\", exp"),
         ([{"caption": "dog"}], r"a caption is \"{'caption': 'dog'}\", exp"),
         ({"text": ["dog"]}, r"a caption is \"\['dog'\]\", exp"),
@@ -167,12 +174,32 @@ def test_which_of_text_and_json_wins() -> None:
     keys = parse_keys("alts=0.5,long,none")
     assert captions_of(about, "text", keys) == [Caption("e", 0.5), Caption("f", 0.5), Caption("d")]
     assert captions_of({}, "text", keys) == []
+    assert captions_of({"caption": "c"}, "0 0.5 0.5 0.25 1.\n17 0 1e-3 0.5 0.5\n", ()) == [Caption("c")], "YOLO's boxes"
+    assert captions_of({}, "2 dogs", ()) == [Caption("2 dogs")]
+    assert captions_of({}, "1984", ()) == [Caption("1984")]
+
+
+def test_json_beside_an_image() -> None:
+    assert json_object('{"caption": "a dog"}') == {"caption": "a dog"}
+    assert json_object("null") == json_object("[]") == json_object("{}") == {}
+    for text, words in (
+        ("", "is not JSON"),
+        ('{"caption": ', "is not JSON: Expecting value"),
+        ("[" * 100_000, "is not JSON: maximum recursion"),
+        ('["a dog"]', "is a list, expected a JSON object"),
+        ('"a dog"', "is a str, expected a JSON object"),
+        ("7", "is a int, expected a JSON object"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            json_object(text)
 
 
 def test_packing_what_a_source_holds() -> None:
     assert packed([Caption(" "), Caption("dog", 0.5)]) == "dog"
     assert packed([Caption("", 1.0), Caption("\n", 2.0)]) == ""
     assert packed([Caption(" dog ")]) == " dog "
+    assert trimmed([Caption(" dog \r\n")]) == "dog"
+    assert trimmed([Caption("\n dog\nand cat ", 0.5), Caption(" \n")]) == "dog\nand cat"
     assert packed([Caption("dog\ud800"), Caption("cat", 0.5)]) == "dog\\ud800\x1ecat\x1f0.5"
 
 
@@ -180,10 +207,11 @@ def test_the_option(tmp_path: Path) -> None:
     assert parse_keys("") == ()
     assert parse_keys("long") == (("long", 1.0),)
     assert parse_keys("long=0.7, short=3e-1,a=b=2") == (("long", 0.7), ("short", 0.3), ("a=b", 2.0))
-    assert option_of(()) == ""
+    assert Reading().recorded() == {}
     for option in ("long", "long=0.7,short=0.3,tags", "a=b=2.0", "a=b=1.0"):
-        assert option_of(parse_keys(option)) == option
-        assert parse_keys(option_of(parse_keys(option))) == parse_keys(option)
+        recorded = Reading(parse_keys(option)).recorded()
+        assert recorded == {"captions": option}
+        assert parse_keys(recorded["captions"]) == parse_keys(option)
     for option, words in (
         ("long,", "--captions 'long,': key '' is empty; expected KEY, or KEY=WEIGHT, separated by commas"),
         ("=2", "key '' is empty"),

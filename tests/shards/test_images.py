@@ -98,7 +98,7 @@ def test_unusable_images_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         append_images=[Image.new("RGB", (4, 4), (0, 9, 0))],
     )
     assert colour(animated) == (9, 0, 0), "the first frame"
-    for bad in (b"", b"not an image", good[:200], encoded(Image.new("L", (4, 4)), "GIF"), broken_exif):
+    for bad in (b"", b"not an image", good[:200], encoded(Image.new("L", (4, 4)), "PPM"), broken_exif):
         with pytest.raises(ValueError, match=r"."):
             decode(bad)
     with pytest.raises(ValueError, match=r"256000000x256 pixels it exceeds the limit"):
@@ -125,15 +125,19 @@ def test_fast_mode_is_within_50_db_of_the_exact_one(size: tuple[int, int]) -> No
 
 
 def test_whatever_a_decoder_raises_is_a_value_error() -> None:
-    """EXIF data of which Pillow's parser makes a struct.error and a TypeError, and a broken PNG chunk."""
+    """EXIF data of which Pillow's parser makes a struct.error and a TypeError, and a broken PNG chunk.
+
+    Pillow fails where it writes such EXIF data again, which version 2 of decoding does not ask for.
+    """
     start, middle = b"Exif\0\0MM\0*\0\0\0\x08\0\x02\x01", b"\0\x02\0\0\0\x15\0\0\0&\x01\x12\0\x03\0\0\0\x01\0\x06"
     for tag, rest in ((b")", b"xxxxxxxxxxxxx\xe9xxx\x02xx\0\0"), (b"\x1a", b"xx\0xxxxxxxxxxxxxxxx\x8d\0\0")):
         exif = start + tag + middle + b"\0\0\0\0\0\0" + rest
         with pytest.raises(ValueError, match=r"."):
-            decode(encoded(Image.new("RGB", (4, 4)), "JPEG", exif=exif))
+            decode(encoded(Image.new("RGB", (4, 4)), "JPEG", exif=exif), version=1)
+        assert decode(encoded(Image.new("RGB", (4, 4)), "JPEG", exif=exif)).shape == (4, 4, 3)
     broken = encoded(Image.new("RGB", (4, 4))).replace(b"IHDR", b"IHDX")
     for look in (decode, size_of):
-        with pytest.raises(ValueError, match=r"not a PNG|broken PNG"):
+        with pytest.raises(ValueError, match=r"header cannot be read|broken PNG"):
             look(broken)
 
 
@@ -228,8 +232,8 @@ def test_sizes_are_read_from_headers_upright() -> None:
     assert size_of(encoded(Image.new("RGB", (7, 5)), "PNG")) == (5, 7)
     assert size_of(encoded(Image.new("RGB", (7, 5)), "JPEG", exif=exif)) == (7, 5)
     assert decode(encoded(Image.new("RGB", (7, 5)), "JPEG", exif=exif)).shape == (7, 5, 3)
-    with pytest.raises(ValueError, match="not a PNG, JPEG or WebP"):
-        size_of(b"GIF89a")
+    with pytest.raises(ValueError, match="not an image of a kind that is read"):
+        size_of(b"P6 1 1 255 abc")
 
 
 def test_the_size_is_compared_before_pixels_are_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -250,4 +254,4 @@ def test_encoding() -> None:
                 if kind == "png":
                     assert np.array_equal(np.asarray(image), picture)
     assert len(encode(photo(256, 256), "png", 95)) < 1.02 * len(encoded(Image.fromarray(photo(256, 256))))
-    assert kind_of(b"GIF89a") is None
+    assert kind_of(b"P6 1 1 255 abc") is None

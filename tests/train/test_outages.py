@@ -94,12 +94,13 @@ def test_a_checkpoint_that_stays_away_is_not_given_up(undisturbed: Path, shards:
 
 @needs("nginx")
 def test_a_server_that_is_away_is_waited_for(undisturbed: Path, shards: Path, tmp_path: Path) -> None:
-    """It is stopped while two ranks read, and comes back once both have said that they wait for it."""
+    """It is stopped while two ranks read, and comes back once one of them has said that it waits for it; the other may
+    have read ahead, and wait for the one."""
     pytest.importorskip("aiohttp")
     run = tmp_path / "run"
 
     def said(launch: Launch) -> bool:
-        return all(
+        return any(
             isinstance(process, Forked) and "tried again, for" in process.error_text() for process in launch.processes
         )
 

@@ -10,9 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
-from megapix.errors import InputError
-
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp")
+EXTENSIONS = (
+    *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".gif", ".bmp", ".tif", ".tiff"),
+    *(".avif", ".jp2", ".j2k", ".heic", ".heif", ".jxl"),
+)
+"""Endings of images. What an image is, and whether it can be read, is decided by its first bytes."""
+SHOWN_EXTENSIONS = "png, jpg, webp, gif, bmp, tif, avif, jp2, heic, jxl"
+"""Those of messages."""
 UNCLASSED = "images"
 """Name of the one class of a source without classes."""
 LARGEST_LABEL = 999_999
@@ -49,6 +53,17 @@ class Entries:
     """Captions, labels and metadata of samples."""
     passed: dict[str, int] = field(default_factory=dict)
     """Kind -> entries that belong to no sample: a file's ending, 'hidden', 'link', …"""
+    unreadable: dict[str, str] = field(default_factory=dict)
+    """Tar file that is rejected as a whole -> the reason; each is one entry."""
+    captioned: bool = False
+    """Whether samples are meant to have captions, so that it is worth a remark if none has one."""
+    remarks: list[str] = field(default_factory=list)
+    """Lines about the whole source that its user should know: printed, and kept for `inspect`."""
+
+    def remark(self, line: str) -> None:
+        """Have a line printed, once; an empty one says nothing."""
+        if line and line not in self.remarks:
+            self.remarks.append(line)
 
     def item(self) -> None:
         """Count an entry that is a sample's image: used, filtered or rejected later."""
@@ -64,12 +79,21 @@ class Entries:
         self.listed += count
         self.passed[kind] = self.passed.get(kind, 0) + count
 
+    def reject(self, name: str, reason: str) -> None:
+        """Count a tar file that cannot be read."""
+        self.listed += 1
+        self.unreadable[name] = reason
+
     def add(self, other: Entries) -> None:
         """Count what another one has counted."""
         self.listed += other.listed - sum(other.passed.values())
         self.parts += other.parts
+        self.unreadable |= other.unreadable
+        self.captioned = self.captioned or other.captioned
         for kind, count in other.passed.items():
             self.pass_over(kind, count)
+        for line in other.remarks:
+            self.remark(line)
 
 
 class Filtered(Exception):
@@ -84,7 +108,7 @@ class Reader(Protocol):
     """Reads the samples of one source, in any process."""
 
     def read(self, item: Item, size: int) -> bytes:
-        """An encoded image (PNG, JPEG or WebP); a source of vectors draws it at `size`; ValueError or OSError."""
+        """An encoded image of any kind that is read; a source of vectors draws it at `size`; ValueError or OSError."""
 
 
 class Source(Protocol):
@@ -128,13 +152,6 @@ def ending(name: str) -> str:
         return "hidden"
     base = name.rpartition("/")[2].lower()
     return f".{base.rpartition('.')[2]}" if "." in base else "no ending"
-
-
-def check_label(label: object, where: str) -> int:
-    """A class number; InputError that names `where` if it is not one."""
-    if not isinstance(label, int) or not 0 <= label <= LARGEST_LABEL:
-        raise InputError(f"{where}: the class is {label!r}, expected a number, 0 to {LARGEST_LABEL}")
-    return label
 
 
 def as_utf8(text: str) -> str:

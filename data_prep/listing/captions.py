@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
 from collections.abc import Iterable, Sequence
+from numbers import Number
 from typing import Any, TypeAlias
 
-from data_prep.sources.base import as_utf8
+from data_prep.listing.base import as_utf8
 from megapix.errors import InputError
 from megapix.shards.captions import Caption, pack
 
 CaptionKeys: TypeAlias = tuple[tuple[str, float], ...]
 """The option --captions: columns or JSON keys, each with the weight of its captions; empty without it."""
+CAPTION_COLUMNS = ("caption", "text", "txt", "captions")
+"""The first of these columns of a table that there is holds the captions, without --captions."""
+LARGEST_TEXT = 1 << 20
+"""Bytes of a text or of JSON that are read at most."""
+_BOX = re.compile(r"\d+(\s+[-+.\de]+){4,}")
+"""A line of a detector's labels, as YOLO has them: a class and the numbers of a box."""
 
 
 def parse_keys(option: str) -> CaptionKeys:
@@ -44,7 +53,8 @@ def option_of(keys: CaptionKeys) -> str:
 
 
 def captions_in(value: Any, weight: float = 1.0) -> list[Caption]:
-    """The captions in a JSON value or a parquet cell; what is null or empty holds none.
+    """The captions in a JSON value or a parquet cell; what is null, empty, a number or NaN, as pandas writes what is
+    missing, holds none.
 
     Args:
         value: a text, or a list of texts or of {"text": …, "weight": …}, where the weight may be missing.
@@ -57,22 +67,22 @@ def captions_in(value: Any, weight: float = 1.0) -> list[Caption]:
         return []
     if isinstance(value, list):
         return [caption for one in value for caption in _caption(one, weight)]
-    if isinstance(value, (int, float)):  # a caption that is a number, as a caption column of digits comes out
-        value = str(value)
     return _caption(value, weight)
 
 
 def _caption(value: Any, weight: float) -> list[Caption]:
-    """One caption, or none where the text is null or empty: its weight may be anything then."""
+    """One caption, or none where the text is no words: its weight may be anything then."""
     own: Any = None
     if isinstance(value, dict) and "text" in value:
         value, own = value["text"], value.get("weight")
-    if value is None or value == "":
+    if value is None or isinstance(value, Number):
         return []
     if not isinstance(value, str):
         raise ValueError(
             f'a caption is {str(value)[:60]!r}, expected a text, or a list of texts or of {{"text": …, "weight": …}}'
         )
+    if value == "":
+        return []
     return [Caption(value, weight if own is None else _checked(weight * _checked(own, value), value))]
 
 
@@ -89,14 +99,31 @@ def _checked(weight: Any, text: str) -> float:
 def captions_of(about: dict[str, Any], text: str, keys: CaptionKeys) -> list[Caption]:
     """The captions of a sample with the JSON `about` and `text` (empty if there is none).
 
-    With `keys`, what these hold. Else the first of these that holds any: "captions", the text, "caption".
+    With `keys`, what these hold. Else the first of these that holds any: "captions", the text, "caption". A text of
+    boxes, as lie beside the images of a detector, is no caption.
 
     Raises:
         ValueError: as `captions_in`.
     """
     if keys:
         return [caption for key, weight in keys for caption in captions_in(about.get(key), weight)]
+    text = "" if all(_BOX.fullmatch(line.strip()) for line in text.strip().split("\n")) else text
     return captions_in(about.get("captions")) or captions_in(text) or captions_in(about.get("caption"))
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """The members of a JSON object; none where it is null or an empty list.
+
+    Raises:
+        ValueError: it is not JSON, or no object.
+    """
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"is not JSON: {error}") from error
+    if value and not isinstance(value, dict):
+        raise ValueError(f"is a {type(value).__name__}, expected a JSON object")
+    return value or {}
 
 
 def packed(captions: Sequence[Caption]) -> str:
@@ -110,6 +137,18 @@ def packed(captions: Sequence[Caption]) -> str:
     if len(captions) == 1:
         captions = [Caption(captions[0].text)]
     return pack([Caption(as_utf8(text), weight) for text, weight in captions])
+
+
+def trimmed(captions: Sequence[Caption]) -> str:
+    """As `packed`, without the blanks and line ends around each caption: what an item keeps."""
+    return packed([caption._replace(text=caption.text.strip()) for caption in captions])
+
+
+def lacking(without: int, samples: int, captioned: bool) -> list[str]:
+    """The remark that so many of the samples have no caption; none where no sample has, unless they should."""
+    if not without or (without == samples and not captioned):
+        return []
+    return [f"{without:,} of {samples:,} images have no caption: it is empty there"]
 
 
 def check_found(keys: CaptionKeys, found: Iterable[str], where: str) -> None:

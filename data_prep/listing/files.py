@@ -6,14 +6,15 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from data_prep.sources.base import Entries
+from data_prep.listing.base import Entries, is_image
 
 
 def files_below(folder: Path, entries: Entries) -> list[str]:
     """Names of the files below `folder` in order, relative to it with '/'. Symbolic links are followed.
 
     Hidden files and folders, macOS's __MACOSX, links that lead nowhere or to a folder that they lie in, and what is
-    neither file nor folder are counted in `entries` as passed over, a folder as one.
+    neither file nor folder are counted in `entries` as passed over, a folder as one. A link that leads nowhere but is
+    called an image is listed: it cannot be read, and is rejected.
 
     Raises:
         OSError: a folder cannot be read.
@@ -44,7 +45,10 @@ def _below(folder: Path, prefix: str, above: tuple[str, ...], entries: Entries, 
             elif entry.is_file():
                 yield prefix + entry.name
             elif not entry.is_dir():
-                entries.pass_over("broken link" if entry.is_symlink() else "no file")
+                if entry.is_symlink() and is_image(entry.name):
+                    yield prefix + entry.name  # a sample that cannot be read
+                else:
+                    entries.pass_over("broken link" if entry.is_symlink() else "no file")
             elif not deep:
                 entries.pass_over("folder")
             elif entry.is_symlink() and os.path.realpath(entry.path) in above:

@@ -1,0 +1,58 @@
+"""The samples of a source that are left to be written, and what took the others."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from data_prep.filters.rules import Filters, check_columns
+from data_prep.filters.survey import survey
+from data_prep.listing.base import Item, Reader
+from megapix.shards.image_policy import Policy
+
+
+def by_metadata(
+    items: Sequence[Item], filters: Filters, keep: Sequence[str] = ()
+) -> tuple[Sequence[Item], Counter[str]]:
+    """The items that no filter takes for captions or metadata, and option -> how many it took.
+
+    An item with a fault stays: it will be rejected.
+
+    Args:
+        keep: columns that are kept, which must be there, too.
+
+    Raises:
+        InputError: a column that not one sample has.
+    """
+    if filters.columns or keep:
+        found = {column for about in {item.about for item in items if item.about} for column in json.loads(about)}
+        check_columns(filters, keep, found)
+    if not (filters.captions or filters.where or filters.language):
+        return items, Counter()
+    verdicts = ["" if item.fault else filters.of_sample(item.caption, item.about) for item in items]
+    left = [item for item, option in zip(items, verdicts, strict=True) if not option]
+    return left, Counter(option for option in verdicts if option)
+
+
+def by_pixels(
+    reader: Reader,
+    items: Sequence[Item],
+    filters: Filters,
+    policy: Policy,
+    workers: int,
+    out: Path | None = None,
+    progress: bool = True,
+) -> tuple[Sequence[Item], Counter[str], int]:
+    """The items that no filter takes for their size or as duplicates, option -> how many it took, and how many of those
+    that are left cannot be read."""
+    from data_prep.filters.survey import UNREADABLE
+
+    verdicts = survey(reader, items, filters, policy, workers, out, progress)
+    options = filters.options
+    left = [items[n] for n in np.flatnonzero((verdicts == 0) | (verdicts == UNREADABLE)).tolist()]
+    taken = Counter({option: int((verdicts == number).sum()) for number, option in enumerate(options, 1)})
+    return left, +taken, int((verdicts == UNREADABLE).sum())

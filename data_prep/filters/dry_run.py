@@ -1,0 +1,105 @@
+"""What filters would take, counted without writing anything: from headers, and from pixels where duplicates count."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+from data_prep.filters.chosen import by_metadata, by_pixels
+from data_prep.filters.rules import Filters, check_columns
+from data_prep.filters.survey import UNREADABLE, look, record_of, resolved
+from data_prep.listing.base import Entries, Source
+from data_prep.listing.img2dataset import Rows, beside
+from data_prep.listing.reading import Reading
+from data_prep.listing.tar_samples import samples_of
+from data_prep.listing.tar_set import tar_files
+from data_prep.writing.plan import Options
+from data_prep.writing.pool import in_processes
+from megapix.errors import InputError
+from megapix.shards.image_policy import Policy
+from megapix.shards.storage import Access, is_url
+
+
+@dataclass
+class Counted:
+    """The samples of a source."""
+
+    samples: int
+    left: int = 0
+    """Those that no filter takes and that can be read, as far as their headers say."""
+    unreadable: int = 0
+    taken: Counter[str] = field(default_factory=Counter)
+
+    def table(self, options: Sequence[str]) -> Iterator[str]:
+        """Lines: a filter each, in the order in which they are asked, and what is left."""
+        rows = [("samples", self.samples), *((option, self.taken[option]) for option in options)]
+        rows += [("cannot be read", self.unreadable), ("left", self.left)]
+        width = max(len(name) for name, _ in rows)
+        yield from (f"  {name:{width}} {count:10,}" for name, count in rows)
+
+
+def of_source(source: Source, options: Options, workers: int) -> Counted:
+    """What would become of the samples of a source.
+
+    Raises:
+        InputError: a column that not one sample has.
+    """
+    filters = options.filters
+    left, taken = by_metadata(source.items, filters, options.keep)
+    if filters.sizes or filters.duplicates:
+        left, others, unreadable = by_pixels(source.reader, left, filters, options.policy, workers)
+        taken += others
+    else:
+        unreadable = sum(bool(item.fault) for item in left)
+    return Counted(len(source.items), len(left) - unreadable, unreadable, taken)
+
+
+def of_shards(
+    pattern: str, policy: Policy, reading: Reading, filters: Filters, workers: int, access: Access
+) -> Counted:
+    """What would become of the samples of local tar files.
+
+    Raises:
+        InputError: remote tar files, damaged ones, or a column that not one sample has.
+    """
+    if is_url(pattern):
+        raise InputError(f"--dry-run reads local tar files, and {pattern!r} is remote: index some of them, or all")
+    base, names = tar_files(pattern, access, Entries())
+    found: dict[str, tuple[Counter[str], bytes, set[str]]] = {}
+    for name, counted in in_processes(partial(_of_tar, base, policy, reading, filters), names, workers):
+        found[name] = counted
+    ordered = [found[name] for name in names]
+    check_columns(filters, (), {column for _, _, columns in ordered for column in columns})
+    taken: Counter[str] = sum((counts for counts, _, _ in ordered), Counter())
+    verdicts = resolved(b"".join(records for _, records, _ in ordered), filters)
+    samples = len(verdicts) + sum(taken.values())
+    for number, option in enumerate(filters.options, 1):
+        taken[option] += int((verdicts == number).sum())
+    unreadable = int((verdicts == UNREADABLE).sum())
+    return Counted(samples, int((verdicts == 0).sum()), unreadable, taken)
+
+
+def _of_tar(
+    base: str, policy: Policy, reading: Reading, filters: Filters, name: str
+) -> tuple[Counter[str], bytes, set[str]]:
+    """What its metadata filters take, the records of the other samples, and the columns that there are."""
+    taken, records, columns = Counter[str](), list[bytes](), set[str]()
+    path = Path(base) / name
+    if not path.is_file():
+        raise InputError(f"{path} does not exist")
+    with open(path, "rb") as file:
+        for sample in samples_of(path, Entries(), reading, Rows(partial(beside, path), reading)):
+            columns.update(json.loads(sample.about or "{}"))
+            if sample.fault:
+                records.append(record_of(UNREADABLE, b"", filters))
+            elif option := filters.of_sample(sample.caption, sample.about):
+                taken[option] += 1
+            else:
+                data = os.pread(file.fileno(), sample.size, sample.offset)
+                records.append(record_of(*look(data, filters, policy), filters))
+    return taken, b"".join(records), columns

@@ -1,0 +1,121 @@
+"""A look at all images before the plan: which of them filters take, and which are duplicates of others.
+
+It is needed for duplicates alone, and for a dry run; else sizes are judged when the images are written. Each part that
+is finished is kept among the receipts, so an interrupted command looks at no image twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_prep.filters.duplicates import duplicates_of
+from data_prep.filters.fingerprints import fingerprint, length_of
+from data_prep.filters.rules import Filters
+from data_prep.listing.base import Item, Reader
+from data_prep.writing.pool import in_processes
+from data_prep.writing.receipt import RECEIPTS
+from megapix.files import write_atomic
+from megapix.shards.image_policy import Policy
+from megapix.shards.pixels import decode, size_of
+
+Verdicts: TypeAlias = NDArray[np.uint8]
+"""uint8 [N]: 0 where a sample stays, the number of the option in `Filters.options`, from 1, or UNREADABLE."""
+UNREADABLE = 255
+"""Of an image that cannot be read: writing will reject it."""
+PART = 1000
+"""Samples that a process looks at in one go."""
+
+
+class _Part(NamedTuple):
+    number: int
+    items: tuple[Item, ...]
+
+
+def look(data: bytes, filters: Filters, policy: Policy) -> tuple[int, bytes]:
+    """The verdict on one encoded image, and its fingerprint where duplicates are asked for and no filter takes it.
+
+    Without duplicates its header alone is read.
+    """
+    try:
+        if option := filters.of_size(*size_of(data)):
+            return 1 + filters.options.index(option), b""
+        if filters.duplicates:
+            return 0, fingerprint(decode(data, policy.background), filters.duplicates)
+        return 0, b""
+    except ValueError:
+        return UNREADABLE, b""
+
+
+def record_of(verdict: int, print_: bytes, filters: Filters) -> bytes:
+    """As parts are kept: a byte, and the fingerprint or zeros."""
+    return bytes([verdict]) + print_.ljust(_width(filters) - 1, b"\0")
+
+
+def resolved(records: bytes, filters: Filters) -> Verdicts:
+    """The verdicts on all samples in their order, from their records: with duplicates among those that stay."""
+    table = np.frombuffer(records, np.uint8).reshape(-1, _width(filters))
+    verdicts = table[:, 0].copy()
+    if filters.duplicates:
+        left = np.flatnonzero(verdicts == 0)
+        taken = left[duplicates_of(table[left, 1:], filters.duplicates)]
+        verdicts[taken] = len(filters.options)
+    return verdicts
+
+
+def survey(
+    reader: Reader,
+    items: Sequence[Item],
+    filters: Filters,
+    policy: Policy,
+    workers: int,
+    out: Path | None = None,
+    progress: bool = True,
+) -> Verdicts:
+    """The verdict on each item.
+
+    Args:
+        out: folder whose receipts keep the parts; None keeps none.
+    """
+    from tqdm import tqdm
+
+    parts: dict[int, bytes] = {}
+    work = partial(_look_at, reader, filters, policy, out)
+    with tqdm(total=len(items), unit="img", desc="filters", disable=not progress, mininterval=0.5) as bar:
+        for part, records in in_processes(work, _parts(items), workers):
+            parts[part.number] = records
+            bar.update(len(part.items))
+    return resolved(b"".join(parts[number] for number in sorted(parts)), filters)
+
+
+def _width(filters: Filters) -> int:
+    return 1 + (length_of(filters.duplicates) if filters.duplicates else 0)
+
+
+def _parts(items: Sequence[Item]) -> Iterator[_Part]:
+    for first in range(0, len(items), PART):
+        yield _Part(first // PART, tuple(items[first : first + PART]))
+
+
+def _look_at(reader: Reader, filters: Filters, policy: Policy, out: Path | None, part: _Part) -> bytes:
+    path = out / RECEIPTS / f"filters-{part.number:06d}.bin" if out else None
+    if path and path.is_file() and path.stat().st_size == len(part.items) * _width(filters):
+        return path.read_bytes()
+    records = b"".join(record_of(*_of_item(reader, filters, policy, item), filters) for item in part.items)
+    if path:
+        write_atomic(path, records)
+    return records
+
+
+def _of_item(reader: Reader, filters: Filters, policy: Policy, item: Item) -> tuple[int, bytes]:
+    if item.fault:
+        return UNREADABLE, b""
+    try:
+        return look(reader.read(item, policy.size), filters, policy)
+    except (OSError, ValueError):
+        return UNREADABLE, b""
