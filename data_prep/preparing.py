@@ -217,14 +217,16 @@ def _policy(command: ImageOptions) -> Policy:
 
 
 def _typed(command: ImageOptions) -> str:
-    """The command in short, to be completed by who reads it."""
+    """The command in short, to be completed by who reads it; without the queries of signed URLs."""
+    from megapix.shards.storage import shown
+
     match command:
         case Write():
             words = ["write", str(command.source), str(command.out)]
         case Demo():
             words = ["demo", command.name, str(command.out)]
         case MakeIndex():
-            words = ["index", command.shards, "--out", str(command.out)]
+            words = ["index", shown(command.shards), "--out", str(command.out)]
         case _:
             words = []
     return shlex.join(["data_prep", *words])

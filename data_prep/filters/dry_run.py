@@ -17,7 +17,7 @@ from data_prep.listing.base import Entries, Source
 from data_prep.listing.img2dataset import Rows, beside
 from data_prep.listing.reading import Reading
 from data_prep.listing.tar_samples import samples_of
-from data_prep.listing.tar_set import tar_files
+from data_prep.listing.tar_set import tars_of_split
 from data_prep.writing.plan import Options
 from data_prep.writing.pool import in_processes
 from megapix.errors import InputError
@@ -69,7 +69,7 @@ def of_shards(
     """
     if is_url(pattern):
         raise InputError(f"--dry-run reads local tar files, and {pattern!r} is remote: index some of them, or all")
-    base, names = tar_files(pattern, access, Entries())
+    base, names, _ = tars_of_split(pattern, access, reading, Entries())
     found: dict[str, tuple[Counter[str], bytes, set[str]]] = {}
     for name, counted in in_processes(partial(_of_tar, base, policy, reading, filters), names, workers):
         found[name] = counted

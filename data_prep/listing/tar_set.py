@@ -10,6 +10,8 @@ from data_prep.listing.archives import is_packed
 from data_prep.listing.base import UNCLASSED, Entries, is_hidden
 from data_prep.listing.files import files_in
 from data_prep.listing.img2dataset import count_others
+from data_prep.listing.reading import Reading
+from data_prep.listing.splits import of_split
 from megapix.errors import InputError
 from megapix.shards.index import INDEX_NAME, Index, read_index
 from megapix.shards.storage import Access, is_url, open_storage, protocol_of, shown
@@ -104,6 +106,20 @@ def _in_folder(pattern: str, access: Access, entries: Entries) -> tuple[str, lis
             f"data_prep write {shlex.quote(pattern)} OUT --size N"
         )
     return base, names
+
+
+def tars_of_split(
+    pattern: str, access: Access, reading: Reading, entries: Entries
+) -> tuple[str, list[str], dict[str, str]]:
+    """As `tar_files`, but those of the split to take alone; and what plan and index record of it.
+
+    Raises:
+        InputError: as `tar_files` and `of_split`.
+    """
+    place, names = tar_files(pattern, access, entries)
+    if not reading.split and "{" in pattern:  # whoever writes braces names the files
+        return place, names, {}
+    return place, *of_split(names, reading.split, entries, repr(pattern))
 
 
 def recorded_base(tars: str, out: Path, before: str = "") -> str:

@@ -30,9 +30,8 @@ from data_prep.listing.captions import check_found
 from data_prep.listing.classes import NONE, Found, NoClass, is_name
 from data_prep.listing.img2dataset import Rows, table_of
 from data_prep.listing.reading import PLAIN, Reading
-from data_prep.listing.splits import of_split
 from data_prep.listing.tar_samples import TarSample, samples_of
-from data_prep.listing.tar_set import class_names_of, recorded_base, tar_files
+from data_prep.listing.tar_set import class_names_of, recorded_base, tars_of_split
 from data_prep.listing.tars import TarBudget
 from data_prep.writing import plan as planning
 from data_prep.writing import receipt, versions
@@ -105,10 +104,7 @@ def index(
     check_workers(workers)
     planning.check_bucket_min(bucket_min, policy)
     policy = planning.as_begun(out, policy)
-    place, names = tar_files(pattern, access, listed)
-    split = dict[str, str]()
-    if reading.split or "{" not in pattern:  # whoever writes braces names the files
-        names, split = of_split(names, reading.split, listed, repr(pattern))
+    place, names, split = tars_of_split(pattern, access, reading, listed)
     for line in listed.remarks:
         say(line)
     listed.remarks.clear()

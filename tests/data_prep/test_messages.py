@@ -160,6 +160,7 @@ def test_the_network_takes_the_classes_of_the_data(tmp_path: Path, capsys: pytes
         ("write in out", "--size is needed: height and width of the images in pixels"),
         ("write in out", "such as: data_prep write in out --size 256"),
         ("index in --out out", "such as: data_prep index in --out out --size 256"),
+        ("index https://h/a.tar?sig=secret --out out", "data_prep index 'https://h/a.tar?…' --out out --size 256"),
         ("demo openmoji out", "such as: data_prep demo openmoji out --size 256"),
         ("write in out --policy buckets", "of aspect buckets the square root of their area"),
         ("wirte in out", "command 'wirte' does not exist (did you mean 'write'?)"),

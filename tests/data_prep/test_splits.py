@@ -164,6 +164,8 @@ def test_tar_files_of_splits(command: str, tmp_path: Path, capsys: pytest.Captur
         assert data.get("source", data)["split"] == "train"
     assert run(*start, tmp_path / "val", *options, "--split", "val") == 0
     assert sorted(captions(tmp_path / "val")) == ["2", "3"]
+    assert run(*start, tmp_path / "dry", *options, "--split", "val", "--dry-run") == 0
+    assert f"would {command} 2 images of 16 pixels" in capsys.readouterr().out
     if command == "index":
         assert run("index", f"{theirs}/{{train,val}}-0.tar", "--out", tmp_path / "both", *options) == 0
         assert sorted(captions(tmp_path / "both")) == ["0", "1", "2", "3"], "braces name the files"
