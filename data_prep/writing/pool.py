@@ -17,6 +17,8 @@ from typing import TypeVar
 from data_prep.writing.receipt import Rejected
 from megapix.errors import InputError
 
+LOADED = ["data_prep.writing.shard", "data_prep.writing.index", "megapix.shards.pixels", "webdataset"]
+"""What worker processes need; webdataset loads torch, which takes seconds."""
 J = TypeVar("J")
 R = TypeVar("R")
 
@@ -73,8 +75,13 @@ def check_workers(workers: int) -> None:
 
 
 def in_processes(work: Callable[[J], R], jobs: Iterable[J], workers: int) -> Iterator[tuple[J, R]]:
-    """Run the jobs in processes, in order of completion, with no more of them queued than keeps the workers busy."""
-    with ProcessPoolExecutor(workers, get_context("forkserver")) as pool:
+    """Run the jobs in processes, in order of completion, with no more of them queued than keeps the workers busy.
+
+    The server that they are forked from has loaded what they need: once, and not in each of them.
+    """
+    context = get_context("forkserver")
+    context.set_forkserver_preload(LOADED)
+    with ProcessPoolExecutor(workers, context) as pool:
         remaining = iter(jobs)
         running: dict[Future[R], J] = {pool.submit(work, job): job for job in islice(remaining, 2 * workers)}
         try:
