@@ -73,7 +73,9 @@ def samples_of(
     """
     found: dict[str, list[Parts]] = {}
     broken: dict[str, str] = {}
-    for name, at, size in chain(members(tar, entries, broken=broken, shown=shown), _images_of(broken, entries)):
+    symbolic: set[str] = set()
+    there = members(tar, entries, broken=broken, shown=shown, symbolic=symbolic)
+    for name, at, size in chain(there, _images_of(broken, entries)):
         folder, _, base = name.rpartition("/")
         key, dot, extension = base.partition(".")
         if not key or not dot:
@@ -87,6 +89,9 @@ def samples_of(
     with open(tar, "rb") as file:
         for key, groups in found.items():
             for number, parts in enumerate(groups):
+                if len(parts) == 1 and (only := next(iter(parts.values())))[0] in symbolic and only[1] != NOWHERE:
+                    entries.pass_over("link")  # to an image of another sample, and all that there is of this one
+                    continue
                 image, fault = _image(parts, reading.image_keys)
                 if not fault and parts[image][1] == NOWHERE:
                     fault = f"it is a link to {broken[parts[image][0]]!r}, which is not in the tar file"

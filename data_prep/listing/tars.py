@@ -62,6 +62,8 @@ class Links:
     def __init__(self) -> None:
         self._files: dict[str, tuple[int, int]] = {}
         self._open: dict[str, str] = {}
+        self.symbolic: set[str] = set()
+        """Names of the symbolic ones."""
 
     def add(self, name: str, at: int, size: int) -> None:
         """Note a file of the tar."""
@@ -71,6 +73,7 @@ class Links:
         """(offset, size) of a link's data; None if its target has not come yet."""
         target = member.linkname
         if member.issym():
+            self.symbolic.add(member.name)
             target = posixpath.join(posixpath.dirname(member.name), target)
         found = self._files.get(target := posixpath.normpath(target))
         if found:
@@ -99,6 +102,7 @@ def members(
     end: int | None = None,
     broken: dict[str, str] | None = None,
     shown: str = "",
+    symbolic: set[str] | None = None,
 ) -> Iterator[tuple[str, int, int]]:
     """(name, offset in the file, size) of each file of the tar at `path`, or of one nested in it at `offset`. A link to
     a file of the tar is one, with that one's data; folders are no entries.
@@ -107,6 +111,7 @@ def members(
         entries: counts other links, and devices, as passed over.
         broken: takes name -> target of the other links, which are not counted then.
         shown: what to call the file in messages, if it is a copy.
+        symbolic: takes the names of symbolic links.
 
     Raises:
         DamagedTar: not a tar file, cut short, with a damaged header, or with something after its end.
@@ -137,6 +142,8 @@ def members(
             raise DamagedTar(f"{shown} is compressed ({kind}): data_prep write unpacks it for its work") from error
         raise DamagedTar(f"{shown}: cannot be read as an uncompressed tar file: {error}") from error
     yield from links.rest()
+    if symbolic is not None:
+        symbolic |= links.symbolic
     if broken is not None:
         broken.update(links.broken())
     elif count := len(links.broken()):
