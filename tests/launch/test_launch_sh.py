@@ -47,7 +47,7 @@ def test_what_deepspeeds_launcher_is_asked(train: list[str], tmp_path: Path) -> 
     play(tmp_path, pdsh="exit 9", ssh=HERE.format(folder=tmp_path))  # of pdsh it only looks whether it is there
     hostfile = tmp_path / "hostfile"
     hostfile.write_text("node01 slots=2\nnode02 slots=2\n")
-    ours = {"GLOO_SOCKET_IFNAME": "eth7", "MASTER_PORT": "4242"}
+    ours = {"GLOO_SOCKET_IFNAME": "eth7", "MASTER_PORT": "4242", "checked": str(tmp_path / "run")}
     code, out, err = finish(
         start(
             tmp_path,
@@ -65,7 +65,9 @@ def test_what_deepspeeds_launcher_is_asked(train: list[str], tmp_path: Path) -> 
     assert "PDSH_RCMD_TYPE=ssh" in out.splitlines()
     assert "-o ServerAliveInterval=5 -o ServerAliveCountMax=3" in out.partition("PDSH_SSH_ARGS_APPEND=")[2]
     without_ssh = ["--no-ssh", "--nnodes", "2", "--ranks", "2", "--node-rank", "1", "--master-addr", "10.0.0.1"]
-    code, out, err = finish(start(tmp_path, 'echo "$@ $HF_TOKEN"; cat "$6"', *without_ssh, *train, HF_TOKEN="a token"))
+    code, out, err = finish(
+        start(tmp_path, 'echo "$@ $HF_TOKEN"; cat "$6"', *without_ssh, *train, HF_TOKEN="a token", checked="run")
+    )
     assert code == 0, err
     assert " --no_ssh --node_rank 1 --master_addr 10.0.0.1 --master_port 29500 " in out
     assert out.endswith(" a token\nnode-0 slots=2\nnode-1 slots=2\n")

@@ -40,7 +40,10 @@ from tests.support.trained import Subject
 COUNT, BATCH = 10, 4
 """Three blocks, the last of which is not full: of two ranks the second has nothing to draw in the second turn."""
 SUBJECTS = pytest.mark.parametrize(
-    "subject", ["classes", pytest.param("text", marks=pytest.mark.long)], indirect=True, scope="module"
+    "subject",
+    [pytest.param(name, marks=pytest.mark.long) for name in ("classes", "text")],
+    indirect=True,
+    scope="module",
 )
 """Scores of text differ from those of classes in their prompts alone, which the command's own tests hold."""
 
