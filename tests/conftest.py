@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import shutil
 import tempfile
@@ -13,13 +12,14 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
+from data_prep.writing import pool
 from tests.support import made_shards, programs
 
 if TYPE_CHECKING:
     from tests.support.trained import Subject
 
-# Preparation's and the loader's workers share one server process in a test run: what the loader needs is loaded there.
-multiprocessing.get_context("forkserver").set_forkserver_preload(["megapix.data.loader"])
+# Preparation's and the loader's workers share one server process in a test run: what both need is loaded there.
+pool.load_in_workers("megapix.data.loader", "data_prep.writing.shard", "webdataset")
 torch.set_num_threads(1)  # the tests' matrices are small, and several processes share the cores
 
 

@@ -37,7 +37,7 @@ from data_prep.writing import plan as planning
 from data_prep.writing import receipt, versions
 from data_prep.writing.finish import finish
 from data_prep.writing.held_out import HoldOut, folder_beside
-from data_prep.writing.pool import Budget, Outcome, alone_in, check_workers, in_processes
+from data_prep.writing.pool import Budget, Outcome, alone_in, check_workers, in_processes, load_in_workers
 from data_prep.writing.receipt import Receipt, Rejected, Sample, TarState
 from data_prep.writing.survey import Rare
 from data_prep.writing.write import begin
@@ -99,6 +99,7 @@ def index(
     """
     from tqdm import tqdm
 
+    load_in_workers("data_prep.writing.index")
     budget, tar_budget, listed = Budget(max_rejected), TarBudget(reading.max_rejected_tars), Entries()
     filters = filters.with_least_side(policy.min_side)
     check_workers(workers)

@@ -17,8 +17,6 @@ from typing import TypeVar
 from data_prep.writing.receipt import Rejected
 from megapix.errors import InputError
 
-LOADED = ["data_prep.writing.shard", "data_prep.writing.index", "megapix.shards.pixels", "webdataset"]
-"""What worker processes need; webdataset loads torch, which takes seconds."""
 J = TypeVar("J")
 R = TypeVar("R")
 
@@ -74,13 +72,19 @@ def check_workers(workers: int) -> None:
         raise InputError(f"--workers = {workers}: expected at least 1")
 
 
-def in_processes(work: Callable[[J], R], jobs: Iterable[J], workers: int) -> Iterator[tuple[J, R]]:
-    """Run the jobs in processes, in order of completion, with no more of them queued than keeps the workers busy.
+_loaded = ["megapix.shards.pixels"]
 
-    The server that they are forked from has loaded what they need: once, and not in each of them.
-    """
+
+def load_in_workers(*modules: str) -> None:
+    """Have the server that workers are forked from load what they need: once, and not in each of them. To be called
+    before the first `in_processes`."""
+    _loaded.extend(modules)
+
+
+def in_processes(work: Callable[[J], R], jobs: Iterable[J], workers: int) -> Iterator[tuple[J, R]]:
+    """Run the jobs in processes, in order of completion, with no more of them queued than keeps the workers busy."""
     context = get_context("forkserver")
-    context.set_forkserver_preload(LOADED)
+    context.set_forkserver_preload(_loaded)
     with ProcessPoolExecutor(workers, context) as pool:
         remaining = iter(jobs)
         running: dict[Future[R], J] = {pool.submit(work, job): job for job in islice(remaining, 2 * workers)}

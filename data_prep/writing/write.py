@@ -19,7 +19,7 @@ from data_prep.listing.classes import Classes
 from data_prep.writing import plan as planning
 from data_prep.writing.finish import finish
 from data_prep.writing.plan import Options
-from data_prep.writing.pool import Budget, alone_in, check_workers, in_processes
+from data_prep.writing.pool import Budget, alone_in, check_workers, in_processes, load_in_workers
 from data_prep.writing.receipt import RECEIPTS, Rejected
 from data_prep.writing.shard import write_shard
 from data_prep.writing.survey import Rare, buckets_of
@@ -55,6 +55,7 @@ def write(
     """
     from tqdm import tqdm
 
+    load_in_workers("data_prep.writing.shard", "webdataset")  # which loads torch, and takes seconds
     options.check()
     options = replace(
         options,
