@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import fcntl
 import os
+import signal
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import TypeVar
 
@@ -85,7 +86,7 @@ def in_processes(work: Callable[[J], R], jobs: Iterable[J], workers: int) -> Ite
     """Run the jobs in processes, in order of completion, with no more of them queued than keeps the workers busy."""
     context = get_context("forkserver")
     context.set_forkserver_preload(_loaded)
-    with ProcessPoolExecutor(workers, context) as pool:
+    with ProcessPoolExecutor(workers, context, initializer=_ignore_interrupts) as pool:
         remaining = iter(jobs)
         running: dict[Future[R], J] = {pool.submit(work, job): job for job in islice(remaining, 2 * workers)}
         try:
@@ -101,9 +102,19 @@ def in_processes(work: Callable[[J], R], jobs: Iterable[J], workers: int) -> Ite
                 "a worker process was killed, perhaps for want of memory; expected room for --workers processes: give "
                 "the same command with fewer"
             ) from error
+        except KeyboardInterrupt:
+            for worker in active_children():  # what is half done is done again; nobody waits for it here
+                worker.kill()
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
             raise
+
+
+def _ignore_interrupts() -> None:
+    """In a worker: a terminal sends them to all processes, and this one would end with a traceback."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 @contextmanager
