@@ -134,6 +134,7 @@ def _profile() -> bytes:
 # ---------------------------------------------------------------------------------------------------------------------
 
 Look = Callable[[bytes], tuple[bool, str]]
+Make = Callable[[str, int, int], bytes]
 Mutation = Callable[[bytearray, np.random.Generator], bytearray]
 
 
@@ -198,12 +199,17 @@ def mutated(kind: str, number: int, seed: int) -> bytes:
     """File `number` of a kind: one to three mutations of one of its originals."""
     generator = np.random.default_rng([seed, list(FORMATS).index(kind), number])
     sorts = _originals(kind)
-    data = bytearray(sorts[int(generator.integers(len(sorts)))])
+    whole = mutation_of(sorts[int(generator.integers(len(sorts)))], generator)
+    return _with_checksums(whole) if kind == "png" and generator.random() < 0.7 else whole
+
+
+def mutation_of(original: bytes, generator: np.random.Generator) -> bytes:
+    """One to three mutations of some bytes."""
+    data = bytearray(original)
     for _ in range(1 + int(generator.integers(3))):
         if data:
             data = MUTATIONS[int(generator.integers(len(MUTATIONS)))](data, generator)
-    whole = bytes(data)
-    return _with_checksums(whole) if kind == "png" and generator.random() < 0.7 else whole
+    return bytes(data)
 
 
 def _with_checksums(data: bytes) -> bytes:
@@ -252,11 +258,11 @@ def fault_of(data: bytes) -> tuple[bool, str]:
     return True, ""
 
 
-def _child(look: Look, kind: str, first: int, end: int, seed: int, answers: Connection) -> None:
+def _child(look: Look, make: Make, kind: str, first: int, end: int, seed: int, answers: Connection) -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what C libraries print
     resource.setrlimit(resource.RLIMIT_AS, (4 * MEMORY, 4 * MEMORY))
     for number in range(first, end):
-        answers.send((number, *look(mutated(kind, number, seed))))
+        answers.send((number, *look(make(kind, number, seed))))
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         if peak > MEMORY:
             answers.send((number, False, f"the process has taken {peak / 2**30:.2f} GiB"))
@@ -265,19 +271,20 @@ def _child(look: Look, kind: str, first: int, end: int, seed: int, answers: Conn
 
 
 def fuzz(
-    kind: str, each: int, seed: int, until: float = float("inf"), look: Look = fault_of
+    kind: str, each: int, seed: int, until: float = float("inf"), look: Look = fault_of, make: Make = mutated
 ) -> Iterator[Fault | tuple[int, int]]:
     """Yield every fault, and at the end (files that were looked at, those that were decoded).
 
     Args:
         until: time (`time.monotonic`) at which it ends in any case.
         look: as `fault_of`.
+        make: as `mutated`.
     """
     first, decoded = 0, 0
     context = get_context("spawn")
     while first < each and time.monotonic() < until:
         ours, theirs = context.Pipe(duplex=False)
-        process = context.Process(target=_child, args=(look, kind, first, each, seed, theirs), daemon=True)
+        process = context.Process(target=_child, args=(look, make, kind, first, each, seed, theirs), daemon=True)
         process.start()
         theirs.close()
         limit = 60 + SECONDS  # it has to import everything first

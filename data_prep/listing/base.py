@@ -154,6 +154,12 @@ def ending(name: str) -> str:
     return f".{base.rpartition('.')[2]}" if "." in base else "no ending"
 
 
+def in_one_line(error: BaseException) -> str:
+    """What a library says of a damaged file, which may be nothing, several lines, or bytes of that file."""
+    said = " ".join(str(error).split()) or type(error).__name__
+    return "".join(letter if letter.isprintable() else f"\\x{ord(letter):02x}" for letter in said)
+
+
 def as_utf8(text: str) -> str:
     """The text with what UTF-8 cannot hold (lone surrogates, bytes of another encoding) spelled out."""
     return text.encode("utf-8", "backslashreplace").decode()

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.listing.archives import PACKED, without_ending
-from data_prep.listing.base import Entries, ending
+from data_prep.listing.base import Entries, ending, in_one_line
 from data_prep.listing.captions import CAPTION_COLUMNS
 from data_prep.listing.reading import Reading
 from megapix.errors import InputError
@@ -103,5 +103,5 @@ def _read(path: Path, reading: Reading) -> dict[str, dict[str, Any]]:
             names = set(file.schema_arrow.names)
             rows = file.read([name for name in dict.fromkeys(wanted) if name in names]).to_pylist()
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path.name} cannot be read as a parquet file: {error}") from error
+        raise ValueError(f"{path.name} cannot be read as a parquet file: {in_one_line(error)}") from error
     return {str(row.pop(KEY)): row for row in rows} if KEY in names else {}

@@ -192,7 +192,7 @@ def _label_column(path: Path, first: Sequence[Any], titles: list[str], names: in
     titled = [n for n in others if n < len(titles) and titles[n] in LABELS]
     if len(titled or others) != 1:
         raise InputError(
-            f"--labels {path}: which of the columns {', '.join(str(first[n]) for n in others)} holds the labels is not "
+            f"--labels {path}: which of the columns {[str(first[n]) for n in others]} holds the labels is not "
             f"plain; expected NAME,LABEL, or one column titled {' or '.join(LABELS[:3])}"
         )
     return (titled or others)[0]

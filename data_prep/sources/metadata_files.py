@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from data_prep.listing.base import in_one_line
 from data_prep.listing.captions import LARGEST_TEXT, json_object
 from megapix.errors import InputError
 from megapix.text import text_of
@@ -139,5 +140,5 @@ def _parquet(path: Path) -> Table:
             columns = tuple(file.schema_arrow.names)
             rows = file.read().to_pylist()
     except pyarrow.ArrowException as error:
-        raise ValueError(f"cannot be read as a parquet file: {error}") from error
+        raise ValueError(f"cannot be read as a parquet file: {in_one_line(error)}") from error
     return Table(columns, [Line(number, row) for number, row in enumerate(rows, 1)])

@@ -15,7 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data_prep.listing.base import Entries, Item, ending
+from data_prep.listing.base import Entries, Item, ending, in_one_line
 from data_prep.listing.captions import CAPTION_COLUMNS, CaptionKeys, captions_in, packed, trimmed
 from data_prep.listing.classes import Label, NoClass, label_of, settle
 from data_prep.listing.files import files_below
@@ -68,7 +68,7 @@ def _load(path: str, group: int, column: str) -> Any:
         with pyarrow.parquet.ParquetFile(path) as file:
             return file.read_row_group(group, [column]).column(0)
     except pyarrow.ArrowException as error:
-        raise ValueError(f"row group {group} of {path} cannot be read: {error}") from error
+        raise ValueError(f"row group {group} of {path} cannot be read: {in_one_line(error)}") from error
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class Parquet:
             try:
                 rows, labels_here, names_here = _rows(path, file, reading)
             except (pyarrow.ArrowException, OSError) as error:
-                raise InputError(f"{file}: cannot be read as a parquet file: {error}") from error
+                raise InputError(f"{file}: cannot be read as a parquet file: {in_one_line(error)}") from error
             if names is not None and names_here not in (None, names):
                 raise InputError(f"{file}: its class names are not those of the files before it")
             names = names or names_here

@@ -443,7 +443,7 @@ def test_bad_label_files(tmp_path: Path) -> None:
     (tmp_path / "in" / "0.png").write_bytes(png(0))
     for content, words in (
         (b"a.png,1\nb.png,2\n", "not one line names an image such as '0.png'"),
-        (b"0.png,1,2\n", "which of the columns 1, 2 holds the labels is not plain"),
+        (b"0.png,1,2\n", r"which of the columns \['1', '2'\] holds the labels is not plain"),
         (b"0.png,-1\n", "no image has a class; the first: label: the class is '-1'"),
         (b"\xff\xfe0", "is not UTF-16"),
     ):
