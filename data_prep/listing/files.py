@@ -4,9 +4,24 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from data_prep.listing.base import Entries, is_image
+
+_walks: dict[Path, tuple[list[str], Entries]] | None = None
+"""What the walks of a folder have found, while they are remembered."""
+
+
+@contextmanager
+def each_walked_once() -> Iterator[None]:
+    """Within it `files_below` walks a folder once, however many kinds of sources look whether it is theirs."""
+    global _walks
+    _walks = {}
+    try:
+        yield
+    finally:
+        _walks = None
 
 
 def files_below(folder: Path, entries: Entries) -> list[str]:
@@ -19,7 +34,13 @@ def files_below(folder: Path, entries: Entries) -> list[str]:
     Raises:
         OSError: a folder cannot be read.
     """
-    return sorted(_below(folder, "", (), entries))
+    walks = {} if _walks is None else _walks
+    if folder not in walks:
+        counted = Entries()
+        walks[folder] = sorted(_below(folder, "", (), counted)), counted
+    names, counted = walks[folder]
+    entries.add(counted)
+    return list(names)
 
 
 def files_in(folder: Path, entries: Entries) -> list[str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.listing.base import Source
+from data_prep.listing.files import each_walked_once
 from data_prep.listing.reading import PLAIN, Reading
 from megapix.errors import InputError, one_of
 
@@ -27,7 +28,8 @@ def open_source(path: Path, name: str | None = None, reading: Reading = PLAIN) -
         InputError: nothing there, of no known kind, damaged, not readable, or without one of the keys of --captions.
     """
     try:
-        return _open(path, name, reading)
+        with each_walked_once():
+            return _open(path, name, reading)
     except OSError as error:
         raise InputError(f"{str(error.filename or path)!r} cannot be read: {error.strerror or error}") from error
 

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import pickle
+import shutil
 import tarfile
 import zipfile
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import webdataset
@@ -451,3 +455,21 @@ def test_inspect(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     blue, green = pixels[2:18, 2:18].mean((0, 1)), pixels[20:36, 2:18].mean((0, 1))
     assert blue.argmax() == 2
     assert green.argmax() == 1
+
+
+def test_a_tree_is_walked_once(image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many kinds look whether it is theirs: over a network a walk of millions of files takes minutes."""
+    tree = Path(shutil.copytree(image_folder, tmp_path / "tree"))
+    walked, scandir = Counter[str](), os.scandir
+
+    def counted(folder: Any) -> Any:
+        walked[os.fspath(folder)] += 1
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", counted)
+    source = open_source(tree)
+    inside = {name: count for name, count in walked.items() if Path(name).parent == tree}
+    assert set(inside.values()) == {1}, inside
+    first = tree / source.items[0].name
+    first.with_name("new.png").write_bytes(first.read_bytes())
+    assert len(open_source(tree).items) == len(source.items) + 1, "and again by the next command"
