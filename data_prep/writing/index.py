@@ -167,7 +167,7 @@ def index(
                 budget=budget,
                 hold=hold,
                 captioned=bool(reading.keys),
-                merge=partial(Rare.below, bucket_min, policy=policy),
+                merge=partial(Rare.below, bucket_min, policy=policy) if bucket_min else None,
                 duplicates=filters.duplicates,
                 say=say,
             )
@@ -212,10 +212,11 @@ def _index_file(work: Work, name: str) -> Outcome:
     if made is None or not _same(made, state) or work.rehash:
         copies = work.out / receipt.RECEIPTS
         with local_copy(storage, name, copies) as path, rows_beside(storage, name, copies, work.reading) as rows:
-            sha256 = sha256_of(path) if made is not None else ""
-            if made is None or not sha256 or made.tar is None or made.tar.sha256 != sha256:
-                made = _indexed(path, storage.where(name), name, work.policy, work.reading, work.filters, rows)
-                sha256 = sha256 or (made.entries[0].sha256 if made.entries else sha256_of(path))
+            if not path.is_file():
+                raise InputError(f"{storage.where(name)} does not exist")
+            sha256 = sha256_of(path)
+            if made is None or made.tar is None or made.tar.sha256 != sha256:
+                made = _indexed(path, storage.where(name), name, sha256, work, rows)
             made = replace(made, tar=TarState(name, *state, sha256))
         made.save(work.out, name)
     labels = {sample.label for sample in made.samples if sample.label != -1 and is_name(sample.label)}
@@ -250,12 +251,8 @@ def _state(storage: Storage, name: str) -> tuple[int, str]:
         raise InputError(f"{storage.where(name)}: cannot be read: {error.strerror or error}") from error
 
 
-def _indexed(
-    path: Path, shown: str, name: str, policy: Policy, reading: Reading, filters: Filters, rows: Rows
-) -> Receipt:
-    if not path.is_file():
-        raise InputError(f"{shown} does not exist")
-    counted = Entries()
+def _indexed(path: Path, shown: str, name: str, sha256: str, work: Work, rows: Rows) -> Receipt:
+    policy, reading, filters, counted = work.policy, work.reading, work.filters, Entries()
     try:
         listed = samples_of(path, counted, reading, rows, shown)
     except DamagedTar as error:  # the tar file is one entry that is rejected
@@ -291,7 +288,7 @@ def _indexed(
                 prints.append(fingerprint(decoded.pixels, filters.duplicates).hex())
             crc = zlib.crc32(data)
             found.append((bucket, Sample(0, sample.size, sample.offset, label, crc, sample.caption), sample))
-    size, sha256 = path.stat().st_size, sha256_of(path)
+    size = path.stat().st_size
     buckets = sorted({bucket for bucket, *_ in found})
     entries = tuple(ShardEntry(name, sum(bucket == b for bucket, *_ in found), size, sha256, b) for b in buckets)
     samples = tuple(sample._replace(entry=buckets.index(bucket)) for bucket, sample, _ in found)
