@@ -10,11 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
-EXTENSIONS = (
-    *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".gif", ".bmp", ".tif", ".tiff"),
-    *(".avif", ".jp2", ".j2k", ".heic", ".heif", ".jxl"),
-)
-"""Endings of images. What an image is, and whether it can be read, is decided by its first bytes."""
+from megapix.shards.index import IMAGE_ENDINGS
+
 SHOWN_EXTENSIONS = "png, jpg, webp, gif, bmp, tif, avif, jp2, heic, jxl"
 """Those of messages."""
 UNCLASSED = "images"
@@ -137,7 +134,7 @@ class Source(Protocol):
 
 def is_image(name: str) -> bool:
     """Whether a file name has an image's ending and is not hidden."""
-    return name.lower().endswith(EXTENSIONS) and not is_hidden(name)
+    return name.lower().endswith(IMAGE_ENDINGS) and not is_hidden(name)
 
 
 def is_hidden(name: str) -> bool:

@@ -9,12 +9,13 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
-from data_prep.listing.base import EXTENSIONS, SHOWN_EXTENSIONS, Entries, as_utf8, ending, is_image
+from data_prep.listing.base import SHOWN_EXTENSIONS, Entries, as_utf8, ending, is_image
 from data_prep.listing.captions import LARGEST_TEXT, captions_of, json_object, trimmed
 from data_prep.listing.classes import Label, NoClass, label_of
 from data_prep.listing.img2dataset import Rows
 from data_prep.listing.reading import PLAIN, Reading
 from data_prep.listing.tars import members
+from megapix.shards.index import IMAGE_ENDINGS
 from megapix.text import text_of
 
 READ = ("cls", "txt", "json")
@@ -120,8 +121,8 @@ def _images_of(broken: dict[str, str], entries: Entries) -> Iterator[tuple[str, 
 
 def _image(parts: Parts, wanted: tuple[str, ...]) -> tuple[str, str]:
     """(which member is the image, or stands for the sample; why the sample cannot be used)."""
-    plain = [kind for kind in parts if f".{kind}" in EXTENSIONS]
-    dotted = [kind for kind in parts if kind not in plain and kind.endswith(EXTENSIONS)]
+    plain = [kind for kind in parts if f".{kind}" in IMAGE_ENDINGS]
+    dotted = [kind for kind in parts if kind not in plain and kind.endswith(IMAGE_ENDINGS)]
     first, there = [*plain, *dotted, *parts][0], sorted(parts)[:SHOWN]
     if wanted:
         chosen = next((kind for kind in wanted if kind in parts), "")
@@ -148,7 +149,7 @@ def _count(parts: Iterable[str], image: str, entries: Entries) -> None:
     for each in parts:
         if each == image:
             entries.item()
-        elif each in READ or f".{each}" in EXTENSIONS:
+        elif each in READ or f".{each}" in IMAGE_ENDINGS:
             entries.part()
         else:
             entries.pass_over(f".{each}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from itertools import accumulate
@@ -54,8 +53,8 @@ def report(folder: Path) -> Iterator[str]:
     buckets = [tuple(bucket) for bucket in policy["buckets"]]
     if len(buckets) > 1:
         yield "  buckets (width x height)"
-        counts = {b: sum(s.samples for s in index.shards if s.bucket == b) for b in range(len(buckets))}
-        yield from _histogram([(f"{w}x{h}", counts[b]) for b, (h, w) in enumerate(buckets)])
+        counts = index.bucket_samples
+        yield from _histogram([(f"{w}x{h}", counts.get(b, 0)) for b, (h, w) in enumerate(buckets)])
         for remark in rare_buckets(index):
             yield f"  {remark}"
     yield "  classes"
@@ -68,9 +67,7 @@ def rare_buckets(index: Index) -> Iterator[str]:
     least = index.image_policy.get("bucket_min", 0)
     for bucket, into, samples in index.image_policy.get("merged", []):
         yield f"{samples:,} samples of bucket {names[bucket]} are in {names[into]} (--bucket-min {least})"
-    counts: Counter[int] = Counter()
-    for shard in index.shards:
-        counts[shard.bucket] += shard.samples
+    counts = index.bucket_samples
     if len(counts) > 1:
         rarest = min(counts, key=lambda bucket: (counts[bucket], bucket))
         hint = f"--bucket-min {least}" if least else "--bucket-min merges rare ones"

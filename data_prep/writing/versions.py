@@ -15,7 +15,7 @@ from pathlib import Path
 from data_prep.writing.account import ACCOUNT_NAME
 from data_prep.writing.finish import REJECTED_NAME
 from megapix.files import sync_folder
-from megapix.shards.index import CAPTIONS_NAME, INDEX_NAME, TABLE_NAME, Index, read_index, version_folder, write_index
+from megapix.shards.index import CAPTIONS_NAME, INDEX_NAME, TABLE_NAME, Index, read_index, version_name, write_index
 from megapix.shards.storage import is_url
 from megapix.shards.text_features import FILES
 
@@ -28,7 +28,7 @@ def keep(out: Path, index: Index) -> Path:
     Raises:
         OSError: it cannot be written.
     """
-    kept = version_folder(out, index.digest)
+    kept = out / version_name(index.digest)
     if (kept / INDEX_NAME).is_file() and index.text is None:
         return kept
     kept.parent.mkdir(exist_ok=True)
@@ -59,7 +59,7 @@ def replaced(there: Mapping[Path, Index], make: Callable[[], object]) -> None:
     Raises:
         OSError: one cannot be written.
     """
-    known = {folder for folder, before in there.items() if version_folder(folder, before.digest).exists()}
+    known = {folder for folder, before in there.items() if (folder / version_name(before.digest)).exists()}
     kept = {folder: keep(folder, before) for folder, before in there.items()}
     make()
     for folder, before in there.items():

@@ -13,7 +13,7 @@ from megapix.errors import InputError
 from megapix.files import sha256_of, size_of, write_atomic
 from megapix.outage import error_of
 from megapix.shards.image_policy import Policy
-from megapix.shards.index import INDEX_NAME, TABLE_NAME, TAR_BLOCK, VERSIONS_NAME, Index, missing_shards, read_index
+from megapix.shards.index import INDEX_NAME, TABLE_NAME, TAR_BLOCK, Index, missing_shards, read_index, version_name
 from megapix.shards.storage import QUERY, Access, Refused, Remote, is_url, shown
 from megapix.shards.table import Table, check_table, hashes
 
@@ -48,7 +48,7 @@ def locate_version(config: DataConfig, digest: str) -> Located:
     newest = locate(config)
     if newest.index.digest == digest:
         return newest
-    kept = f"{config.path.rstrip('/')}/{VERSIONS_NAME}/{digest[:16]}"
+    kept = f"{config.path.rstrip('/')}/{version_name(digest)}"
     try:
         if not is_url(kept) and size_of(Path(kept) / INDEX_NAME) is None:
             return newest

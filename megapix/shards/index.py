@@ -7,8 +7,9 @@ A shard folder holds
     captions.bin                            the captions of the samples in the same order (`table.py`)
     index.json                              what is in the folder; written last, so its presence means "complete"
 
-and what only `data_prep` reads: plan.json, .receipts/ and rejected.jsonl. In an index over tar files that exist
-already (`data_prep index`), the tar files lie elsewhere: `base` names the folder or URL, and they keep their names.
+and what only `data_prep` reads: plan.json, .receipts/, rejected.jsonl and entries.json (what became of every entry of
+the source). In an index over tar files that exist already (`data_prep index`), the tar files lie elsewhere: `base`
+names the folder or URL, and they keep their names.
 Features of the captions may be stored there, too: text-*.safetensors (`text_features.py`). Where the set of tar files
 has grown, versions/DIGEST holds the index of before, each a folder like this one.
 
@@ -30,6 +31,7 @@ import json
 import os
 import re
 import shlex
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -43,12 +45,17 @@ from megapix.shards.storage import tars_of
 FORMAT = "megapix-shards"
 VERSION = 2
 INDEX_NAME = "index.json"
+IMAGE_ENDINGS = (
+    *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".gif", ".bmp", ".tif", ".tiff"),
+    *(".avif", ".jp2", ".j2k", ".heic", ".heif", ".jxl"),
+)
+"""Endings of images. What an image is, and whether it can be read, is decided by its first bytes."""
 TAR_FILES = "tar files"
 PREPARED = {
     "ImageNet's synset tars": r"(^|/)n\d{8}\.tar$",
     TAR_FILES: r"\.tar$",
     "parquet files": r"\.parquet$",
-    "images": r"(?i)\.(jpe?g|jpe|jfif|png|webp|gif|bmp|tiff?|avif|jp2|j2k|hei[cf]|jxl)$",
+    "images": rf"(?i)({'|'.join(map(re.escape, IMAGE_ENDINGS))})$",
     "a zip file": r"\.zip$",
 }
 """What people give in place of an index -> how the names of its files end."""
@@ -73,9 +80,9 @@ def sample_key(number: int) -> str:
     return f"{number:09d}"
 
 
-def version_folder(folder: Path, digest: str) -> Path:
-    """Where the version of an index with that digest lies, once a newer one has taken its place."""
-    return folder / VERSIONS_NAME / digest[:16]
+def version_name(digest: str) -> str:
+    """Where the version of an index with that digest lies, below the index that has taken its place."""
+    return f"{VERSIONS_NAME}/{digest[:16]}"
 
 
 @dataclass(frozen=True)
@@ -138,6 +145,14 @@ class Index:
     def files(self) -> tuple[ShardEntry, ...]:
         """One entry for each tar file."""
         return tuple({entry.name: entry for entry in self.shards}.values())
+
+    @property
+    def bucket_samples(self) -> dict[int, int]:
+        """Bucket -> its samples, of those that have any, in order."""
+        counts: Counter[int] = Counter()
+        for shard in self.shards:
+            counts[shard.bucket] += shard.samples
+        return dict(counts)
 
     def tars_at(self, place: str | Path) -> str:
         """Folder or URL of the tar files, of an index that lies in that folder or below that URL."""

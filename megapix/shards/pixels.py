@@ -16,17 +16,15 @@ import importlib.util
 import io
 import math
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from megapix.shards.decoding import icc, rgb, upright
-from megapix.shards.decoding.formats import decoding, kind_of, opened
+from megapix.shards.decoding.formats import decoding, kind_of, opened, refusing
 
 __all__ = ["Decoded", "Pixels", "cover", "decode", "decode_exactly", "kind_of", "read", "size_of"]
 
@@ -35,6 +33,7 @@ VERSION = 2
 WHITE = (255, 255, 255)
 FORMATS = ("PNG", "JPEG", "WEBP")
 """Formats that version 1 opens."""
+UNIDENTIFIED = "not a PNG, JPEG or WebP image"
 ORIENTATION = 0x0112
 """EXIF tag: how the camera was held."""
 
@@ -204,7 +203,7 @@ def _torch_bicubic(pixels: Pixels, height: int, width: int) -> Pixels:
 
 
 def _size_1(data: bytes) -> tuple[int, int]:
-    with _opened(data) as image, _decoding():
+    with _opened(data) as image, refusing(UNIDENTIFIED):
         exif = Image.Exif()
         exif.load(image.info.get("exif", b""))  # image.getexif() would decode a whole PNG
         turned = exif.get(ORIENTATION, 1) in (5, 6, 7, 8)
@@ -217,33 +216,14 @@ def _decode_1(data: bytes, background: tuple[int, int, int]) -> Pixels:
             pixels = _plain_jpeg(data)
             if pixels is not None:
                 return pixels
-        with _decoding():
+        with refusing(UNIDENTIFIED):
             image.load()
             return np.asarray(_to_rgb(ImageOps.exif_transpose(image), background))
 
 
 def _opened(data: bytes) -> Image.Image:
-    with _decoding():
+    with refusing(UNIDENTIFIED):
         return Image.open(io.BytesIO(data), formats=FORMATS)
-
-
-@contextmanager
-def _decoding() -> Iterator[None]:
-    """Whatever a decoder makes of damaged or hostile bytes is a ValueError: Pillow's parsers raise all kinds.
-
-    An image that Pillow warns of as a bomb is refused; its other warnings (odd EXIF data) change nothing.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            yield
-    except MemoryError:
-        raise
-    except UnidentifiedImageError as error:
-        raise ValueError("not a PNG, JPEG or WebP image") from error
-    except Exception as error:
-        raise ValueError(str(error) or type(error).__name__) from error
 
 
 def _to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:

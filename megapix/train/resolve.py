@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -247,9 +246,7 @@ def _check_rare_buckets(requested: Config, index: Index, batch: int) -> None:
     Runs that began so go on, and indexes of the first version of the image policy are used as they were.
     """
     policy = Policy.from_dict(index.image_policy)
-    counts: Counter[int] = Counter()
-    for shard in index.shards:
-        counts[shard.bucket] += shard.samples
+    counts = index.bucket_samples
     if len(counts) < 2 or policy.version == 1 or requested.data.repeat_rare_buckets:
         return
     rarest = min(counts, key=lambda bucket: (counts[bucket], bucket))

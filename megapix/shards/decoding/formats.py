@@ -84,12 +84,25 @@ def opened(data: bytes) -> Image.Image:
 
 @contextmanager
 def decoding() -> Iterator[None]:
+    """`refusing`, with all text chunks of a PNG that is `png.tidied`."""
+    text_chunk = PngImagePlugin.MAX_TEXT_CHUNK
+    PngImagePlugin.MAX_TEXT_CHUNK = png.LARGEST_TEXT
+    try:
+        with refusing("damaged: its header cannot be read"):
+            yield
+    finally:
+        PngImagePlugin.MAX_TEXT_CHUNK = text_chunk
+
+
+@contextmanager
+def refusing(unidentified: str) -> Iterator[None]:
     """Whatever a decoder makes of damaged or hostile bytes is a ValueError: Pillow's parsers raise all kinds.
 
     An image that Pillow warns of as a bomb is refused; its other warnings (odd EXIF data) change nothing.
+
+    Args:
+        unidentified: what is said of bytes that no reader takes for its own.
     """
-    text_chunk = PngImagePlugin.MAX_TEXT_CHUNK
-    PngImagePlugin.MAX_TEXT_CHUNK = png.LARGEST_TEXT
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -98,11 +111,9 @@ def decoding() -> Iterator[None]:
     except MemoryError:
         raise
     except UnidentifiedImageError as error:
-        raise ValueError("damaged: its header cannot be read") from error
+        raise ValueError(unidentified) from error
     except Exception as error:
         raise ValueError(str(error) or type(error).__name__) from error
-    finally:
-        PngImagePlugin.MAX_TEXT_CHUNK = text_chunk
 
 
 def _check_reader(kind: str) -> None:
