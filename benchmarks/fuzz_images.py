@@ -18,7 +18,7 @@ import resource
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache, lru_cache
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -325,31 +325,48 @@ def kinds_here() -> list[str]:
     return found
 
 
-def main(arguments: list[str]) -> int:
-    """Print faults and counts; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def options_of(what: str, kinds: Iterable[str]) -> argparse.ArgumentParser:
+    """The options of a fuzz, whose module says `what` it does."""
+    parser = argparse.ArgumentParser(description=what, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--each", type=int, default=20_000, help="files of each kind")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--kinds", default=",".join(kinds_here()))
+    parser.add_argument("--kinds", default=",".join(kinds))
     parser.add_argument("--minutes", type=float, default=float("inf"), help="for each kind, at most")
-    parser.add_argument("--only", type=int, help="look at this file of each of the kinds, and write it here")
-    asked = parser.parse_args(arguments)
+    return parser
+
+
+def fuzz_all(asked: argparse.Namespace, look_of: Callable[[str], Look], make: Make, done: str) -> int:
+    """Print faults and counts of all kinds that are `asked` for; returns the exit code.
+
+    Args:
+        look_of: kind -> as `fault_of`.
+        done: what files are of which the look says that they are whole.
+    """
     faults = 0
     for kind in asked.kinds.split(","):
-        if asked.only is not None:
-            path = Path(f"fuzz-{asked.only}.{kind}")
-            path.write_bytes(mutated(kind, asked.only, asked.seed))
-            print(f"{path}: {fault_of(path.read_bytes())}")
-            continue
         start = time.monotonic()
-        for found in fuzz(kind, asked.each, asked.seed, start + 60 * asked.minutes):
+        for found in fuzz(kind, asked.each, asked.seed, start + 60 * asked.minutes, look_of(kind), make):
             if isinstance(found, Fault):
                 faults += 1
                 print(f"FAULT {found.kind} {found.number}: {found.what}", flush=True)
             else:
-                seen, decoded = found
-                print(f"{kind}: {seen:,} files, {decoded:,} decoded, {time.monotonic() - start:.0f} s", flush=True)
+                seen, whole = found
+                print(f"{kind}: {seen:,} files, {whole:,} {done}, {time.monotonic() - start:.0f} s", flush=True)
     return 1 if faults else 0
+
+
+def main(arguments: list[str]) -> int:
+    """Print faults and counts; returns the exit code."""
+    parser = options_of(__doc__, kinds_here())
+    parser.add_argument("--only", type=int, help="look at this file of each of the kinds, and write it here")
+    asked = parser.parse_args(arguments)
+    if asked.only is None:
+        return fuzz_all(asked, lambda _: fault_of, mutated, "decoded")
+    for kind in asked.kinds.split(","):
+        path = Path(f"fuzz-{asked.only}.{kind}")
+        path.write_bytes(mutated(kind, asked.only, asked.seed))
+        print(f"{path}: {fault_of(path.read_bytes())}")
+    return 0
 
 
 if __name__ == "__main__":

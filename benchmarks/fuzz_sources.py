@@ -8,7 +8,6 @@ Each file is refused in one line (InputError), or its entries add up and each of
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
 import sys
@@ -22,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from benchmarks.fuzz_images import SECONDS, Fault, fuzz, mutation_of
+from benchmarks.fuzz_images import SECONDS, fuzz_all, mutation_of, options_of
 from data_prep.listing.reading import PLAIN, Reading
 from data_prep.sources import open_source
 from megapix.errors import InputError
@@ -147,24 +146,8 @@ def _fault_in(path: Path, reading: Reading) -> tuple[bool, str]:
 
 def main(arguments: list[str]) -> int:
     """Print faults and counts; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--each", type=int, default=20_000, help="files of each kind")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--kinds", default=",".join(KINDS))
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="for each kind, at most")
-    asked = parser.parse_args(arguments)
-    faults = 0
-    for kind in asked.kinds.split(","):
-        start = time.monotonic()
-        until = start + 60 * asked.minutes
-        for found in fuzz(kind, asked.each, asked.seed, until, partial(fault_of, kind), mutated):
-            if isinstance(found, Fault):
-                faults += 1
-                print(f"FAULT {found.kind} {found.number}: {found.what}", flush=True)
-            else:
-                seen, read = found
-                print(f"{kind}: {seen:,} files, {read:,} read, {time.monotonic() - start:.0f} s", flush=True)
-    return 1 if faults else 0
+    asked = options_of(__doc__, KINDS).parse_args(arguments)
+    return fuzz_all(asked, lambda kind: partial(fault_of, kind), mutated, "read")
 
 
 if __name__ == "__main__":
