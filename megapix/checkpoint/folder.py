@@ -77,11 +77,11 @@ def committing(run: Path) -> Path | None:
     Raises:
         StorageError: as `latest`.
     """
-    named, newest = latest(run), complete(run)[-1:]
-    for path in newest:
-        if named and path > named and is_there(path / COMMITTING_NAME):
-            return path if read_bytes(path / COMMITTING_NAME).decode().strip() == named.name else None
-    return None
+    named, there = latest(run), complete(run)
+    if not (named and there and there[-1] > named and is_there(there[-1] / COMMITTING_NAME)):
+        return None
+    before = read_bytes(there[-1] / COMMITTING_NAME).decode().strip()
+    return there[-1] if before == named.name else None
 
 
 def protect(run: Path, folder: Path) -> None:
