@@ -263,12 +263,12 @@ def _summary(out: Path, index: Index, was_finished: bool, said: Sequence[str] = 
     classes = ", ".join(f"{entry.name} {entry.samples}" for entry in index.classes[:8])
     more = f" and {len(index.classes) - 8} more" if len(index.classes) > 8 else ""
     size = sum(shard.bytes for shard in index.files) / 1e6
-    print(
-        f"data_prep: {out} {'was finished already' if was_finished else 'is finished'}: {index.samples:,} "
+    _say(
+        f"{out} {'was finished already' if was_finished else 'is finished'}: {index.samples:,} "
         f"images of {_size(index.image_policy['size'])} in {len(index.files)} shards, {size:.1f} MB; {classes}{more}"
     )
     if counted := account.load(out):
-        print(f"data_prep: of {counted.listed:,} entries: {counted}")
+        _say(f"of {counted.listed:,} entries: {counted}")
         for remark in counted.remarks:
             if remark not in said:
                 _say(remark)
@@ -277,7 +277,7 @@ def _summary(out: Path, index: Index, was_finished: bool, said: Sequence[str] = 
     for line in rare_buckets(index):
         _say(line)
     if index.rejected:
-        print(f"data_prep: {index.rejected} samples were rejected; {out / 'rejected.jsonl'} says why")
+        _say(f"{index.rejected} samples were rejected; {out / 'rejected.jsonl'} says why")
     if tars := index.source.get("rejected_tars"):
         then = "give the same command" if index.base else "prepare them in a second folder for data_prep merge"
-        print(f"data_prep: {tars} of these are tar files that cannot be read; mend them and {then}")
+        _say(f"{tars} of these are tar files that cannot be read; mend them and {then}")

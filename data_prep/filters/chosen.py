@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.filters.rules import Filters, check_columns
-from data_prep.filters.survey import survey
+from data_prep.filters.survey import UNREADABLE, survey
 from data_prep.listing.base import Item, Reader
 from megapix.shards.image_policy import Policy
 
@@ -49,8 +49,6 @@ def by_pixels(
 ) -> tuple[Sequence[Item], Counter[str], int]:
     """The items that no filter takes for their size or as duplicates, option -> how many it took, and how many of those
     that are left cannot be read."""
-    from data_prep.filters.survey import UNREADABLE
-
     verdicts = survey(reader, items, filters, policy, workers, out, progress)
     options = filters.options
     left = [items[n] for n in np.flatnonzero((verdicts == 0) | (verdicts == UNREADABLE)).tolist()]

@@ -50,7 +50,7 @@ class Expression:
 
     def keeps(self, metadata: Mapping[str, Any]) -> bool:
         """Whether it is true of a sample's metadata; a key that is not there is missing, and so is null."""
-        return _truth(self.tree, {**{name: metadata.get(column) for name, column in self.names.items()}}) is True
+        return _truth(self.tree, {name: metadata.get(column) for name, column in self.names.items()}) is True
 
 
 def parse(text: str) -> Expression:

@@ -79,7 +79,7 @@ _loaded = ["megapix.shards.pixels"]
 def load_in_workers(*modules: str) -> None:
     """Have the server that workers are forked from load what they need: once, and not in each of them. To be called
     before the first `in_processes`."""
-    _loaded.extend(modules)
+    _loaded.extend(module for module in modules if module not in _loaded)
 
 
 def in_processes(work: Callable[[J], R], jobs: Iterable[J], workers: int) -> Iterator[tuple[J, R]]:
@@ -102,12 +102,10 @@ def in_processes(work: Callable[[J], R], jobs: Iterable[J], workers: int) -> Ite
                 "a worker process was killed, perhaps for want of memory; expected room for --workers processes: give "
                 "the same command with fewer"
             ) from error
-        except KeyboardInterrupt:
-            for worker in active_children():  # what is half done is done again; nobody waits for it here
-                worker.kill()
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, KeyboardInterrupt):
+                for worker in active_children():  # what is half done is done again; nobody waits for it here
+                    worker.kill()
             pool.shutdown(wait=True, cancel_futures=True)
             raise
 
