@@ -13,27 +13,17 @@ from megapix.config.checks import (
     validate_seed,
 )
 from megapix.config.fields import compare, from_dict, get, leaves, replace, to_dict
-from megapix.config.options import (
-    IMAGENET_IMAGES,
+from megapix.config.marks import IMAGENET_IMAGES, Generator, Images, PixelPolicy, Sampler
+from megapix.config.operation import (
     CheckpointConfig,
-    Config,
-    DataConfig,
     EvaluationConfig,
-    FlowConfig,
-    Generator,
     HealthConfig,
-    Images,
     LogConfig,
     MachineConfig,
-    ModelConfig,
-    OptimConfig,
-    PixelPolicy,
-    RepaConfig,
-    Sampler,
     SamplingConfig,
-    TextConfig,
     ValidationConfig,
 )
+from megapix.config.options import Config
 from megapix.config.policies import CHUNK, PIXEL_POLICIES, on_cpus, recomputed_blocks
 from megapix.config.presets import (
     PRESETS,
@@ -49,6 +39,7 @@ from megapix.config.presets import (
     tiny,
 )
 from megapix.config.spans import MAY_BE_NEVER, SPANS, BatchLayout, batch_layout, freeze, images
+from megapix.config.training import DataConfig, FlowConfig, ModelConfig, OptimConfig, RepaConfig, TextConfig
 
 __all__ = [
     "CHUNK",

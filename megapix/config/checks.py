@@ -7,7 +7,9 @@ import math
 from typing import Any
 
 from megapix.config.fields import get, leaves
-from megapix.config.options import Config, ModelConfig, RepaConfig, SamplingConfig, TextConfig
+from megapix.config.operation import SamplingConfig
+from megapix.config.options import Config
+from megapix.config.training import ModelConfig, RepaConfig, TextConfig
 from megapix.errors import InputError
 
 

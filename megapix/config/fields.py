@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from megapix.config import old
-from megapix.config.options import Config, T
+from megapix.config.marks import T
+from megapix.config.options import Config
 from megapix.errors import InputError, one_of
 
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from functools import cache
 
-from megapix.config.options import DataConfig
+from megapix.config.training import DataConfig
 from megapix.dist import warn
 
 OLD: dict[type, dict[str, tuple[str, object]]] = {DataConfig: {"retries": ("data.outage_minutes", 5)}}

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import typing
 
-from megapix.config.options import MachineConfig, PixelPolicy
+from megapix.config.marks import PixelPolicy
+from megapix.config.operation import MachineConfig
 
 CHUNK = 512
 """Patches that the policy 'chunked' computes at a time."""

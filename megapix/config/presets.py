@@ -4,19 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from megapix.config.options import (
-    IMAGENET_IMAGES,
-    CheckpointConfig,
-    Config,
-    DataConfig,
-    FlowConfig,
-    LogConfig,
-    MachineConfig,
-    ModelConfig,
-    OptimConfig,
-    SamplingConfig,
-    TextConfig,
-)
+from megapix.config.marks import IMAGENET_IMAGES
+from megapix.config.operation import CheckpointConfig, LogConfig, MachineConfig, SamplingConfig
+from megapix.config.options import Config
+from megapix.config.training import DataConfig, FlowConfig, ModelConfig, OptimConfig, TextConfig
 from megapix.errors import InputError, one_of
 
 PHILOX = FlowConfig(generator="philox")

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 from megapix.config.checks import aligned_layer
 from megapix.config.fields import get, replace
-from megapix.config.options import Config, Images
+from megapix.config.marks import Images
+from megapix.config.options import Config
 from megapix.errors import InputError
 
 
