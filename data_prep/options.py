@@ -172,6 +172,9 @@ class MakeIndex(ImageOptions, CaptionOptions, LabelOptions, FilterOptions, TarOp
     """Folder for the index; give it to `megapix train` as --data.path."""
     dry_run: tyro.conf.FlagCreatePairsOff[bool] = False
     """Say what each filter takes of local tar files, and write nothing."""
+    check: Literal["decode", "headers", "none"] = "decode"
+    """How closely images are looked at: every one is decoded, its header alone is read, or it is trusted. What a later
+    command asks more of is read again."""
     rehash: tyro.conf.FlagCreatePairsOff[bool] = False
     """Read every tar file again and compare its hash, whatever its size and time of modification say."""
 

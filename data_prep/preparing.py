@@ -135,6 +135,8 @@ def make_index(command: MakeIndex) -> int:
         counted = of_shards(shards, policy, reading, filters, command.workers, access)
         for line in counted.table(filters.options):
             print(line)
+        for name, reason in counted.tars.items():
+            _say(f"tar file {name!r} cannot be read: {reason}")
         _say(f"would index {counted.left:,} images of {_size(command.size)} in {command.out}")
         return 0
     made, was_finished = index(
@@ -149,6 +151,7 @@ def make_index(command: MakeIndex) -> int:
         hold=hold,
         bucket_min=command.bucket_min,
         filters=filters,
+        check=command.check,
         say=say,
     )
     if hold:

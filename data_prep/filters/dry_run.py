@@ -9,10 +9,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from data_prep.filters.chosen import by_metadata, by_pixels
 from data_prep.filters.rules import Filters, check_columns
 from data_prep.filters.survey import UNREADABLE, look, record_of, resolved
+from data_prep.listing.archives import DamagedTar
 from data_prep.listing.base import Entries, Source
 from data_prep.listing.img2dataset import Rows, beside
 from data_prep.listing.reading import Reading
@@ -34,6 +36,8 @@ class Counted:
     """Those that no filter takes and that can be read, as far as their headers say."""
     unreadable: int = 0
     taken: Counter[str] = field(default_factory=Counter)
+    tars: dict[str, str] = field(default_factory=dict)
+    """Tar file that cannot be read -> the reason; each counts as one sample."""
 
     def table(self, options: Sequence[str]) -> Iterator[str]:
         """Lines: a filter each, in the order in which they are asked, and what is left."""
@@ -65,35 +69,48 @@ def of_shards(
     """What would become of the samples of local tar files.
 
     Raises:
-        InputError: remote tar files, damaged ones, or a column that not one sample has.
+        InputError: remote tar files, one that is not there, or a column that not one sample has.
     """
     if is_url(pattern):
         raise InputError(f"--dry-run reads local tar files, and {pattern!r} is remote: index some of them, or all")
     base, names, _ = tars_of_split(pattern, access, reading, Entries())
-    found: dict[str, tuple[Counter[str], bytes, set[str]]] = {}
-    for name, counted in in_processes(partial(_of_tar, base, policy, reading, filters), names, workers):
-        found[name] = counted
+    found = dict(in_processes(partial(_of_tar, base, policy, reading, filters), names, workers))
     ordered = [found[name] for name in names]
-    check_columns(filters, (), {column for _, _, columns in ordered for column in columns})
-    taken: Counter[str] = sum((counts for counts, _, _ in ordered), Counter())
-    verdicts = resolved(b"".join(records for _, records, _ in ordered), filters)
+    check_columns(filters, (), {column for each in ordered for column in each.columns})
+    taken: Counter[str] = sum((each.taken for each in ordered), Counter())
+    verdicts = resolved(b"".join(each.records for each in ordered), filters)
     samples = len(verdicts) + sum(taken.values())
     for number, option in enumerate(filters.options, 1):
         taken[option] += int((verdicts == number).sum())
     unreadable = int((verdicts == UNREADABLE).sum())
-    return Counted(samples, int((verdicts == 0).sum()), unreadable, taken)
+    tars = {name: found[name].fault for name in names if found[name].fault}
+    return Counted(samples, int((verdicts == 0).sum()), unreadable, taken, tars)
 
 
-def _of_tar(
-    base: str, policy: Policy, reading: Reading, filters: Filters, name: str
-) -> tuple[Counter[str], bytes, set[str]]:
-    """What its metadata filters take, the records of the other samples, and the columns that there are."""
+class _Tar(NamedTuple):
+    """What is counted of one tar file."""
+
+    taken: Counter[str]
+    """Filter of captions or metadata -> samples that it takes."""
+    records: bytes
+    """Of the other samples."""
+    columns: set[str]
+    """Those that there are."""
+    fault: str = ""
+    """Why the tar file as a whole cannot be read; it has one record then."""
+
+
+def _of_tar(base: str, policy: Policy, reading: Reading, filters: Filters, name: str) -> _Tar:
     taken, records, columns = Counter[str](), list[bytes](), set[str]()
     path = Path(base) / name
     if not path.is_file():
         raise InputError(f"{path} does not exist")
+    try:
+        listed = samples_of(path, Entries(), reading, Rows(partial(beside, path), reading))
+    except DamagedTar as error:
+        return _Tar(taken, record_of(UNREADABLE, b"", filters), columns, str(error))
     with open(path, "rb") as file:
-        for sample in samples_of(path, Entries(), reading, Rows(partial(beside, path), reading)):
+        for sample in listed:
             columns.update(json.loads(sample.about or "{}"))
             if sample.fault:
                 records.append(record_of(UNREADABLE, b"", filters))
@@ -102,4 +119,4 @@ def _of_tar(
             else:
                 data = os.pread(file.fileno(), sample.size, sample.offset)
                 records.append(record_of(*look(data, filters, policy), filters))
-    return taken, b"".join(records), columns
+    return _Tar(taken, b"".join(records), columns)

@@ -31,6 +31,11 @@ class Rows:
         self._rows: dict[str, dict[str, Any]] | None = None
         self._fault = ""
 
+    @property
+    def asked(self) -> bool:
+        """Whether a sample has asked for its row."""
+        return self._rows is not None
+
     def of(self, key: str) -> dict[str, Any]:
         """The row of a sample, as the members of its JSON would be; empty if there is none.
 

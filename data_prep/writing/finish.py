@@ -24,7 +24,7 @@ from data_prep.writing import receipt
 from data_prep.writing.account import Account
 from data_prep.writing.held_out import HoldOut, Side, folder_beside
 from data_prep.writing.pool import Budget
-from data_prep.writing.receipt import Part, Receipt, Rejected
+from data_prep.writing.receipt import CHECKS, Part, Receipt, Rejected
 from data_prep.writing.survey import Rare
 from megapix.errors import InputError
 from megapix.files import write_atomic
@@ -91,6 +91,7 @@ def finish(
             empty.
     """
     found, taken, seen, notes = Found(), Counter(filtered or {}), Entries(), Counter[str]()
+    unchecked = Counter[str]()
     found.captioned = captioned
     seen.add(listed or Entries())
     gone = _duplicates(out, parts, duplicates) if duplicates else {}
@@ -98,6 +99,7 @@ def finish(
         there = _receipt(out, part, gone, duplicates)
         taken.update(there.filtered)
         notes.update(there.notes)
+        unchecked[there.check] += there.check != CHECKS[-1]
         if there.listed:
             seen.add(there.listed)
         for label, count in Counter(_labels(there)).items():
@@ -108,6 +110,10 @@ def finish(
     if budget and found.refused_by(settled):
         budget.spend(tuple(one for each in what.all() for one in each.rejected_here))
     seen.remark(settled.remark)
+    for check, count in sorted((+unchecked).items()):
+        seen.remark(
+            f"the images of {count:,} tar files were not decoded (--check {check}): damaged ones may be among them"
+        )
     for line in seen.remarks:
         say(line)
     source = source | recorded(settled)

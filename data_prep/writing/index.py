@@ -1,10 +1,10 @@
 """An index over WebDataset tar files that exist already, local or remote, without rewriting a byte.
 
-Each tar file is read once, in a worker process: hashed, its samples listed, every image decoded and put through the
-image policy, which the loader then applies again when it reads them. A remote file is copied to a temporary one for
-that long. The work is kept in receipts that go by the files' names, so an interrupted command resumes where it was, and
-one over a set that has grown, shrunk or changed reads what is new. A tar file that cannot be read is rejected as a
-whole, within a budget of its own.
+Each tar file is read once, in a worker process: hashed, its samples listed, every image decoded, and its size held
+against the image policy, which the loader applies when it reads them; `check` asks for less than that. A remote file is
+copied to a temporary one for that long. The work is kept in receipts that go by the files' names, so an interrupted
+command resumes where it was, and one over a set that has grown, shrunk or changed reads what is new. A tar file that
+cannot be read is rejected as a whole, within a budget of its own.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import json
 import os
 import tempfile
 import zlib
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -25,7 +25,7 @@ from typing import NamedTuple
 from data_prep.filters.fingerprints import fingerprint
 from data_prep.filters.rules import NO_FILTERS, Filters, check_columns
 from data_prep.listing.archives import DamagedTar
-from data_prep.listing.base import Entries, as_utf8
+from data_prep.listing.base import Entries, Filtered, as_utf8
 from data_prep.listing.captions import check_found
 from data_prep.listing.classes import NONE, Found, NoClass, is_name
 from data_prep.listing.img2dataset import Rows, table_of
@@ -38,7 +38,7 @@ from data_prep.writing import receipt, versions
 from data_prep.writing.finish import finish
 from data_prep.writing.held_out import HoldOut, folder_beside
 from data_prep.writing.pool import Budget, Outcome, alone_in, check_workers, in_processes, load_in_workers
-from data_prep.writing.receipt import Receipt, Rejected, Sample, TarState
+from data_prep.writing.receipt import CHECKS, NO_TABLE, Receipt, Rejected, Sample, TarState
 from data_prep.writing.survey import Rare
 from data_prep.writing.write import begin
 from megapix.errors import InputError
@@ -65,6 +65,7 @@ class Work(NamedTuple):
     filters: Filters
     out: Path
     rehash: bool
+    check: str = CHECKS[-1]
 
 
 def index(
@@ -80,6 +81,7 @@ def index(
     hold: HoldOut | None = None,
     bucket_min: int = 0,
     filters: Filters = NO_FILTERS,
+    check: str = CHECKS[-1],
     say: Callable[[str], None] = lambda _: None,
 ) -> tuple[Index, bool]:
     """Index the tar files of `pattern` into the folder `out`; return the index, and whether it was finished already.
@@ -90,6 +92,7 @@ def index(
     Args:
         rehash: read every tar file and compare its hash, whatever its size and time of modification say.
         hold: samples that go into a second index over the same tar files (`held_out.folder_beside`).
+        check: how closely images are looked at, one of CHECKS; what was looked at as closely before is not read again.
         say: is called with each line that the command prints.
 
     Raises:
@@ -103,6 +106,10 @@ def index(
     budget, tar_budget, listed = Budget(max_rejected), TarBudget(reading.max_rejected_tars), Entries()
     filters = filters.with_least_side(policy.min_side)
     check_workers(workers)
+    if filters.duplicates and check != CHECKS[-1]:
+        raise InputError(
+            f"--check {check} decodes no image, which {filters.duplicates.option} compares; expected decode"
+        )
     planning.check_bucket_min(bucket_min, policy)
     policy = planning.as_begun(out, policy)
     place, names, split = tars_of_split(pattern, access, reading, listed)
@@ -132,7 +139,7 @@ def index(
                 planning.record(folder, plan)
             there = {folder: index for folder in folders if (index := begin(folder, retry_rejected=False))}
             receipt.by_name(out)
-            work = Work(place, access, policy, reading, filters, out, rehash)
+            work = Work(place, access, policy, reading, filters, out, rehash, check)
             unfinished = out / receipt.RECEIPTS / UNFINISHED
             whole = len(there) == len(folders) and not unfinished.exists()
             if whole and _are_of(there, plan["list_sha256"], work, names, workers):
@@ -192,32 +199,45 @@ def local_copy(storage: Storage, name: str, beside: Path) -> Iterator[Path]:
 @contextmanager
 def rows_beside(storage: Storage, name: str, beside: Path, reading: Reading) -> Iterator[Rows]:
     """The rows of img2dataset's table of a tar file, if it has one; a remote one is copied when it is asked for."""
-    path, mark, query = (name, "", "") if isinstance(storage, Local) else name.partition("?")
-    table = f"{table_of(path)}{mark}{query}"
     with ExitStack() as copies:
 
         def find() -> Path | None:
-            try:
-                storage.size(table)
-            except (OSError, Refused):
+            if _table_state(storage, name) == NO_TABLE:
                 return None
-            return copies.enter_context(local_copy(storage, table, beside))
+            return copies.enter_context(local_copy(storage, _table(storage, name), beside))
 
         yield Rows(find, reading)
+
+
+def _table(storage: Storage, name: str) -> str:
+    """What img2dataset's table of a tar file is called."""
+    path, mark, query = (name, "", "") if isinstance(storage, Local) else name.partition("?")
+    return f"{table_of(path)}{mark}{query}"
+
+
+def _table_state(storage: Storage, name: str) -> str:
+    """What changes with the content of that table, or NO_TABLE."""
+    try:
+        return " ".join(map(str, storage.state(_table(storage, name))))
+    except (OSError, Refused):
+        return NO_TABLE
 
 
 def _index_file(work: Work, name: str) -> Outcome:
     storage = open_storage(work.place, work.access)
     state, made = _state(storage, name), receipt.load(work.out, name)
-    if made is None or not _same(made, state) or work.rehash:
+    good = made is not None and _as_asked(made, storage, name, work.check)
+    if made is None or made.tar is None or not good or not _same(made, state) or work.rehash:
         copies = work.out / receipt.RECEIPTS
         with local_copy(storage, name, copies) as path, rows_beside(storage, name, copies, work.reading) as rows:
             if not path.is_file():
                 raise InputError(f"{storage.where(name)} does not exist")
             sha256 = sha256_of(path)
-            if made is None or made.tar is None or made.tar.sha256 != sha256:
+            table = made.tar.table if made and made.tar else ""
+            if made is None or made.tar is None or made.tar.sha256 != sha256 or not good:
                 made = _indexed(path, storage.where(name), name, sha256, work, rows)
-            made = replace(made, tar=TarState(name, *state, sha256))
+                table = _table_state(storage, name) if rows.asked else ""
+            made = replace(made, tar=TarState(name, *state, sha256, table))
         made.save(work.out, name)
     labels = {sample.label for sample in made.samples if sample.label != -1 and is_name(sample.label)}
     samples = len(made.samples) + len(made.rejected) + sum(made.filtered.values())
@@ -233,8 +253,17 @@ def _are_of(there: Mapping[Path, Index], list_sha256: str, work: Work, names: li
 
 def _stands(work: Work, name: str) -> bool:
     """Whether the tar file is the one that its receipt is of."""
-    made = receipt.load(work.out, name)
-    return made is not None and not work.rehash and _same(made, _state(open_storage(work.place, work.access), name))
+    storage, made = open_storage(work.place, work.access), receipt.load(work.out, name)
+    if made is None or work.rehash:
+        return False
+    return _same(made, _state(storage, name)) and _as_asked(made, storage, name, work.check)
+
+
+def _as_asked(made: Receipt, storage: Storage, name: str, check: str) -> bool:
+    """Whether a receipt's images were looked at as closely as is asked for, and its table has not changed."""
+    table = made.tar.table if made.tar else ""
+    looked = made.unreadable or CHECKS.index(made.check) >= CHECKS.index(check)
+    return looked and (not table or table == _table_state(storage, name))
 
 
 def _same(made: Receipt, state: tuple[int, str]) -> bool:
@@ -252,14 +281,14 @@ def _state(storage: Storage, name: str) -> tuple[int, str]:
 
 
 def _indexed(path: Path, shown: str, name: str, sha256: str, work: Work, rows: Rows) -> Receipt:
-    policy, reading, filters, counted = work.policy, work.reading, work.filters, Entries()
+    reading, filters, counted = work.reading, work.filters, Entries()
     try:
         listed = samples_of(path, counted, reading, rows, shown)
     except DamagedTar as error:  # the tar file is one entry that is rejected
         return Receipt((), (), (Rejected.because(name, error),), listed=Entries(1), unreadable=True)
     found: list[tuple[int, Sample, TarSample]] = []
     rejected: list[Rejected] = []
-    notes: Counter[str] = Counter()
+    noted: dict[str, list[int]] = defaultdict(list)
     taken: Counter[str] = Counter()
     prints: list[str] = []
     with open(path, "rb") as file:
@@ -274,18 +303,17 @@ def _indexed(path: Path, shown: str, name: str, sha256: str, work: Work, rows: R
             label = -1 if isinstance(sample.label, NoClass) else sample.label
             data = os.pread(file.fileno(), sample.size, sample.offset)
             try:
-                if filters.sizes and (option := filters.of_size(*policy.size_of(data))):
-                    taken[option] += 1
-                    continue
-                decoded = policy.read(data)
-                bucket = policy.bucket_of(*decoded.pixels.shape[:2])
-                policy.apply(decoded.pixels, bucket)
+                bucket, notes, print_ = _look(data, work)
+            except Filtered as filtered:
+                taken[filtered.option] += 1
+                continue
             except ValueError as error:
                 rejected.append(Rejected.because(f"{name}/{sample.name}", error))
                 continue
-            notes.update(policy.notes_of(decoded, bucket))
+            for note in notes:
+                noted[note].append(len(found))
             if filters.duplicates:
-                prints.append(fingerprint(decoded.pixels, filters.duplicates).hex())
+                prints.append(print_)
             crc = zlib.crc32(data)
             found.append((bucket, Sample(0, sample.size, sample.offset, label, crc, sample.caption), sample))
     size = path.stat().st_size
@@ -304,10 +332,35 @@ def _indexed(path: Path, shown: str, name: str, sha256: str, work: Work, rows: R
         tuple(rejected),
         has,
         filtered=dict(taken),
-        notes=dict(notes),
+        notes={note: len(places) for note, places in noted.items()},
         listed=counted,
         names=names,
         no_class=no_class,
         columns=tuple(column for column in filters.columns if column in there),
         prints=tuple(prints),
+        noted={note: tuple(places) for note, places in noted.items()} if filters.duplicates else {},
+        check=work.check,
     )
+
+
+def _look(data: bytes, work: Work) -> tuple[int, tuple[str, ...], str]:
+    """(bucket, notes, fingerprint in hexadecimal) of an image, looked at as closely as is asked for.
+
+    Raises:
+        Filtered: it is not wanted for its size. ValueError: it cannot be used.
+    """
+    policy, filters = work.policy, work.filters
+    if filters.sizes and (option := filters.of_size(*policy.size_of(data))):
+        raise Filtered(option)
+    if work.check == "none" and len(policy.buckets) < 2:
+        return 0, (), ""
+    print_ = ""
+    if work.check == "decode":
+        pixels, own = policy.read(data)
+        size = pixels.shape[0], pixels.shape[1]
+        print_ = fingerprint(pixels, filters.duplicates).hex() if filters.duplicates else ""
+    else:
+        size, own = policy.header(data)
+    bucket = policy.bucket_of(*size)
+    policy.check_size(*size, bucket)
+    return bucket, policy.notes_of(size, own, bucket), print_

@@ -26,8 +26,14 @@ from megapix.files import write_atomic
 from megapix.shards.index import ShardEntry
 
 RECEIPTS = ".receipts"
+NO_TABLE = "none"
+CHECKS = ("none", "headers", "decode")
+"""How closely images of a tar file are looked at, the most closely last (--check)."""
 Part = int | str
 """Number of a shard that is written, or name of a tar file that is indexed."""
+
+OPTIONAL = ("caption_keys", "filtered", "notes", "unreadable", "names", "no_class", "columns", "prints", "noted")
+"""Fields of a receipt that are left out where they are empty."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,8 @@ class TarState(NamedTuple):
     """What changes with its content: the time of modification in ns, or a server's ETag."""
     sha256: str
     """Empty if it is not known: the receipt is of an older version."""
+    table: str = ""
+    """The same of img2dataset's table beside it, or `NO_TABLE`; empty if no sample has asked for one."""
 
 
 class Sample(NamedTuple):
@@ -94,6 +102,10 @@ class Receipt:
     """Columns that filters ask for and that at least one sample of the tar file has."""
     prints: tuple[str, ...] = ()
     """Fingerprints of the samples, in hexadecimal, where duplicates are to be found among all tar files."""
+    noted: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    """As `notes`, with the places of the samples, where duplicates may take some of these."""
+    check: str = CHECKS[-1]
+    """How closely the images were looked at, one of CHECKS."""
 
     def name_of(self, place: int) -> str:
         """What a sample is called."""
@@ -107,22 +119,28 @@ class Receipt:
         counts = Counter(sample.entry for sample in kept)
         entries = sorted(counts)
         wrong = dict(self.no_class)
+        now = {place: place_now for place_now, place in enumerate(left)}
+        noted = {what: tuple(now[place] for place in there if place in now) for what, there in self.noted.items()}
         return replace(
             self,
             entries=tuple(replace(self.entries[entry], samples=counts[entry]) for entry in entries),
             samples=tuple(sample._replace(entry=entries.index(sample.entry)) for sample in kept),
             filtered=self.filtered | {option: len(self.samples) - len(kept)},
             names=tuple(self.names[place] for place in left) if self.names else (),
-            no_class=tuple((now, wrong[place]) for now, place in enumerate(left) if place in wrong),
+            no_class=tuple((now[place], wrong[place]) for place in left if place in wrong),
             prints=tuple(self.prints[place] for place in left),
+            notes={what: count for what, count in (self.notes | _counts(noted)).items() if count},
+            noted=noted,
         )
 
     def save(self, out: Path, part: Part) -> None:
         """Write it atomically."""
         data = asdict(self)
-        for key in ("caption_keys", "filtered", "notes", "unreadable", "names", "no_class", "columns", "prints"):
+        for key in OPTIONAL:
             if not data[key]:
                 del data[key]
+        if self.check == CHECKS[-1]:
+            del data["check"]
         if self.listed is None:
             del data["listed"]
         else:
@@ -132,6 +150,10 @@ class Receipt:
         if self.tar is None:
             del data["tar"]
         write_atomic(_path(out, part), (json.dumps(data, ensure_ascii=False) + "\n").encode())
+
+
+def _counts(noted: dict[str, tuple[int, ...]]) -> dict[str, int]:
+    return {what: len(places) for what, places in noted.items()}
 
 
 def load(out: Path, part: Part) -> Receipt | None:
@@ -174,6 +196,8 @@ def _load(path: Path) -> Receipt | None:
             no_class=tuple((place, reason) for place, reason in data.get("no_class", ())),
             columns=tuple(data.get("columns", ())),
             prints=tuple(data.get("prints", ())),
+            noted={what: tuple(places) for what, places in data.get("noted", {}).items()},
+            check=data.get("check", CHECKS[-1]),
         )
     except FileNotFoundError:
         return None

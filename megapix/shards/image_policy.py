@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from megapix.errors import InputError
-from megapix.shards.pixels import VERSION, Decoded, Pixels, cover, decode_exactly, read, size_of
+from megapix.shards.pixels import VERSION, Decoded, Pixels, cover, decode_exactly, header, read, scaled, size_of
 
 Mode = Literal["crop", "buckets", "untouched"]
 Icc = Literal["convert", "ignore"]
@@ -122,6 +122,10 @@ class Policy:
         """(height, width) that `read` gives an encoded image; only its header is read. ValueError as there."""
         return size_of(data, self.version)
 
+    def header(self, data: bytes) -> tuple[tuple[int, int], tuple[str, ...]]:
+        """`size_of`, and the notes that `read` gives; only the header is read. ValueError as there."""
+        return header(data, self.version, self.icc == "convert")
+
     def read(self, data: bytes) -> Decoded:
         """Decode an image as this policy's version does.
 
@@ -130,12 +134,13 @@ class Policy:
         """
         return read(data, self.background, self.version, self.icc == "convert")
 
-    def notes_of(self, decoded: Decoded, bucket: int) -> tuple[str, ...]:
-        """What is to be counted of an image: its own notes, and whether it is scaled up to cover `bucket`."""
+    def notes_of(self, size: tuple[int, int], own: tuple[str, ...], bucket: int) -> tuple[str, ...]:
+        """What is to be counted of an image of that height and width: its own notes, and whether it is scaled up to
+        cover `bucket`."""
         if self.mode == "untouched":
-            return decoded.notes
-        (height, width), (high, wide) = decoded.pixels.shape[:2], self.buckets[bucket]
-        return (*decoded.notes, UPSCALED) if height < high or width < wide else decoded.notes
+            return own
+        (height, width), (high, wide) = size, self.buckets[bucket]
+        return (*own, UPSCALED) if height < high or width < wide else own
 
     def bucket_of(self, height: int, width: int) -> int:
         """Number of the bucket for an image of that size: the nearest in aspect ratio, the first of equals."""
@@ -154,10 +159,15 @@ class Policy:
         Raises:
             ValueError: smaller than `min_side`, or so long and thin that scaling it would pass the limit on pixels.
         """
-        height, width = pixels.shape[:2]
+        self.check_size(pixels.shape[0], pixels.shape[1], bucket)
+        return pixels if self.mode == "untouched" else cover(pixels, *self.buckets[bucket], self.fast)
+
+    def check_size(self, height: int, width: int, bucket: int) -> None:
+        """Raise the ValueError that `apply` raises for an image of that size, without one."""
         if min(height, width) < self.min_side:
             raise ValueError(f"{width}x{height} pixels, --min-side is {self.min_side}")
-        return pixels if self.mode == "untouched" else cover(pixels, *self.buckets[bucket], self.fast)
+        if self.mode != "untouched":
+            scaled(height, width, *self.buckets[bucket])
 
 
 def default_step(size: int) -> int:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import importlib.util
 import io
-import math
 import warnings
 from functools import lru_cache
 from typing import Any, NamedTuple, TypeAlias
@@ -26,7 +25,7 @@ from PIL import Image, ImageOps
 from megapix.shards.decoding import icc, rgb, upright
 from megapix.shards.decoding.formats import decoding, kind_of, opened, refusing
 
-__all__ = ["Decoded", "Pixels", "cover", "decode", "decode_exactly", "kind_of", "read", "size_of"]
+__all__ = ["Decoded", "Pixels", "cover", "decode", "decode_exactly", "header", "kind_of", "read", "scaled", "size_of"]
 
 VERSION = 2
 """Of decoding, for new indexes."""
@@ -55,10 +54,17 @@ def size_of(data: bytes, version: int = VERSION) -> tuple[int, int]:
     Raises:
         ValueError: not an image of a kind that is read, damaged, or as large as a decompression bomb.
     """
+    return header(data, version, convert=False)[0]
+
+
+def header(data: bytes, version: int = VERSION, convert: bool = True) -> tuple[tuple[int, int], tuple[str, ...]]:
+    """(height, width) as `size_of`, and the notes that `read` would give; no pixel is decoded. ValueError as there."""
     if version == 1:
-        return _size_1(data)
+        return _size_1(data), ()
     with opened(data) as image, decoding():
-        return upright.size_upright(image, upright.turn_of(image))
+        size = upright.size_upright(image, upright.turn_of(image))
+        note = icc.asked(image)[1] if convert else None
+    return size, (note,) if note else ()
 
 
 def decode(data: bytes, background: tuple[int, int, int] = WHITE, version: int = VERSION) -> Pixels:
@@ -169,16 +175,28 @@ def cover(pixels: Pixels, height: int, width: int, fast: bool = False) -> Pixels
     Raises:
         ValueError: so long and thin that scaling it would pass Pillow's limit on pixels.
     """
+    high, wide = scaled(pixels.shape[0], pixels.shape[1], height, width)
     while pixels.shape[0] >= 2 * height and pixels.shape[1] >= 2 * width:
         half = pixels.shape[1] // 2, pixels.shape[0] // 2
         pixels = np.asarray(Image.fromarray(pixels).resize(half, Image.Resampling.BOX))
-    scale = max(height / pixels.shape[0], width / pixels.shape[1])
-    scaled = round(pixels.shape[0] * scale), round(pixels.shape[1] * scale)
-    if Image.MAX_IMAGE_PIXELS and math.prod(scaled) > Image.MAX_IMAGE_PIXELS:  # 1 × 50,000,000 pixels decode, but grow
-        raise ValueError(f"scaled to {scaled[1]}x{scaled[0]} pixels it exceeds the limit of {Image.MAX_IMAGE_PIXELS}")
-    out = (_torch_bicubic if fast else _pillow_bicubic)(pixels, *scaled)
-    top, left = (scaled[0] - height) // 2, (scaled[1] - width) // 2
+    out = (_torch_bicubic if fast else _pillow_bicubic)(pixels, high, wide)
+    top, left = (high - height) // 2, (wide - width) // 2
     return out[top : top + height, left : left + width]
+
+
+def scaled(high: int, wide: int, height: int, width: int) -> tuple[int, int]:
+    """(height, width) to which `cover` scales an image of high × wide pixels before it cuts height × width from it.
+
+    Raises:
+        ValueError: as `cover`.
+    """
+    while high >= 2 * height and wide >= 2 * width:
+        high, wide = high // 2, wide // 2
+    scale = max(height / high, width / wide)
+    high, wide = round(high * scale), round(wide * scale)
+    if Image.MAX_IMAGE_PIXELS and high * wide > Image.MAX_IMAGE_PIXELS:  # 1 × 50,000,000 pixels decode, but grow
+        raise ValueError(f"scaled to {wide}x{high} pixels it exceeds the limit of {Image.MAX_IMAGE_PIXELS}")
+    return high, wide
 
 
 def _pillow_bicubic(pixels: Pixels, height: int, width: int) -> Pixels:
