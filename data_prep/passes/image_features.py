@@ -6,8 +6,8 @@ span two entries, so an interruption does not change which images go through the
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import islice
+from collections.abc import Iterator, Sequence
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,7 +83,7 @@ def features(
             if not missing and _finished(whole):
                 return whole, True
             (out / MANIFEST_NAME).unlink(missing_ok=True)
-            parts = {place: _parts(index, place, batch) for place in missing}
+            parts = _parts(index, missing, batch)
             images = in_order(shards, [part for some in parts.values() for part in some], workers)
             absent = sum(files[place].samples for place in missing)
             initial = index.samples - absent
@@ -114,10 +114,14 @@ def _files(index: Index, grid_of: Any) -> tuple[FeatureFile, ...]:
     )
 
 
-def _parts(index: Index, place: int, batch: int) -> list[Part]:
-    first = sum(entry.samples for entry in index.shards[:place])
-    end = first + index.shards[place].samples
-    return [(start, min(start + batch, end)) for start in range(first, end, batch)]
+def _parts(index: Index, places: Sequence[int], batch: int) -> dict[int, list[Part]]:
+    """Place of each of these entries -> its samples, up to `batch` at a time."""
+    ends = list(accumulate(entry.samples for entry in index.shards))
+    return {
+        place: [(start, min(start + batch, ends[place])) for start in range(first, ends[place], batch)]
+        for place in places
+        for first in [ends[place] - index.shards[place].samples]
+    }
 
 
 def _computed(

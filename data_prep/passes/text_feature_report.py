@@ -27,18 +27,21 @@ def text_faults(folder: Path, index: Index, progress: bool = True) -> Iterator[s
         return
     reader, total = TextFeatureReader(features), sum(file.captions for file in features.all_files)
     with tqdm(total=total, unit="cap", disable=not progress, mininterval=0.5) as bar:
+        first = 0
         for place, file in enumerate(features.all_files):
-            reads = [reader.empty] if place == len(features.files) else _reads(folder, index, features, reader, place)
+            is_empty = place == len(features.files)
+            reads = [reader.empty] if is_empty else _reads(folder, index, features, reader, place, first)
+            first += file.samples
             faults = [features.fault(file)] if features.fault(file) else map(_fault, reads)
             yield from filter(None, faults)
             bar.update(file.captions)
 
 
 def _reads(
-    folder: Path, index: Index, features: TextFeatures, reader: TextFeatureReader, place: int
+    folder: Path, index: Index, features: TextFeatures, reader: TextFeatureReader, place: int, first: int
 ) -> Iterator[Callable[[], object]]:
-    """What must go well for an entry: as many captions as each sample has, and each caption's features."""
-    first = sum(file.samples for file in features.files[:place])
+    """What must go well for an entry, whose samples are numbered from `first`: as many captions as each sample has, and
+    each caption's features."""
 
     def counted(sample: int, captions: int) -> None:
         if (there := reader.captions(sample)) != captions:

@@ -135,7 +135,8 @@ def _source_of(index: Index, name: str) -> dict[str, Any]:
 def _labels_of(samples: list[TarSample], index: Index, name: str) -> list[int]:
     """The samples' class numbers: those of the part that the tar file comes from, as they are in this index."""
     numbers = part_of(index, name).get("labels", range(len(index.classes)))
-    names = [index.class_names[number] for number in numbers]
+    classes = index.class_names
+    names = [classes[number] for number in numbers]
     labels = numbered([sample.label for sample in samples], from_record(names, _source_of(index, name)))
     return [numbers[label] if label < len(numbers) else label for label, _ in labels]
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import islice
 from multiprocessing import active_children, get_context
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from data_prep.writing.receipt import Rejected
 from megapix.errors import InputError
@@ -83,19 +83,22 @@ def load_in_workers(*modules: str) -> None:
 
 
 def in_processes(work: Callable[[J], R], jobs: Iterable[J], workers: int) -> Iterator[tuple[J, R]]:
-    """Run the jobs in processes, in order of completion, with no more of them queued than keeps the workers busy."""
+    """Run the jobs in processes, in order of completion, with no more of them queued than keeps the workers busy.
+
+    A worker is handed `work`, with all that it is bound to, such as an index, once: a job is as large as itself.
+    """
     context = get_context("forkserver")
     context.set_forkserver_preload(_loaded)
-    with ProcessPoolExecutor(workers, context, initializer=_ignore_interrupts) as pool:
+    with ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(work,)) as pool:
         remaining = iter(jobs)
-        running: dict[Future[R], J] = {pool.submit(work, job): job for job in islice(remaining, 2 * workers)}
+        running: dict[Future[R], J] = {pool.submit(_do, job): job for job in islice(remaining, 2 * workers)}
         try:
             while running:
                 done, _ = wait(running, return_when=FIRST_COMPLETED)
                 for future in done:
                     job = running.pop(future)
                     for following in islice(remaining, 1):
-                        running[pool.submit(work, following)] = following
+                        running[pool.submit(_do, following)] = following
                     yield job, future.result()
         except BrokenProcessPool as error:
             raise InputError(
@@ -110,9 +113,19 @@ def in_processes(work: Callable[[J], R], jobs: Iterable[J], workers: int) -> Ite
             raise
 
 
-def _ignore_interrupts() -> None:
-    """In a worker: a terminal sends them to all processes, and this one would end with a traceback."""
+_work: Callable[[Any], Any]
+"""In a worker: what it does with a job."""
+
+
+def _begin(work: Callable[[Any], Any]) -> None:
+    """In a worker. A terminal sends interrupts to all processes, and this one would end with a traceback."""
+    global _work
+    _work = work
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _do(job: Any) -> Any:
+    return _work(job)
 
 
 @contextmanager
