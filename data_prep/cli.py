@@ -159,10 +159,17 @@ def _features(command: MakeFeatures) -> int:
 
 def _embed_text(command: EmbedText) -> int:
     from data_prep.passes.text_features import embed_text
-    from megapix.shards.text_recipe import Recipe
+    from megapix.shards.text_recipe import INSTRUCTION, Recipe
 
     c = command
-    recipe = Recipe(max_tokens=c.max_tokens, normalize=c.normalize, scale=c.scale, prefix=c.prefix, dtype=c.dtype)
+    recipe = Recipe(
+        max_tokens=c.max_tokens,
+        normalize=c.normalize,
+        scale=c.scale,
+        prefix=INSTRUCTION if c.prefix is None else c.prefix,
+        dtype=c.dtype,
+        padding=c.padding,
+    )
     made, was_finished, first_cut = embed_text(c.shards, c.encoder, recipe, c.batch, c.replace)
     if first_cut:
         print(f"data_prep: {first_cut}")

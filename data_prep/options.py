@@ -273,12 +273,16 @@ class EmbedText:
     """Folder or Hugging Face hub name of a text encoder, as in text.encoder."""
     max_tokens: int = 300
     """Tokens of a caption that are kept, as in text.max_tokens."""
-    normalize: Literal["rms", "none"] = "rms"
+    normalize: Literal["rms", "none"] = "none"
     """'rms' divides the features of each token by their root mean square, as in text.normalize."""
-    scale: float = 0.01
+    scale: float = 1.0
     """Factor of the features, after that, as in text.scale."""
-    prefix: str = ""
-    """Instruction before each caption that is not empty, as in text.prefix."""
+    prefix: str | None = None
+    """Instruction before each caption that is not empty, as in text.prefix; by default that of the presets t2i-512 to
+    t2i-1024-ms, and "" is none, as t2i-tiny has it."""
+    padding: Literal["attended", "masked"] = "attended"
+    """'attended' stores max_tokens of each caption, with what the encoder gives at tokens of padding; 'masked' the
+    caption's own, as in text.padding."""
     dtype: Literal["bf16", "fp32"] = "bf16"
     """dtype that the encoder computes in, as in text.dtype; features are stored in bf16."""
     batch: int = 64

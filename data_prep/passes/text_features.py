@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 ROUND = 8
 """Batches whose captions are sorted by length together, so that little is padded."""
 FLAGS = {"digest": "the digest of --encoder", "width": "the width of --encoder"} | {
-    name: "--" + name.replace("_", "-") for name in ("max_tokens", "normalize", "scale", "prefix", "dtype")
+    name: "--" + name.replace("_", "-") for name in ("max_tokens", "normalize", "scale", "prefix", "dtype", "padding")
 }
 """What this command calls the fields of a recipe."""
 

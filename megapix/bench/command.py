@@ -189,9 +189,11 @@ def conditioner_of(prepared: Prepared, world: World, device: torch.device) -> Co
     )
 
 
-def _synthetic_text(c: Config, captions: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def _synthetic_text(c: Config, captions: int, device: torch.device) -> tuple[Tensor, ...]:
     generator = torch.Generator().manual_seed(c.seed)
     features = torch.randn(captions, c.text.max_tokens, c.model.text_width, generator=generator).bfloat16()
+    if c.text.padding == "attended":
+        return (features.to(device),)
     return features.to(device), torch.ones(captions, c.text.max_tokens, dtype=torch.bool, device=device)
 
 

@@ -69,6 +69,9 @@ class ImportOptions:
     image_size: int | None = None
     """Height and width in pixels that the weights were trained at, by default 256, or 1024 with text;
     the sampling defaults are those of that size's preset."""
+    convention: config.Convention | None = None
+    """Of a network that takes text: 'released' (the default), or 'paper' for weights that this program has trained so
+    (model.convention); neither names nor shapes tell."""
     guidance: float | None = None
     """Guidance scale to sample with by default, 1 is off, by default the preset's."""
     interval: tuple[float, float] | None = None
@@ -87,7 +90,7 @@ def import_(arguments: list[str], world: World) -> int:
     from megapix.weights.write import write_model
 
     released = nvlabs.read(options.checkpoint, options.ema if options.ema or options.raw else None, options.trust)
-    weights = nvlabs.weights_of(released, options.image_size, options.checkpoint)
+    weights = nvlabs.weights_of(released, options.image_size, options.checkpoint, options.convention)
     sampling = config.override_sampling(
         weights.about.sampling, options.interval, guidance=options.guidance, shift=options.shift
     )

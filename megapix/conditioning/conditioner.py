@@ -36,8 +36,8 @@ class Encode(Protocol):
 
     first_cut: str | None
 
-    def __call__(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Captions -> features [B, T, C_text] and mask [B, T]."""
+    def __call__(self, captions: Sequence[str]) -> tuple[Tensor, ...]:
+        """Captions -> features [B, T, C_text], and mask [B, T] unless padding is attended to."""
 
 
 class Conditioner(Protocol):
@@ -155,7 +155,8 @@ class StoredText:
 
     def of_subjects(self, subjects: Sequence[int]) -> Condition:
         """Features of the first captions of these samples."""
-        text = padded([self._reader.read(sample, 0) for sample in subjects])
+        assert self._captions, "given where images are sampled"
+        text = padded([self._reader.read(sample, 0) for sample in subjects], self._captions.recipe.attended)
         return Condition(tuple(part.to(self._device) for part in text), self._null)
 
     @cached_property
@@ -177,16 +178,18 @@ def of_run(
     """
     if source.encoder:
         encode = source.encoder
-        null = _stored_null(folder, lambda: encode([""]), world)
+        null = _stored_null(folder, lambda: encode([""]), world, c.text.padding == "attended")
         null = tuple(part.to(device) for part in null)
         return EncodedText(encode, null, source.captions, world.say, source.prompts)
     if source.features:
         captions, empty = source.validation_features or source.features, TextFeatureReader(source.features).empty()
-        return StoredText(_stored_null(folder, lambda: padded([empty]), world), device, captions)
+        attended = source.features.recipe.attended
+        null = _stored_null(folder, lambda: padded([empty], attended), world, attended)
+        return StoredText(null, device, captions)
     return Classes(c.model.num_classes, device)
 
 
-def _stored_null(folder: Path | None, compute: Callable[[], Cond], world: World) -> Cond:
+def _stored_null(folder: Path | None, compute: Callable[[], Cond], world: World, attended: bool) -> Cond:
     """The empty caption's features as the run folder has them; computed and written when the run starts."""
     if folder is None:
         return compute()
@@ -194,17 +197,19 @@ def _stored_null(folder: Path | None, compute: Callable[[], Cond], world: World)
 
     def write() -> None:
         if world.main and size_of(path) is None:
-            features, mask = (part.cpu() for part in compute())
+            tensors = {name: part.cpu() for name, part in zip(("features", "mask"), compute(), strict=False)}
             try:
-                write_atomic(path, save({"features": features, "mask": mask}))
+                write_atomic(path, save(tensors))
             except OSError as error:
                 raise error_of(error, f"{path}: cannot be written: {error.strerror}") from error
 
     def read() -> Cond:
         try:
             null = load(read_bytes(path))
-            return null["features"], null["mask"]
-        except StorageError:
+            if attended == ("mask" in null):
+                raise InputError(f"{path} is of another text.padding; delete it to have it computed again")
+            return (null["features"],) if attended else (null["features"], null["mask"])
+        except (InputError, StorageError):
             raise
         except Exception as error:  # safetensors raises errors of its own, of OSErrors and of missing keys
             raise InputError(f"{path}: cannot be read: {error}; delete it to have it computed again") from error

@@ -16,7 +16,7 @@ from megapix.errors import InputError
 from megapix.shards.index import INDEX_NAME, read_index
 from megapix.shards.text_feature_reader import TextFeatureReader
 from megapix.shards.text_features import read_text_features
-from megapix.shards.text_recipe import OPTIONS, Recipe
+from megapix.shards.text_recipe import OPTIONS, Recipe, recipe_of
 from megapix.weights.about import About
 
 
@@ -54,12 +54,12 @@ def of_prompts(
         InputError: no encoder is named, or it is another one, or the stored features are of another one.
     """
     text, width, source = about.text, about.model.text_width, about.source
-    wanted, missing = text_source.recipe(text, width), f"{source} names no text encoder: give --encoder"
+    wanted, missing = recipe_of(text, width), f"{source} names no text encoder: give --encoder"
     if not (encoder or negative):
         stored = read_text_features(path, read_index(path), str(path)) if (path / INDEX_NAME).is_file() else None
         unlike = stored.recipe.difference(wanted, str(path), OPTIONS) if stored else None
         if stored and not unlike:
-            null = padded([TextFeatureReader(stored).empty()])
+            null = padded([TextFeatureReader(stored).empty()], stored.recipe.attended)
             return Prompted(StoredText(null, device, stored), stored.recipe, True)
         missing += ", or --prompts with a shard folder that holds its text features"
         missing += f" ({unlike})" if unlike else ""

@@ -20,7 +20,7 @@ from megapix.shards.image_features import Features
 from megapix.shards.index import CAPTIONS_NAME, INDEX_NAME, read_index
 from megapix.shards.table import check_table
 from megapix.shards.text_features import TextFeatures, read_text_features
-from megapix.shards.text_recipe import Recipe
+from megapix.shards.text_recipe import recipe_of
 from megapix.text import text_of as read_text
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def text_of(requested: Config, located: Located, validation: Located | None) -> 
             f"data.path = {shown!r} holds no text features: give text.encoder, or store them with "
             f"'data_prep embed-text {shown} --encoder ENCODER'"
         )
-    features.require(recipe(requested.text, width))
+    features.require(recipe_of(requested.text, width))
     if requested.log.prompts:
         raise InputError(f"log.prompts = {requested.log.prompts!r}: prompts of your own need text.encoder")
     validation_features = None
@@ -121,25 +121,12 @@ def load(text: TextConfig, name: str, option: str = "text.encoder") -> TextEncod
     """
     from megapix.encoders import text as text_encoder  # late: torch and transformers, which no other check needs
 
-    encoder = text_encoder.load(name, recipe(text), text.micro_batch, option)
+    encoder = text_encoder.load(name, recipe_of(text), text.micro_batch, option)
     if text.digest not in ("", encoder.digest):
         raise InputError(
             f"{option} = {name!r} has the digest {encoder.digest[:16]}…, but text.digest = {text.digest!r}"
         )
     return encoder
-
-
-def recipe(text: TextConfig, width: int = 0) -> Recipe:
-    """How a run's text features are computed; 0 stands for any width."""
-    return Recipe(
-        digest=text.digest,
-        width=width,
-        max_tokens=text.max_tokens,
-        normalize=text.normalize,
-        scale=text.scale,
-        prefix=text.prefix,
-        dtype=text.dtype,
-    )
 
 
 def check_width(width: int, wanted: int, shown: str) -> None:

@@ -13,7 +13,7 @@ from megapix.config.checks import (
     validate_seed,
 )
 from megapix.config.fields import compare, from_dict, get, leaves, replace, to_dict
-from megapix.config.marks import IMAGENET_IMAGES, Generator, Images, PixelPolicy, Sampler
+from megapix.config.marks import IMAGENET_IMAGES, Convention, Generator, Images, Padding, PixelPolicy, Sampler
 from megapix.config.operation import (
     CheckpointConfig,
     EvaluationConfig,
@@ -26,6 +26,7 @@ from megapix.config.operation import (
 from megapix.config.options import Config
 from megapix.config.policies import CHUNK, PIXEL_POLICIES, on_cpus, recomputed_blocks
 from megapix.config.presets import (
+    INSTRUCTION,
     PRESETS,
     imagenet_256,
     imagenet_512,
@@ -34,6 +35,7 @@ from megapix.config.presets import (
     pixeldit_t2i,
     pixeldit_xl,
     preset,
+    released_text,
     t2i_tiny,
     text_to_image,
     tiny,
@@ -44,6 +46,7 @@ from megapix.config.training import DataConfig, FlowConfig, ModelConfig, OptimCo
 __all__ = [
     "CHUNK",
     "IMAGENET_IMAGES",
+    "INSTRUCTION",
     "MAY_BE_NEVER",
     "PIXEL_POLICIES",
     "PRESETS",
@@ -52,6 +55,7 @@ __all__ = [
     "BatchLayout",
     "CheckpointConfig",
     "Config",
+    "Convention",
     "DataConfig",
     "EvaluationConfig",
     "FlowConfig",
@@ -62,6 +66,7 @@ __all__ = [
     "MachineConfig",
     "ModelConfig",
     "OptimConfig",
+    "Padding",
     "PixelPolicy",
     "RepaConfig",
     "Sampler",
@@ -87,6 +92,7 @@ __all__ = [
     "pixeldit_xl",
     "preset",
     "recomputed_blocks",
+    "released_text",
     "replace",
     "t2i_tiny",
     "text_to_image",

@@ -135,6 +135,11 @@ def validate_model(m: ModelConfig) -> None:
             f"model.num_classes = {m.num_classes} and model.text_width = {m.text_width}: expected one of them above 0, "
             "the network's condition"
         )
+    need(
+        m.convention == "paper" or m.text_width > 0,
+        "convention",
+        "'paper' for a network that takes classes: the released one has that convention, too",
+    )
     need(m.width % m.heads == 0, "heads", f"a divisor of model.width = {m.width}")
     need(m.width // m.heads % 4 == 0, "heads", f"model.width / heads divisible by 4, not {m.width // m.heads}")
     width, heads = m.attention_width, m.attention_heads

@@ -30,6 +30,12 @@ Attention = Literal["auto", "flash", "cudnn", "efficient", "math"]
 Generator = Literal["torch", "philox"]
 """Where noise comes from (`diffusion/noise.py`)."""
 
+Convention = Literal["paper", "released"]
+"""Time and sign at the network's door (`model/door.py`)."""
+
+Padding = Literal["masked", "attended"]
+"""What stands behind a caption shorter than others (`shards/text_recipe.py`)."""
+
 T = TypeVar("T")
 
 

@@ -14,6 +14,34 @@ PHILOX = FlowConfig(generator="philox")
 """Noise that is the same on CPUs and on any GPU. (Without the key a configuration means torch's, as old ones do.)"""
 
 
+INSTRUCTION = "\n".join(
+    (
+        'Given a user prompt, generate an "Enhanced prompt" that provides detailed visual descriptions suitable for '
+        "image generation. Evaluate the level of detail in the user prompt:",
+        "- If the prompt is simple, focus on adding specifics about colors, shapes, sizes, textures, and spatial "
+        "relationships to create vivid and concrete scenes.",
+        "- If the prompt is already detailed, refine and enhance the existing details slightly without "
+        "overcomplicating.",
+        "Here are examples of how to transform or refine prompts:",
+        "- User Prompt: A cat sleeping -> Enhanced: A small, fluffy white cat curled up in a round shape, sleeping "
+        "peacefully on a warm sunny windowsill, surrounded by pots of blooming red flowers.",
+        "- User Prompt: A busy city street -> Enhanced: A bustling city street scene at dusk, featuring glowing street "
+        "lamps, a diverse crowd of people in colorful clothing, and a double-decker bus passing by towering glass "
+        "skyscrapers.",
+        "Please generate only the enhanced description for the prompt below and avoid including any additional "
+        "commentary or evaluations:",
+        "User Prompt: ",
+    )
+)
+"""What the released text-to-image network's encoder reads before each prompt, letter by letter (it is SANA's, from its
+Apache-licensed configuration): ports put it there by themselves."""
+
+
+def released_text(max_tokens: int = 300) -> TextConfig:
+    """Text as the released text-to-image network takes it: hidden states as they are, with all padding attended to."""
+    return TextConfig(max_tokens=max_tokens, normalize="none", scale=1.0, prefix=INSTRUCTION, padding="attended")
+
+
 def imagenet_256(model: ModelConfig) -> Config:
     """256 pixels: learning rate 1e-4 for 160 epochs, then 1e-5 up to 320."""
     return Config(model=model, flow=PHILOX)
@@ -38,6 +66,7 @@ def text_to_image(size: int, shift: float, lr: float, grad_clip: float) -> Confi
     batch = 256
     return Config(
         model=pixeldit_t2i(),
+        text=released_text(),
         flow=replace(PHILOX, time_shift=shift),
         data=DataConfig(image_size=size),
         optim=OptimConfig(
@@ -53,7 +82,8 @@ def text_to_image(size: int, shift: float, lr: float, grad_clip: float) -> Confi
 
 
 def pixeldit_t2i() -> ModelConfig:
-    """PixelDiT-T2I: 14 + 2 blocks, width 1536, text of Gemma-2-2B, 1,302.5 M parameters."""
+    """PixelDiT-T2I: 14 + 2 blocks, width 1536, text of Gemma-2-2B, 1,302.5 M parameters; in the
+    convention of the released network, which nothing can give it afterwards."""
     return ModelConfig(
         width=1536,
         depth=14,
@@ -64,6 +94,7 @@ def pixeldit_t2i() -> ModelConfig:
         mlp="swiglu",
         num_classes=0,
         text_width=2304,
+        convention="released",
     )
 
 
@@ -124,8 +155,9 @@ def t2i_tiny() -> Config:
             num_classes=0,
             text_width=384,
             text_tokens=32,
+            convention="released",
         ),
-        text=TextConfig(max_tokens=32, dtype="fp32", scale=1.0),
+        text=replace(released_text(32), prefix="", dtype="fp32"),
         flow=PHILOX,
         data=DataConfig(image_size=64, flip=False, workers=1),
         optim=OptimConfig(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megapix.config import marks
-from megapix.config.marks import IMAGENET_IMAGES, Generator, Images
+from megapix.config.marks import IMAGENET_IMAGES, Convention, Generator, Images, Padding
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,10 @@ class ModelConfig:
     """Width of the text features that condition the network (MM-DiT blocks); 0 with classes."""
     text_tokens: int = marks.identity(300)
     """Rows of the text's position table, with text: the most tokens of a caption."""
+    convention: Convention = marks.identity("paper")
+    """What the network itself is called with and predicts: 'paper' time 0 (noise) to 1 (image) and image - noise;
+    'released', as the authors' text-to-image network and its ports, time 1000 to 0, in training rounded to integers,
+    and noise - image. Everything outside the network keeps the paper's."""
 
     @property
     def attention_width(self) -> int:
@@ -176,5 +180,8 @@ class TextConfig:
     """Instruction before each caption that is not empty; the features keep only the first of its tokens."""
     dtype: Literal["bf16", "fp32"] = marks.identity("bf16")
     """dtype that the encoder computes in."""
+    padding: Padding = marks.identity("masked")
+    """'masked' pads the captions of a batch to the longest and keeps padding out of attention; 'attended', as the
+    released text-to-image network, pads each to max_tokens with what the encoder gives there, and attends to it."""
     micro_batch: int = marks.machine(0)
     """Captions per forward pass of the encoder; 0 is the run's micro batch."""

@@ -60,8 +60,8 @@ class Batch:
     """An encoder's features of the images, where the run reads them: bf16 or float32 [B, rows, columns, F]."""
     captions: tuple[str, ...] = ()
     """One caption of each image, where the run reads them."""
-    text: tuple[Tensor, Tensor] | None = None
-    """Or its features, bf16 [B, T, C_text], and their mask, bool [B, T]; T is the longest of the batch."""
+    text: tuple[Tensor, ...] | None = None
+    """Or its features, bf16 [B, T, C_text], and their mask, bool [B, T], if there is one (`padded`)."""
     draws: tuple[Tensor, ...] = ()
     """What the objective draws for these positions, [B] each, where the run has the workers do it (`Extras.draw`)."""
 
@@ -69,7 +69,7 @@ class Batch:
         """Page-locked copies, so that the transfer to a GPU does not wait (called by DataLoader)."""
         images, labels = self.images.pin_memory(), self.labels.pin_memory()
         features = None if self.features is None else self.features.pin_memory()
-        text = None if self.text is None else (self.text[0].pin_memory(), self.text[1].pin_memory())
+        text = None if self.text is None else tuple(part.pin_memory() for part in self.text)
         draws = tuple(part.pin_memory() for part in self.draws)
         return replace(self, images=images, labels=labels, features=features, text=text, draws=draws)
 
@@ -92,8 +92,15 @@ NO_EXTRAS = Extras()
 """Images and labels alone."""
 
 
-def padded(rows: Sequence[NDArray[np.int16]]) -> tuple[Tensor, Tensor]:
-    """bf16 bit patterns [T_i, C] of each caption -> features bf16 [B, T, C], 0 where there is none, and mask [B, T]."""
+def padded(rows: Sequence[NDArray[np.int16]], attended: bool = False) -> tuple[Tensor, ...]:
+    """bf16 bit patterns [T_i, C] of each caption -> features bf16 [B, T, C], 0 where there is none, and mask [B, T]; T
+    is the longest of them.
+
+    Args:
+        attended: all rows have as many tokens, padding among them, which is attended to: there is no mask.
+    """
+    if attended:
+        return (torch.from_numpy(np.stack(rows)).view(torch.bfloat16),)
     lengths = torch.tensor([len(row) for row in rows])
     features = torch.zeros(len(rows), int(lengths.max()), rows[0].shape[1], dtype=torch.bfloat16)
     for place, row in zip(features, rows, strict=True):

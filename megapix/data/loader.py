@@ -111,7 +111,7 @@ class MicroBatches(Dataset[Batch]):
 
     def _captions_of(
         self, samples: list[int], positions: Positions
-    ) -> tuple[tuple[str, ...], tuple[Tensor, Tensor] | None]:
+    ) -> tuple[tuple[str, ...], tuple[Tensor, ...] | None]:
         """A caption of each image that is shown, or its features: which one, by seed and position."""
         if self._captions is None:
             return (), None
@@ -120,7 +120,8 @@ class MicroBatches(Dataset[Batch]):
         chosen = [choose(some, number) for some, number in zip(found, uniform, strict=True)]
         if self._text is None:
             return tuple(some[number].text for some, number in zip(found, chosen, strict=True)), None
-        return (), padded([self._text.read(*which) for which in zip(samples, chosen, strict=True)])
+        rows = [self._text.read(*which) for which in zip(samples, chosen, strict=True)]
+        return (), padded(rows, self._text.features.recipe.attended)
 
     def _decoded(self, sample: int, position: int, replaced: list[str], times: ReadTimes) -> tuple[int, Pixels, int]:
         """The sample with image and label, or if it is damaged another one of its bucket: which, depends on seed and

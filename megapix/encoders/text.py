@@ -7,6 +7,10 @@ checkpoint knows of it.
 An instruction before the caption leads such a decoder to better features. Its own are left out, but for the first
 token's. Where it ends is seen in the whole text's tokens, by the characters that each of them stands for: a token that
 reaches into the caption belongs to the caption. (Many tokenizers join the last blank of "Prompt: " to the next word.)
+
+Where padding is attended to, all is as the released text-to-image network had it: the tokenizer's padding is behind the
+text, masked out for the encoder but with hidden states of its own, which see the text; of all tokens the first and the
+last max_tokens - 1 are kept; and where the instruction ends is counted in its own tokens, less one.
 """
 
 from __future__ import annotations
@@ -60,6 +64,8 @@ class _Tokens(NamedTuple):
     ids: list[int]
     start: int
     """Beside the first, tokens from this one on are kept: 1, or behind the instruction."""
+    end: int
+    """Up to this one: the text's, or where padding is attended to, as much behind it as makes max_tokens."""
     whole: int
     """Tokens that would be kept if there were no limit."""
 
@@ -87,6 +93,7 @@ class TextEncoder:
         self._pad: int = next((token for token in (pad, eos) if token is not None), 0)
         self._alone: int = self._pad if bos is None else bos  # for a caption without any token
         self._dtype = torch.bfloat16 if recipe.dtype == "bf16" else torch.float32
+        self._instruction = max(1, len(tokenizer(recipe.prefix, verbose=False)["input_ids"]) - 1)
         known = digest(model, tokenizer)
         self._model = model.eval().requires_grad_(False)
         self._model.config.use_cache = False
@@ -121,12 +128,15 @@ class TextEncoder:
         """Its weights, none of which is trained."""
         return list(self._model.parameters())
 
-    def __call__(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+    def __call__(self, captions: Sequence[str]) -> tuple[Tensor, ...]:
         """Features of captions, float32 [B, T, width], and which of them are tokens, bool [B, T].
 
-        T is the longest caption's; behind the tokens of a shorter one features are 0.
+        T is the longest caption's; behind the tokens of a shorter one features are 0. Where padding is attended to,
+        T is max_tokens, and there is no mask.
         """
         found = [features for features, _ in self.each(captions)]
+        if self.recipe.attended:
+            return (torch.stack(found) if found else torch.zeros(0, self.recipe.max_tokens, self.width),)
         device = self.parameters()[0].device
         lengths = [len(features) for features in found]
         longest = max(lengths, default=1)
@@ -136,7 +146,7 @@ class TextEncoder:
         return padded, _to(tokens < torch.tensor(lengths, dtype=torch.long)[:, None], device)
 
     def each(self, captions: Sequence[str]) -> list[Encoded]:
-        """Features of each caption without padding. A caption that occurs twice is encoded once."""
+        """Features of each caption, without padding unless it is attended to. One that occurs twice is encoded once."""
         if not captions:
             return []
         different = list(dict.fromkeys(captions))
@@ -185,31 +195,32 @@ class TextEncoder:
         while body > 1 and added[body - 1]:
             body -= 1
         start = 1
-        if instruction:
+        attended = self.recipe.attended
+        if instruction and attended:
+            start = self._instruction
+        elif instruction:
             behind = (n for n in range(body) if not added[n] and spans[n][1] > instruction)
             start = max(1, next(behind, body))
         whole = 1 + len(ids) - start
         if (over := whole - self.recipe.max_tokens) > 0:  # what closes a text stays, as in transformers
             ids = ids[: body - over] + ids[body:]
-        return _Tokens(ids, start, whole)
+        return _Tokens(ids, start, start + self.recipe.max_tokens - 1 if attended else len(ids), whole)
 
     @torch.no_grad()
     def _features(self, tokens: list[_Tokens]) -> list[Tensor]:
         """Features of the tokens that are kept: float32 [tokens, width] each."""
-        device, longest = self.parameters()[0].device, max(len(ids) for ids, _, _ in tokens)
+        device, longest = self.parameters()[0].device, max(some.end for some in tokens)
         shown = torch.full((len(tokens), longest), self._pad)
         mask = torch.zeros_like(shown)
-        for row, (ids, _, _) in enumerate(tokens):
-            shown[row, : len(ids)] = torch.tensor(ids)
-            mask[row, : len(ids)] = 1
+        for row, some in enumerate(tokens):
+            shown[row, : len(some.ids)] = torch.tensor(some.ids)
+            mask[row, : len(some.ids)] = 1
         told = {"input_ids": _to(shown, device), "attention_mask": _to(mask, device)}
         hidden = self._model(**told).last_hidden_state.float()
         if self.recipe.normalize == "rms":
             hidden = hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + EPS)
         hidden = hidden * self.recipe.scale
-        return [
-            torch.cat([hidden[row, :1], hidden[row, start : len(ids)]]) for row, (ids, start, _) in enumerate(tokens)
-        ]
+        return [torch.cat([hidden[row, :1], hidden[row, some.start : some.end]]) for row, some in enumerate(tokens)]
 
 
 def unread_mask(**options: Any) -> Tensor:

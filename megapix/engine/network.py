@@ -84,8 +84,9 @@ def attention_of(c: Config, device: torch.device) -> str:
     m, dtype = c.model, torch.bfloat16 if c.precision == "bf16" else torch.float32
     patches = (c.data.image_size // m.patch_size) ** 2
     text = c.text.max_tokens if m.text_width else 0
+    masked = bool(text) and c.text.padding == "masked"
     pathways = {
-        "patches with text" if text else "patches": (m.heads, m.width // m.heads, patches + text, bool(text)),
+        "patches with text" if text else "patches": (m.heads, m.width // m.heads, patches + text, masked),
         "pixels": (m.attention_heads, m.attention_width // m.attention_heads, patches, False),
     }
     found: dict[str, str] = {}

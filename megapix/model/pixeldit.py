@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megapix.config import ModelConfig
+from megapix.model.door import time_inside, velocity_outside
 from megapix.model.embed import (
     ClassEmbedder,
     PatchEmbedder,
@@ -89,8 +90,9 @@ class PixelDiT(nn.Module):
         if height % patch or width % patch:
             raise ValueError(f"image size {height}x{width} is not divisible by the patch size {patch}")
         x = x.to(self.s_embedder.proj.weight.dtype)
-        s, tokens = self.patch_pathway(x, t, condition, after)  # [B, L, D] each
-        return self.pixel_pathway(x, s), tokens  # [B, C, H, W], [B, L, D]
+        time = time_inside(t, self.config.convention, self.training)
+        s, tokens = self.patch_pathway(x, time, condition, after)  # [B, L, D] each
+        return velocity_outside(self.pixel_pathway(x, s), self.config.convention), tokens  # [B, C, H, W], [B, L, D]
 
     def patch_pathway(
         self, x: Tensor, t: Tensor, condition: tuple[Tensor | None, ...], after: int = 0

@@ -106,5 +106,6 @@ class TextFeatureReader:
         """Whether each caption is a few tokens of this file: an index may come from a stranger."""
         ends = first[0] == starts[0] == 0 and first[-1] == file.captions and starts[-1] == file.tokens
         lengths = np.diff(starts)
-        limited = (lengths >= 1) & (lengths <= self.features.recipe.max_tokens)
+        most = self.features.recipe.max_tokens
+        limited = (lengths >= (most if self.features.recipe.attended else 1)) & (lengths <= most)
         return bool(ends and (np.diff(first) >= 0).all() and limited.all())

@@ -11,7 +11,8 @@ data set's digest, and the files. This key is no part of `Index.digest`: a data 
     first      int64 [samples + 1]       number of the first caption of each sample, counted in this file
     starts     int64 [captions + 1]      first token of each caption, counted in this file
     crc32      int64 [captions]          of each caption's features, as they lie here
-    features   bf16 [tokens, width]      of the tokens themselves; nothing is padded
+    features   bf16 [tokens, width]      of the tokens themselves; nothing is padded, but where the network attends to
+                                         padding: there each caption has max_tokens (`Recipe.padding`)
 
 Samples are in the order of the index, and captions in that of `megapix.shards.captions.unpack`. The first three are the
 tables, whose CRC-32 stands in index.json; a process maps them once, and then one read gives a caption's features.
@@ -24,7 +25,7 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -113,7 +114,7 @@ def header(recipe: Recipe, data_digest: str, file: TextFile) -> bytes:
 
 
 def _header(recipe: Recipe, data_digest: str, file: TextFile, room: int = 0) -> bytes:
-    about = {"format": FORMAT, "recipe": json.dumps(asdict(recipe)), "data": data_digest, "name": file.name}
+    about = {"format": FORMAT, "recipe": json.dumps(recipe.to_dict()), "data": data_digest, "name": file.name}
     tensors = {
         "first": ("I64", [file.samples + 1]),
         "starts": ("I64", [file.captions + 1]),
@@ -187,7 +188,7 @@ def manifest(features: TextFeatures) -> dict[str, Any]:
         "format": FORMAT,
         "version": VERSION,
         "encoder": features.encoder,
-        "recipe": asdict(features.recipe),
+        "recipe": features.recipe.to_dict(),
         "data_digest": features.data_digest,
         "files": [listed(file) for file in features.files],
         "empty": listed(features.empty),

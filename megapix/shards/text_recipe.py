@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
+from megapix.config import INSTRUCTION as INSTRUCTION  # data_prep, which knows no options of runs, has it from here
+from megapix.config import TextConfig
 from megapix.shards.index import as_count, as_sha256
 
 
@@ -32,13 +34,29 @@ class Recipe:
     """Instruction before each caption that is not empty."""
     dtype: str
     """What the encoder computes in, 'bf16' or 'fp32'; stored is always bf16."""
+    padding: str = "masked"
+    """'masked': a caption is its own tokens. 'attended': it is max_tokens of them, those behind it what the encoder
+    gives at tokens of padding, and the network attends to all."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "scale", float(self.scale))  # 1 and 1.0 are one recipe, and the same bytes
 
+    @property
+    def attended(self) -> bool:
+        """Whether captions are padded to max_tokens, and padding is attended to."""
+        return self.padding == "attended"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The recipe as files say it; without padding it is, byte by byte, that of files from before there was any."""
+        data = asdict(self)
+        if not self.attended:
+            del data["padding"]
+        return data
+
     @staticmethod
     def from_dict(data: Any) -> Recipe:
         """The recipe that a file says; KeyError, TypeError or ValueError if it is none."""
+        data = {"padding": "masked", **data}
         types = {"max_tokens": int, "width": int, "scale": float}
         for field in dataclasses.fields(Recipe):
             if not isinstance(data[field.name], types.get(field.name, str)):
@@ -46,6 +64,8 @@ class Recipe:
         recipe = Recipe(**data)
         if recipe.normalize not in ("rms", "none") or recipe.dtype not in ("bf16", "fp32"):
             raise ValueError(f"normalize and dtype are {recipe.normalize!r} and {recipe.dtype!r}")
+        if recipe.padding not in ("masked", "attended"):
+            raise ValueError(f"padding is {recipe.padding!r}")
         if not 0 < recipe.scale < math.inf:
             raise ValueError(f"scale is {recipe.scale!r}")
         as_sha256(recipe.digest), as_count(recipe.width, 1), as_count(recipe.max_tokens, 1)
@@ -68,6 +88,20 @@ class Recipe:
                 f"{options[field.name]} = {asked!r}, but the features stored with {folder!r} were made with {stored!r}"
             )
         return ""
+
+
+def recipe_of(text: TextConfig, width: int = 0) -> Recipe:
+    """How a run's text features are computed; 0 stands for any width."""
+    return Recipe(
+        digest=text.digest,
+        width=width,
+        max_tokens=text.max_tokens,
+        normalize=text.normalize,
+        scale=text.scale,
+        prefix=text.prefix,
+        dtype=text.dtype,
+        padding=text.padding,
+    )
 
 
 OPTIONS = {field.name: f"text.{field.name}" for field in dataclasses.fields(Recipe)} | {"width": "model.text_width"}

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from megapix import config
 from megapix.checkpoint import vectors
-from megapix.config import ModelConfig, TextConfig
+from megapix.config import Convention, ModelConfig, TextConfig
 from megapix.errors import InputError
 from megapix.files import appearing
 from megapix.model import build
@@ -272,7 +272,7 @@ def recognise(shapes: Mapping[str, tuple[int, ...]], source: str) -> ModelConfig
     own = inner, heads("pixel_blocks.0.attn.q_norm.weight", inner)
     own = (0, 0) if own == attention else own
     if names is TEXT:
-        condition = {
+        condition: dict[str, Any] = {
             "num_classes": 0,
             "text_width": size(names.condition, 1),
             "text_tokens": size("y_pos_embedding", -2),
@@ -309,7 +309,7 @@ def describe(model: ModelConfig) -> str:
     """The network in words, by its name if it is one of the paper's."""
 
     def sizes(of: ModelConfig) -> ModelConfig:
-        return replace(of, mlp="gelu", modulation="pre", num_classes=0, text_tokens=1)
+        return replace(of, mlp="gelu", modulation="pre", num_classes=0, text_tokens=1, convention="paper")
 
     name = next((name for name, preset in PRESETS.items() if sizes(preset()) == sizes(model)), "PixelDiT")
     own = (model.attention_width, model.attention_heads) != (model.width, model.heads)
@@ -322,17 +322,22 @@ def describe(model: ModelConfig) -> str:
     )
 
 
-def weights_of(released: Released, image_size: int | None, source: Path) -> Weights:
+def weights_of(
+    released: Released, image_size: int | None, source: Path, convention: Convention | None = None
+) -> Weights:
     """Released weights with their `About`: the sampling of the preset of that image size; numbered classes, or the
-    paper's text options.
+    text options of the same convention.
 
     Args:
         image_size: height and width in pixels; None is 256, or with text 1024.
+        convention: the network's; None is that of the authors' weights: with text their own.
 
     Raises:
-        InputError: the patch size does not divide the image size.
+        InputError: the patch size does not divide the image size, or a network with classes is to have that convention.
     """
-    model, text = released.model, bool(released.model.text_width)
+    text = bool(released.model.text_width)
+    model = replace(released.model, convention=convention or ("released" if text else "paper"))
+    config.validate_model(model)
     size = (1024 if text else 256) if image_size is None else image_size
     if size < model.patch_size or size % model.patch_size:
         raise InputError(f"--image-size = {size}: expected a multiple of the patch size {model.patch_size}")
@@ -340,7 +345,8 @@ def weights_of(released: Released, image_size: int | None, source: Path) -> Weig
         sampling = config.preset("t2i-1024-ms" if size >= 1024 else "t2i-512").sampling
     else:
         sampling = (config.imagenet_512 if size >= 512 else config.imagenet_256)(model).sampling
-    options = TextConfig(max_tokens=model.text_tokens) if text else TextConfig()
+    options = config.released_text() if model.convention == "released" else TextConfig()
+    options = replace(options, max_tokens=model.text_tokens) if text else options
     classes = tuple(str(number) for number in range(model.num_classes))
     about = About(model, sampling, size, options, classes, released.ema, str(source), images_seen=0, generator="philox")
     return Weights(released.tensors, about)

@@ -16,7 +16,7 @@ from megapix.files import sha256_of
 from megapix.weights import read as weights
 from megapix.weights.about import About, exported_file
 
-TEXT = ("digest", "normalize", "scale", "prefix")
+TEXT = ("digest", "normalize", "scale", "prefix", "padding")
 """Options of `TextConfig` that say what a text feature means."""
 
 
@@ -39,7 +39,8 @@ def check(c: Config) -> None:
         for (key, before, _), (_, after, _) in zip(config.leaves(about.model), config.leaves(c.model), strict=True)
         if before != after
     ]
-    for key in TEXT if c.model.text_width else ():
+    keys = (*TEXT, "max_tokens") if c.text.padding == "attended" else TEXT  # then it says how much padding there is
+    for key in keys if c.model.text_width else ():
         before, after = getattr(about.text, key), getattr(c.text, key)
         if before != after and before != "":  # imported weights do not know their encoder
             different.append(f"text.{key} is {before!r} there and {after!r} here")

@@ -123,7 +123,7 @@ def test_marks_are_complete_and_frozen() -> None:
         *(f"flow.{k}" for k in config.FlowConfig.__dataclass_fields__),
         *(f"optim.{k}" for k in ("global_batch", "beta1", "beta2", "weight_decay", "ema_decay")),
         *(f"repa.{k}" for k in ("digest", "layer", "dtype")),
-        *(f"text.{k}" for k in ("digest", "max_tokens", "normalize", "scale", "prefix", "dtype")),
+        *(f"text.{k}" for k in ("digest", "max_tokens", "normalize", "scale", "prefix", "dtype", "padding")),
     }  # fmt: skip
 
 

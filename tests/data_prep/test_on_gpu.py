@@ -12,9 +12,9 @@ from data_prep.passes import decoded
 from data_prep.passes.image_features import features
 from data_prep.passes.statistics import stats
 from data_prep.passes.text_features import embed_text
-from megapix.conditioning.text_source import recipe
 from megapix.encoders import scoring as extractors
 from megapix.shards.storage import Access
+from megapix.shards.text_recipe import recipe_of
 from tests.support import image_encoders
 from tests.support.fake_cuda import FakeCuda
 from tests.support.small_extractor import SmallExtractor
@@ -70,7 +70,7 @@ def test_features_of_captions(
         out = Path(shutil.copytree(text_shards, tmp_path / "gpu"))
         for path in out.glob("text-*.safetensors"):
             path.unlink()
-        embed_text(out, str(text_encoder), recipe(TEXT.text), 16, False, progress=False)
+        embed_text(out, str(text_encoder), recipe_of(TEXT.text), 16, False, progress=False)
         assert files(out) == expected
     assert len(expected) == 4
     assert any(copy.target == "cuda:0" and copy.dtype == torch.int64 for copy in cuda.copies), "tokens"

@@ -19,11 +19,14 @@ import torch
 from safetensors.torch import load_file
 
 from data_prep import cli
-from data_prep.options import EmbedText
 from data_prep.sources.image_folder import ImageFolder
 from data_prep.writing.plan import Options
 from data_prep.writing.write import write
-from megapix.config import TextConfig
+from megapix.conditioning.conditioner import StoredText
+from megapix.config import DataConfig, preset
+from megapix.data.batch import Extras, padded
+from megapix.data.loader import MicroBatches
+from megapix.data.locate import locate
 from megapix.encoders.text import TextEncoder, load
 from megapix.errors import InputError
 from megapix.shards.captions import Caption, pack
@@ -32,7 +35,7 @@ from megapix.shards.index import CAPTIONS_NAME, INDEX_NAME, TABLE_NAME, read_ind
 from megapix.shards.table import RECORD, Captions, SampleRecord
 from megapix.shards.text_feature_reader import TextFeatureReader
 from megapix.shards.text_features import EMPTY_NAME, Row, TextFeatures, manifest, read_text_features, write_file
-from megapix.shards.text_recipe import Recipe
+from megapix.shards.text_recipe import Recipe, recipe_of
 from tests.data_prep.test_write import hashes
 from tests.support import text_encoders
 from tests.support.launch import ROOT
@@ -77,6 +80,7 @@ def encoder(encoder_folder: Path) -> TextEncoder:
 
 def command(shards: Path, encoder: Path, *more: str) -> list[str]:
     options = ["--max-tokens", str(MAX), "--scale", "0.5", "--dtype", "fp32", "--batch", "3"]
+    options += ["--padding", "masked", "--normalize", "rms", "--prefix", ""]
     return ["embed-text", str(shards), "--encoder", str(encoder), *options, *more]
 
 
@@ -147,6 +151,50 @@ def test_rounding_is_to_the_nearest(plain: Path, encoder_folder: Path, encoder: 
             assert np.array_equal(reader.read(sample, n), expected)
 
 
+def test_attended_padding_is_stored_with_each_caption(
+    plain: Path, stored: Path, encoder_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """MAX tokens each, as the encoder gives them; the same in a run, without a mask; and old files are refused."""
+    folder = Path(shutil.copytree(plain, tmp_path / "shards"))
+    assert cli.main([*command(folder, encoder_folder), "--padding", "attended"]) == 0
+    features, recipe = opened(folder), replace(RECIPE, padding="attended")
+    encoder = load(str(encoder_folder), recipe)
+    assert features.recipe == encoder.recipe
+    for file in features.all_files:
+        assert file.tokens == file.captions * MAX
+        assert (folder / file.name).stat().st_size == features.bytes_of(file)
+    reader = TextFeatureReader(features)
+    (sample, captions) = next(pair for pair in samples_of(folder) if len(pair[1]) > 1)
+    of_sample = [torch.from_numpy(reader.read(sample, n).copy()).view(torch.bfloat16) for n in range(len(captions))]
+    assert torch.allclose(torch.stack(of_sample).float(), encoder(captions)[0], rtol=2**-8, atol=1e-4)
+
+    batch = MicroBatches(locate(c := DataConfig(path=str(folder), image_size=16)), c, 1, 4, Extras(text=features))
+    (text,) = batch[np.arange(4)].text  # type: ignore[union-attr]
+    assert text.shape == (4, MAX, WIDTH)
+    told = StoredText(padded([reader.empty()], True), torch.device("cpu"), features)
+    for condition in (told.of_subjects([sample]), told.rows(2)):
+        assert [len(condition.cond), len(condition.null)] == [1, 1]
+        assert condition.with_null()[0].shape[1:] == (MAX, WIDTH)
+    assert torch.equal(told.of_subjects([sample]).cond[0][0], of_sample[0])
+
+    with pytest.raises(InputError, match=r"text\.padding = 'attended', but the features stored with .* with 'masked'"):
+        opened(stored).require(recipe)
+    error = refused([*command(stored, encoder_folder), "--padding", "attended"], capsys, cli.main)
+    assert "--padding = 'attended', but the features stored with" in error
+    assert "padding" not in (stored / INDEX_NAME).read_text(), "masked ones are byte for byte what they were"
+
+
+def test_captions_of_attended_padding_have_one_length(plain: Path, encoder_folder: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(plain, tmp_path / "shards"))
+    assert cli.main([*command(folder, encoder_folder), "--padding", "attended"]) == 0
+    features = opened(folder)
+    entry = read_index(folder).shards[0]
+    rows = [Row(np.zeros((MAX - (n == 3), WIDTH), np.int16), False) for n in range(entry.samples)]
+    file = write_file(folder, features.recipe, features.data_digest, FIRST, [1] * entry.samples, rows)
+    with pytest.raises(InputError, match="its tables"):
+        TextFeatureReader(replace(features, files=(file, *features.files[1:]))).read(0, 0)
+
+
 def test_the_files_are_plain_safetensors(stored: Path, plain: Path, encoder: TextEncoder) -> None:
     index, features = read_index(stored), opened(stored)
     names = {path.name for path in stored.iterdir()} - {path.name for path in plain.iterdir()}
@@ -181,10 +229,20 @@ def test_the_index_says_what_they_are_and_stays_the_same_data_set(
     assert read_text_features(plain, without) is None
 
 
-def test_the_commands_defaults_are_a_runs() -> None:
-    c, made = TextConfig(), EmbedText(shards=Path("x"), encoder="y")
-    for name in ("max_tokens", "normalize", "scale", "prefix", "dtype"):
-        assert getattr(c, name) == getattr(made, name)
+def test_the_commands_defaults_are_the_presets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it writes without an option but for the encoder is what a run of the preset wants."""
+    wanted, asked = recipe_of(preset("t2i-512").text), list[Recipe]()
+
+    def embed(folder: Path, name: str, recipe: Recipe, batch: int, overwrite: bool) -> None:
+        asked.append(recipe)
+        raise InputError("seen")
+
+    monkeypatch.setattr("data_prep.passes.text_features.embed_text", embed)
+    assert cli.main(["embed-text", "SHARDS", "--encoder", "ENCODER"]) == 2
+    assert cli.main(["embed-text", "SHARDS", "--encoder", "ENCODER", "--prefix", ""]) == 2
+    assert asked == [wanted, replace(wanted, prefix="")]
+    assert wanted.attended
+    assert wanted.prefix.endswith("\nUser Prompt: ")
 
 
 def test_the_end_says_how_much_there_is(
@@ -296,6 +354,7 @@ def test_a_run_wants_its_own_recipe(stored: Path, encoder: TextEncoder) -> None:
         ("scale", 0.01, "text.scale = 0.01, but"),
         ("prefix", "x: ", "text.prefix = 'x: ', but"),
         ("dtype", "bf16", "text.dtype = 'bf16', but"),
+        ("padding", "attended", "text.padding = 'attended', but"),
     ):
         with pytest.raises(InputError) as error:
             features.require(replace(encoder.recipe, **{name: value}))

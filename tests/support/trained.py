@@ -18,7 +18,7 @@ from data_prep.sources.image_text import ImageText
 from data_prep.writing.plan import Options
 from data_prep.writing.write import write
 from megapix.conditioning import conditioner, text_source
-from megapix.conditioning.text_source import recipe, text_of
+from megapix.conditioning.text_source import text_of
 from megapix.config import Config, TextConfig
 from megapix.data.loader import MicroBatches
 from megapix.data.locate import locate
@@ -26,6 +26,7 @@ from megapix.diffusion.condition import Condition
 from megapix.dist import World
 from megapix.engine.network import build_network
 from megapix.shards.image_policy import Policy
+from megapix.shards.text_recipe import recipe_of
 from megapix.weights.about import About, Weights
 from megapix.weights.write import write_model
 from tests.support import text_encoders
@@ -99,7 +100,7 @@ def text_shards(root: Path, encoder: Path, count: int = 36) -> Path:
         (images / f"{number:02d}.json").write_text(json.dumps(about))
     out = root / "shards"
     write(ImageText.open(images), out, Options(BUCKETS, samples_per_shard=16), workers=1, progress=False)
-    embed_text(out, str(encoder), recipe(TEXT.text), batch=16, overwrite=False, progress=False)
+    embed_text(out, str(encoder), recipe_of(TEXT.text), batch=16, overwrite=False, progress=False)
     return out
 
 

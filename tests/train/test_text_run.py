@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +13,14 @@ import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from data_prep.passes.text_features import embed_text
 from megapix.cli import main as cli
 from megapix.conditioning.conditioner import EMPTY_NAME
 from megapix.data.batch import Extras
 from megapix.data.loader import MicroBatches
 from megapix.data.locate import locate
 from megapix.shards.text_features import read_text_features
+from megapix.shards.text_recipe import recipe_of
 from megapix.weights.read import load_weights
 from megapix.weights.write import export
 from tests.support import text_encoders
@@ -25,6 +28,7 @@ from tests.support.launch import succeed
 from tests.support.small_run import STEP_BATCH, refused, saved, scalars
 from tests.support.trained import TEXT, Subject, text_shards
 
+RELEASED = replace(TEXT, text=replace(TEXT.text, normalize="none", scale=1.0, padding="attended"))
 SHORT = ("--optim.end-at", str(4 * STEP_BATCH), "--checkpoint.every", str(4 * STEP_BATCH))
 
 
@@ -65,6 +69,22 @@ def test_features_on_the_fly_give_the_losses_of_stored_ones(
     digests = {saved(folder).state.config.text.digest for folder in (run, tmp_path / "live")}
     assert len(digests) == 1
     assert digests != {""}
+
+
+@pytest.mark.long
+def test_a_run_in_the_released_convention(bare: Path, text_encoder: Path, tmp_path: Path) -> None:
+    """Stored and live captions with attended padding give one loss; nothing has a mask; features of masked ones, and
+    another convention when it goes on, are refused."""
+    subject, options = Subject("text", Path(shutil.copytree(bare, tmp_path / "shards"))), list(SHORT)
+    options += ["--model.convention", "released", "--text.padding", "attended", "--text.scale", "1.0"]
+    options += ["--text.normalize", "none", "--log.samples-every", str(4 * STEP_BATCH)]
+    succeed(1, "megapix", subject.arguments(tmp_path / "live", *options, "--text.encoder", str(text_encoder)))
+    embed_text(subject.shards, str(text_encoder), recipe_of(RELEASED.text), 16, False, progress=False)
+    succeed(1, "megapix", subject.arguments(tmp_path / "run", *options))
+    stored, found = (scalars(tmp_path / name, "loss/train") for name in ("run", "live"))
+    assert list(found.values()) == pytest.approx(list(stored.values()), rel=2e-3)
+    assert "mask" not in load_file(tmp_path / "run" / EMPTY_NAME)
+    assert saved(tmp_path / "run").state.config.model.convention == "released"
 
 
 def test_a_caption_is_drawn_by_seed_and_position(bare: Path) -> None:

@@ -20,7 +20,7 @@ from safetensors import safe_open
 from megapix import config
 from megapix.checkpoint import vectors
 from megapix.cli import main as cli
-from megapix.config import ModelConfig
+from megapix.config import ModelConfig, TextConfig
 from megapix.errors import InputError
 from megapix.model import build
 from megapix.weights import nvlabs
@@ -297,12 +297,25 @@ def test_an_imported_network_computes_what_the_formulas_say(mlp: str, ways: int,
 def test_an_imported_network_takes_text(tmp_path: Path) -> None:
     state = both(small(kind="text"))
     file, folder = released(tmp_path / "theirs.pth", state), tmp_path / "model"
-    assert run("import", file, "--out", folder) == 0
     net = build(ModelConfig(4, 32, 2, 2, 8, 2, 24, 3, "swiglu", "pre", 0, 12, 6))
     net.load_state_dict({name.removeprefix("ema_denoiser."): t for name, t in only(state, "ema_denoiser.").items()})
     x, t, y = torch.randn(2, 3, 8, 12), torch.rand(2), torch.randn(2, 5, 12)
     mask = torch.tensor([[True] * 5, [True, True, False, False, False]])
-    assert torch.equal(weights.load_model(folder)(x, t, y, mask), net.eval()(x, t, y, mask))
+    net.eval()
+    assert run("import", file, "--out", folder, "--convention", "paper") == 0
+    assert torch.equal(weights.load_model(folder)(x, t, y, mask), net(x, t, y, mask))
+    assert weights.about(folder).text == TextConfig(max_tokens=6)
+
+    assert run("import", file, "--out", tmp_path / "theirs") == 0
+    theirs = weights.about(tmp_path / "theirs")
+    assert (theirs.text, theirs.model.convention) == (config.released_text(6), "released")
+    torch.testing.assert_close(weights.load_model(tmp_path / "theirs")(x, t, y), -net(x, 1000 * (1 - t), y))
+
+
+def test_classes_have_one_convention(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = released(tmp_path / "theirs.pth", both(small()))
+    assert run("import", file, "--out", tmp_path / "model", "--convention", "released") == 2
+    assert "model.convention = 'released': expected 'paper' for a network that takes" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("mlp", ["swiglu", "gelu"])
@@ -333,7 +346,8 @@ def test_sizes_are_recognised_from_shapes_alone(name: str, mlp: str, ways: int) 
 def test_the_text_network_is_recognised_from_shapes_alone(mlp: str, ways: int) -> None:
     shapes = shapes_of(1536, 14, 24, 2, mlp, ways, text=(2304, 300), inner=(1152, 16))
     found = nvlabs.recognise(shapes, "here")
-    assert found == replace(config.pixeldit_t2i(), mlp=mlp, modulation="pre" if ways == 6 else "post")
+    expected = replace(config.pixeldit_t2i(), convention="paper")  # neither names nor shapes tell
+    assert found == replace(expected, mlp=mlp, modulation="pre" if ways == 6 else "post")
     assert nvlabs.describe(found) == (
         "PixelDiT-T2I, 14 + 2 blocks, width 1536, 24 heads, patch 16, pixel width 16 (attention 1152 wide, 16 heads), "
         f"{mlp} FFN, {'pre' if ways == 6 else 'post'}-modulation, text 2304 wide, at most 300 tokens"
@@ -347,7 +361,7 @@ def test_each_preset_is_recognised(name: str) -> None:
     model = config.preset(name).model
     with torch.device("meta"):
         shapes = weights.shapes_of(build(model).state_dict())
-    assert nvlabs.recognise(shapes, "here") == model
+    assert nvlabs.recognise(shapes, "here") == replace(model, convention="paper")  # which no shape tells
 
 
 ODD = {
@@ -409,8 +423,8 @@ def test_the_folder_says_what_it_holds(tmp_path: Path) -> None:
 
 def test_the_folder_of_a_text_network_says_what_it_holds(tmp_path: Path) -> None:
     file = released(tmp_path / "theirs.pth", both(small(kind="text")))
-    model = ModelConfig(4, 32, 2, 2, 8, 2, 24, 3, "swiglu", "pre", 0, 12, 6)
-    text = config.TextConfig(max_tokens=6, normalize="rms", scale=0.01)
+    model = ModelConfig(4, 32, 2, 2, 8, 2, 24, 3, "swiglu", "pre", 0, 12, 6, "released")
+    text = config.released_text(6)
     for size, options, shift in (
         (1024, [], 4.0), (1280, ["--image-size", "1280"], 4.0), (512, ["--image-size", "512"], 3.0),
     ):  # fmt: skip
