@@ -12,55 +12,17 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from megapix.dist import warn
-from megapix.monitoring.meters import QUARTERS
+from megapix.monitoring import charts, events
 
-LAYOUT = {
-    "loss": {
-        "loss": ["Multiline", ["^loss/train$"]],
-        "validation loss": ["Multiline", ["^validation/loss_(raw|ema)$"]],
-        "validation loss of the EMA by t": ["Multiline", [r"^validation/ema_t_[\d.]+$"]],
-        "Fréchet distance of a few samples": ["Multiline", [r"^evaluation/(fid|fd_\w+)$"]],
-        "inception score of a few samples": ["Multiline", [r"^evaluation/(inception_score|is)(_\w+)?$"]],
-        "KID of a few samples": ["Multiline", [r"^evaluation/kid(_\w+)?$"]],
-        "precision and recall of a few samples": ["Multiline", [r"^evaluation/(precision|recall)(_\w+)?$"]],
-        "alignment loss (REPA)": ["Multiline", ["^loss/repa$"]],
-        "loss by quarter of t": ["Multiline", [rf"^loss/t_\d_of_{QUARTERS}$"]],
-    },
-    "health": {
-        "gradient norm, before clipping": ["Multiline", ["^health/grad_norm$"]],
-        "skipped steps, spikes, rollbacks": ["Multiline", ["^health/(skipped_steps|spikes|rollbacks)$"]],
-        "replaced samples": ["Multiline", ["^health/replaced_samples$"]],
-        "gradient norm per patch block": ["Multiline", [r"^blocks/grad_norm/patch_\d+$"]],
-        "gradient norm per PiT block": ["Multiline", [r"^blocks/grad_norm/pit_\d+$"]],
-        "gradient norm of embedders and output": ["Multiline", [r"^blocks/grad_norm/\w+(embedder|layer)$"]],
-        "gradient norm of REPA's projector": ["Multiline", ["^blocks/grad_norm/projector$"]],
-        "modulation of the patch blocks, RMS": ["Multiline", [r"^blocks/modulation_rms/patch_\d+$"]],
-        "modulation of the PiT blocks, RMS": ["Multiline", [r"^blocks/modulation_rms/pit_\d+/\w+$"]],
-    },
-    "speed": {
-        "images/s": ["Multiline", ["^speed/images_per_s$"]],
-        "MFU": ["Multiline", ["^speed/mfu$"]],
-        "TFLOP/s per rank": ["Multiline", ["^speed/tflops_per_rank$"]],
-        "share of time waited for data": ["Multiline", ["^speed/data_wait_share$"]],
-        "save stall, s": ["Multiline", ["^speed/save_stall_s$"]],
-        "reading and decoding, worker ms per image": ["Multiline", ["^data/(read|decode)_ms$"]],
-    },
-    "memory": {"peak, GiB": ["Multiline", ["^memory/"]]},
-}
-"""TensorBoard's page "Custom Scalars": group -> chart -> tags, as regular expressions."""
-NAME = "*tfevents*"
-"""What TensorBoard takes for an event file."""
 PREFIX = "events.out.tfevents."
 STAMP = re.compile(rf"{re.escape(PREFIX)}(\d+)")
-HEAD, FOOT = 12, 4
-"""Bytes of a record before and after its event."""
 
 
 class Writer:
@@ -74,15 +36,20 @@ class Writer:
         self._folder, self._first_step, self._enabled = folder, first_step, enabled
         self._board: Any = None
         self._purged = False
-        self._write(lambda board: board.add_custom_scalars(LAYOUT))
+        self._tags: set[str] = set()
+        self._layout: dict[str, dict[str, list[object]]] = {}
 
     def scalars(self, step: int, row: dict[str, float]) -> None:
         """Write one row of scalars; NaN stands for a missing value and is left out."""
+        known = {name: value for name, value in row.items() if not math.isnan(value)}
 
         def add(board: Any) -> None:
-            for name, value in row.items():
-                if not math.isnan(value):
-                    board.add_scalar(name, value, step)
+            for name, value in known.items():
+                board.add_scalar(name, value, step)
+            self._tags |= known.keys()
+            if (layout := charts.layout(self._tags)) != self._layout:  # of several layouts TensorBoard takes the last
+                board.add_custom_scalars(layout)
+                self._layout = layout
 
         self._write(add)
 
@@ -130,6 +97,7 @@ class Writer:
             return SummaryWriter(str(self._folder))
         put_before(self._folder, int(time.time()))
         purge(self._folder, self._first_step)
+        self._tags |= events.scalar_tags(self._folder)
         self._purged = True
         # For a TensorBoard that has read those files already: its own mark.
         return SummaryWriter(str(self._folder), purge_step=self._first_step + 1)
@@ -142,7 +110,7 @@ def put_before(folder: Path, now: int) -> None:
     Args:
         now: seconds since 1970, which a new file has in its name.
     """
-    files = sorted(folder.glob(NAME))
+    files = sorted(folder.glob(events.NAME))
     later = [path for path in files if (found := STAMP.match(path.name)) and int(found[1]) >= now]
     before = [path for path in files if path not in later]
     last = before[-1].name if before else f"{PREFIX}{now - 1:010d}" if later else ""
@@ -156,43 +124,17 @@ def purge(folder: Path, after: int) -> None:
     A file is replaced at once, so that a reader or a crash meets the old one or the new one. A record that was cut off
     in the middle of writing, or cannot be read, is dropped too, with what follows it.
     """
-    for path in sorted(folder.glob(NAME)):
-        if any(record is None or step > after for step, record in _records(path)):
+    for path in sorted(folder.glob(events.NAME)):
+        if any(record.data is None or record.step > after for record in events.records(path)):
             _purge_file(path, after)
 
 
 def _purge_file(path: Path, after: int) -> None:
     shorter = path.with_name("purging.tmp")  # no name of an event file
     with open(shorter, "wb") as file:
-        for step, record in _records(path):
-            if record is not None and step <= after:
-                file.write(record)
+        for record in events.records(path):
+            if record.data is not None and record.step <= after:
+                file.write(record.data)
         file.flush()
         os.fsync(file.fileno())
     os.replace(shorter, path)
-
-
-def _records(path: Path) -> Iterator[tuple[int, bytes | None]]:
-    """Each record's step and its bytes as they lie in the file; None, and no more, for one that is damaged.
-
-    TensorBoard's own reader and writer go through every byte in Python to check its CRC: minutes for a run's images.
-    A record is its length (uint64), a CRC of that, the event, and a CRC of it.
-    """
-    from google.protobuf.message import DecodeError
-    from tensorboard.compat.proto.event_pb2 import Event
-
-    with open(path, "rb") as file:
-        while head := file.read(HEAD):
-            length = int.from_bytes(head[:8], "little")
-            if len(head) < HEAD or length > path.stat().st_size:
-                yield 0, None
-                return
-            body = file.read(length + FOOT)
-            try:
-                step = Event.FromString(body[:-FOOT]).step
-            except DecodeError:
-                step, body = 0, b""
-            if len(body) < length + FOOT:
-                yield 0, None
-                return
-            yield step, head + body

@@ -19,7 +19,7 @@ from megapix.config import Config
 from megapix.errors import InputError
 from megapix.evaluation.manifest import read_scores
 from megapix.evaluation.scores import one_thread
-from megapix.monitoring.tensorboard import LAYOUT
+from megapix.monitoring.charts import CHARTS
 from megapix.shards.statistics import Reference, read_reference, write_reference
 from megapix.train.resolve import resolve
 from tests.evaluation.test_evaluate import stats_of
@@ -96,7 +96,7 @@ def test_the_scores_are_those_of_the_command(trained: Trained, subject: Subject,
         rows = scalars(trained.folder, f"evaluation/{name}")
         assert list(rows) == [10, 20]
         assert rows[20] == np.float32(value), name
-        assert any(re.search(*tags, f"evaluation/{name}") for _, tags in LAYOUT["loss"].values()), f"{name} on no chart"
+        assert any(re.search(*tags, f"evaluation/{name}") for tags in CHARTS["loss"].values()), f"{name} on no chart"
     assert len(found) == 6
     fd = scalars(trained.folder, "evaluation/fd_effnet_lite0")
     assert fd[10] != fd[20], "the weights have moved meanwhile"
