@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar, cast
 
 from megapix.errors import InputError, StorageError
@@ -51,6 +52,13 @@ class World:
 def warn(message: str) -> None:
     """Print a warning on this rank, whichever it is."""
     _print(f"megapix: warning: {message}", sys.stderr)
+
+
+@cache
+def warn_once(message: str) -> None:
+    """Print a warning on rank 0, before the ranks have met, and never again."""
+    if os.environ.get("RANK", "0") == "0":
+        warn(message)
 
 
 def _print(line: str, file: TextIO) -> None:

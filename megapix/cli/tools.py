@@ -14,7 +14,7 @@ from megapix.dist import World
 from megapix.errors import InputError
 
 DOCTOR_USAGE = """usage: megapix doctor PRESET --data.path SHARDS --out RUN [--SECTION.OPTION VALUE ...]
-       megapix doctor --config FILE [--SECTION.OPTION VALUE ...]
+       megapix doctor [PRESET] --config FILE [--SECTION.OPTION VALUE ...]
 
 A preflight: takes the arguments of `megapix train`, starts no run, and checks on every rank what it needs: versions,
 DeepSpeed's op, hosts, clocks, shared memory, GPUs, the run folder, free disk, shards, and how fast an all-reduce is.
@@ -24,7 +24,7 @@ Exit code 1 if the run would fail, 0 if not (there may be warnings), 2 for bad i
 """
 
 PLAN_USAGE = """usage: megapix plan PRESET --gpus N [--gpu-memory 80GB] [--gpu H100] [--SECTION.OPTION VALUE ...]
-       megapix plan --config FILE --gpus N [--SECTION.OPTION VALUE ...]
+       megapix plan [PRESET] --config FILE --gpus N [--SECTION.OPTION VALUE ...]
 
 Takes the options of `megapix train` and those of the machines, and predicts memory, the largest micro batch of each
 checkpointing policy, speed, scaling, and how often to save. Uses no GPU and reads no data. Exit code 2 if nothing
@@ -38,7 +38,7 @@ fits, saying how many bytes are missing. A network that takes text is planned wi
 
 
 BENCH_USAGE = """usage: megapix bench step PRESET [OPTIONS]
-       megapix bench step --config FILE [OPTIONS]
+       megapix bench step [PRESET] --config FILE [OPTIONS]
 
 Times whole training steps of a configuration on this machine, through the engine of `megapix train`: MFU against the
 matmul peak measured along with them, and the parts of a step. Under a launcher it runs on all its ranks. PRESET is
@@ -78,12 +78,13 @@ def plan(arguments: list[str], world: World) -> int:
     """Predict a run on machines that are not at hand."""
     if not arguments or arguments[0] in ("-h", "--help"):
         return print_usage(PLAN_USAGE, arguments)
-    default, name, rest = named_config(arguments)
-    requested = parse(Planned, Planned(default, PlanOptions()), f"megapix plan {name}", rest, world)
+    named = named_config(arguments)
+    default = Planned(named.config, PlanOptions())
+    requested = parse(Planned, default, f"megapix plan {named.name}", named.rest, world)
 
     from megapix.costs.plan import show
 
-    print(show(requested.run, requested.machines, name))
+    print(show(requested.run, requested.machines, named.name))
     return 0
 
 

@@ -68,6 +68,8 @@ ZERO_KNOBS = (
 )
 """Keys of its `zero_optimization` that change speed and memory only, as docs/parity.md shows; others could change what
 a step computes or what a resume restores."""
+COUNTS = ("reduce_bucket_size", "allgather_bucket_size")
+"""Those of them that are numbers of elements, at least 1; most others are switches."""
 OFFLOAD_KNOBS = ("device", "pin_memory")
 """Keys of `offload_optimizer`."""
 
@@ -103,6 +105,7 @@ def read_knobs(name: str, unproven: bool = False) -> dict[str, Any]:
             raise InputError(f"{path}: {full!r} is refused: {REFUSED[full]}")
         if key not in ZERO_KNOBS:
             raise InputError(f"{path}: zero_optimization: unknown or refused key {key!r}{one_of(key, ZERO_KNOBS)}")
+        _check_type(path, key, zero[key])
     if zero.get("overlap_comm", False) is not False and not unproven:
         raise InputError(
             f"{path}: zero_optimization.overlap_comm = {zero['overlap_comm']!r}: expected false; it has given wrong "
@@ -116,6 +119,19 @@ def read_knobs(name: str, unproven: bool = False) -> dict[str, Any]:
             "(the EMA lives in ZeRO-2's fp32 partition)"
         )
     return knobs
+
+
+def _check_type(path: Path, key: str, value: object) -> None:
+    """DeepSpeed would check it too, once all ranks have started."""
+    if key in COUNTS:
+        number = isinstance(value, int | float) and not isinstance(value, bool) and float(value).is_integer()
+        right, expected = number and float(str(value)) >= 1, "a number of elements, such as 500000000"
+    elif key in ("stage", "offload_optimizer", "overlap_comm"):
+        return
+    else:
+        right, expected = isinstance(value, bool), "true or false"
+    if not right:
+        raise InputError(f"{path}: zero_optimization.{key} = {value!r}: expected {expected}")
 
 
 def _check_offload(path: Path, knobs: dict[str, Any], zero: dict[str, Any]) -> None:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
-from functools import cache
 
 from megapix.config.training import DataConfig
-from megapix.dist import warn
+from megapix.dist import warn_once
 
 OLD: dict[type, dict[str, tuple[str, object]]] = {DataConfig: {"retries": ("data.outage_minutes", 5)}}
 """Section -> old name -> (the option in its place, the old default)."""
@@ -22,7 +20,7 @@ def dropped(kind: type, key: str, value: object, where: str) -> bool:
         return False
     new, default = names[key]
     if value != default:
-        _say(f"{where}: {key} = {value!r} has no effect any more: {new} takes its place")
+        warn_once(f"{where}: {key} = {value!r} has no effect any more: {new} takes its place")
     return True
 
 
@@ -35,15 +33,8 @@ def _kept(arguments: Iterator[str]) -> Iterator[str]:
     for argument in arguments:
         option, equals, _ = argument.partition("=")
         if new := OPTIONS.get(option.replace("_", "-")):
-            _say(f"{option} has no effect any more: --{new.replace('_', '-')} takes its place")
+            warn_once(f"{option} has no effect any more: --{new.replace('_', '-')} takes its place")
             if not equals:
                 next(arguments, None)
         else:
             yield argument
-
-
-@cache
-def _say(message: str) -> None:
-    """Warn once, on rank 0."""
-    if os.environ.get("RANK", "0") == "0":
-        warn(message)

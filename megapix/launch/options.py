@@ -55,6 +55,7 @@ class Options:
     command: str = "train"
     arguments: list[str] = field(default_factory=list)
     help: bool = False
+    """Whether the command only prints something, for which one process is enough."""
 
 
 def parse(argv: list[str]) -> Options:
@@ -75,7 +76,7 @@ def parse(argv: list[str]) -> Options:
         elif word == "--no-ssh":
             no_ssh = True
         else:
-            asks |= word in ("--help", "-h")
+            asks |= word in ("--help", "-h", "--print-config")
             rest.append(word)
     command = "train"
     if rest and rest[0] in COMMANDS:

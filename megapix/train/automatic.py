@@ -36,6 +36,25 @@ def cards_of(world: World, device: torch.device) -> Cards | None:
     return Cards(name, memory, world.size, len({host for host, *_ in found}), about)
 
 
+def check_here(resolved: ResolvedRun, world: World) -> None:
+    """Refuse what a run would refuse on the ranks' machines, as far as this one can tell before any rank has started:
+    options of kernels and compilation that it has not got, and on GPUs what does not fit one.
+
+    Raises:
+        InputError: as `build_network`, `attention_of` and `settled`.
+    """
+    c, gpus = resolved.config, torch.cuda.device_count() if torch.cuda.is_available() else 0
+    compiler.require(c.machine, cuda=gpus > 0)
+    if (c.machine.attention, c.machine.pixel_kernels) != ("auto", "plain"):
+        from megapix.engine import network  # late: DeepSpeed, which takes seconds
+
+        network.pit_block(c.machine.pixel_kernels)
+        network.attention_of(c, torch.device("cuda" if gpus else "cpu"))
+    if gpus:
+        own = torch.cuda.get_device_properties(world.local_rank % gpus)
+        settle(resolved, Cards(own.name, own.total_memory, world.size, -(-world.size // gpus), own.name), "")
+
+
 def lacking(world: World, cards: Cards | None) -> str:
     """What some rank lacks of what compilation needs there; empty if nothing. Every rank calls it."""
     return next((f"rank {rank}: {what}" for rank, what in enumerate(gather(world, _missing(cards))) if what), "")

@@ -58,7 +58,7 @@ def test_a_knob_that_deepspeed_refuses_is_bad_input(own_shards: Path, tmp_path: 
     path.write_text(json.dumps({"zero_optimization": {"stage": 2, "reduce_bucket_size": "many"}}))
     (rank,) = start(1, "megapix", arguments(own_shards, tmp_path / "run", "--machine.ds-config", str(path)))
     assert rank.code == 2
-    assert "reduce_bucket_size: input should be a valid integer" in rank.err.splitlines()[-1]
+    assert "reduce_bucket_size = 'many': expected a number of elements" in rank.err.splitlines()[-1]
 
 
 def test_configuration_files(own_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -73,7 +73,7 @@ def test_configuration_files(own_shards: Path, tmp_path: Path, capsys: pytest.Ca
     for text, words in (
         ("{", "cannot be read as JSON"),
         ("[]", "expected a table of options, found list"),
-        ('{"optim": {"lr_after_": 1}}', "optim: unknown key 'lr_after_' (did you mean 'lr_after'?)"),
+        ('{"optim": {"lr_after_": 1}}', "optim.lr_after_: no such option (did you mean 'optim.lr_after'?)"),
         ('{"seed": "one"}', "seed = 'one': input should be a valid integer"),
         ('{"model": {"mlp": "silu"}}', "model: mlp = 'silu': input should be 'gelu' or 'swiglu'"),
     ):
