@@ -44,6 +44,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from heapq import heapify, heappop, heapreplace
 from typing import TypeAlias
 
 import numpy as np
@@ -53,11 +54,13 @@ from megapix import rng
 from megapix.config import BatchLayout
 from megapix.errors import InputError
 from megapix.rng import Purpose
-from megapix.shards.index import ShardEntry
+from megapix.shards.index import LARGEST_COUNT, ShardEntry
 
 Positions: TypeAlias = NDArray[np.int64]
 Skipped: TypeAlias = Sequence[tuple[int, int]]
 """Sorted, disjoint half-open ranges [start, stop) of positions that are never used."""
+TICKS = LARGEST_COUNT**2
+"""Of a unit of time in which a bucket has as many steps as samples."""
 
 
 def take(position: int, count: int, skipped: Skipped) -> tuple[Positions, int]:
@@ -201,24 +204,36 @@ class Order:
         return int(rng.bits(seed, Purpose.BUCKET, np.array([bucket]))[0])
 
     def _find_turn(self, step: int) -> tuple[int, int]:
-        """(place in `buckets`, number of the step among those of its bucket) of a step."""
-        slack = len(self._counts) + 1  # every bucket is within one step of its share
-        for place, count in enumerate(self._counts):
-            guess = step * count // sum(self._counts)
-            for number in range(max(0, guess - slack), guess + slack + 1):
-                if self._steps_before(place, number) == step:
-                    return place, number
-        raise AssertionError(f"step {step} belongs to no bucket")
+        """(place in `buckets`, number of the step among those of its bucket) of a step.
 
-    def _steps_before(self, place: int, number: int) -> int:
-        """How many steps come before the `number`-th of a bucket. Times are compared as integers, ties by bucket."""
-        total, mine = number, self._counts[place]
-        for other, count in enumerate(self._counts):
-            if other != place:
-                # The j-th of the other comes before if (2j + 1)·mine < (2·number + 1)·count, or = for a lower bucket.
-                due = (2 * number + 1) * count - mine + (other < place)
-                total += max(0, -(-due // (2 * mine)))
-        return total
+        At time step / samples every bucket has had its share to within half a step, so the step asked for is a few
+        steps away: in the order of their times, each bucket's next ones ahead, or its last ones back.
+        """
+        total = sum(self._counts)
+        before = [(2 * step * count + total - 1) // (2 * total) for count in self._counts]
+        ahead = step - sum(before)
+        back = ahead < 0
+        nearest = [
+            (self._due(place, number, back), -place if back else place, number)
+            for place, number in enumerate(number - back for number in before)
+            if number >= 0
+        ]
+        heapify(nearest)
+        for _ in range(-ahead - 1 if back else ahead):
+            _, place, number = nearest[0]
+            if back and number == 0:
+                heappop(nearest)
+                continue
+            number += -1 if back else 1
+            heapreplace(nearest, (self._due(abs(place), number, back), place, number))
+        _, place, number = nearest[0]
+        return abs(place), number
+
+    def _due(self, place: int, number: int, back: bool) -> int:
+        """What orders the steps of all buckets by time, (2·number + 1) / samples of the bucket; with `back` from the
+        latest on. Two such fractions that differ do so by TICKS⁻¹ or more: as whole numbers of ticks they are exact."""
+        due = (2 * number + 1) * TICKS // self._counts[place]
+        return -due if back else due
 
 
 def micro_batches(
