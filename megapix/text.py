@@ -12,6 +12,7 @@ MARKS = (
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
 """What a file begins with -> how Python calls its encoding."""
+FIRST = {mark[:1] for mark, _ in MARKS}
 
 
 def text_of(data: bytes) -> str:
@@ -21,7 +22,8 @@ def text_of(data: bytes) -> str:
     Raises:
         ValueError: it is in another encoding; says which byte, and what would be right.
     """
-    encoding = next((name for mark, name in MARKS if data.startswith(mark)), "utf-8")
+    marked = data[:1] in FIRST
+    encoding = next((name for mark, name in MARKS if data.startswith(mark)), "utf-8") if marked else "utf-8"
     try:
         text = data.decode(encoding)
     except UnicodeDecodeError as error:
@@ -30,4 +32,4 @@ def text_of(data: bytes) -> str:
         ) from error
     if encoding == "utf-8" and "\0" in text:
         raise ValueError("it holds zero bytes, as UTF-16 without a byte order mark does; expected UTF-8")
-    return text.replace("\r\n", "\n").replace("\r", "\n")
+    return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text

@@ -62,9 +62,9 @@ class Entries:
         if line and line not in self.remarks:
             self.remarks.append(line)
 
-    def item(self) -> None:
-        """Count an entry that is a sample's image: used, filtered or rejected later."""
-        self.listed += 1
+    def item(self, count: int = 1) -> None:
+        """Count entries that are samples' images: used, filtered or rejected later."""
+        self.listed += count
 
     def part(self, count: int = 1) -> None:
         """Count entries that are part of a sample."""
@@ -159,4 +159,4 @@ def in_one_line(error: BaseException) -> str:
 
 def as_utf8(text: str) -> str:
     """The text with what UTF-8 cannot hold (lone surrogates, bytes of another encoding) spelled out."""
-    return text.encode("utf-8", "backslashreplace").decode()
+    return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()

@@ -107,7 +107,8 @@ def captions_of(about: dict[str, Any], text: str, keys: CaptionKeys) -> list[Cap
     """
     if keys:
         return [caption for key, weight in keys for caption in captions_in(about.get(key), weight)]
-    text = "" if all(_BOX.fullmatch(line.strip()) for line in text.strip().split("\n")) else text
+    if text and all(_BOX.fullmatch(line.strip()) for line in text.strip().split("\n")):
+        text = ""
     return captions_in(about.get("captions")) or captions_in(text) or captions_in(about.get("caption"))
 
 
@@ -141,7 +142,7 @@ def packed(captions: Sequence[Caption]) -> str:
 
 def trimmed(captions: Sequence[Caption]) -> str:
     """As `packed`, without the blanks and line ends around each caption: what an item keeps."""
-    return packed([caption._replace(text=caption.text.strip()) for caption in captions])
+    return packed([Caption(text.strip(), weight) for text, weight in captions])
 
 
 def lacking(without: int, samples: int, captioned: bool) -> list[str]:

@@ -44,7 +44,7 @@ class Reading:
 
     def chosen(self, metadata: Mapping[str, Any]) -> str:
         """Those of `columns` that a sample has, as the text of a JSON object; empty if it has none (`about_of`)."""
-        return about_of({key: metadata[key] for key in self.columns if key in metadata})
+        return about_of({key: metadata[key] for key in self.columns if key in metadata}) if self.columns else ""
 
     def recorded(self) -> dict[str, Any]:
         """What plan and index record of it, besides what the list of samples shows; nothing without options."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -14,17 +16,20 @@ from data_prep.listing.captions import LARGEST_TEXT, captions_of, json_object, t
 from data_prep.listing.classes import Label, NoClass, label_of
 from data_prep.listing.img2dataset import Rows
 from data_prep.listing.reading import PLAIN, Reading
-from data_prep.listing.tars import members
+from data_prep.listing.tars import TextData, members
 from megapix.shards.index import IMAGE_ENDINGS
 from megapix.text import text_of
 
 READ = ("cls", "txt", "json")
 """Members of a sample that are read, beside its image."""
+TEXTS = tuple(f".{kind}" for kind in READ)
 SHOWN = 6
 """Members that a message names."""
 KIND_OF_IMAGE = re.compile(r"[a-z_][\w-]*")
 """What stands between the first dot and the last one in 0001.image.jpg; a number there belongs to a name with dots."""
 
+MEMBER = "\0"
+"""No name of a member has it."""
 TWO_ENDINGS = "some images are members such as KEY.image.jpg, each the only one under its key; --image-key names them"
 
 NOWHERE = 0
@@ -73,39 +78,50 @@ def samples_of(
         DamagedTar: as `members`.
     """
     found: dict[str, list[Parts]] = {}
+    shapes: Counter[tuple[tuple[str, ...], str]] = Counter()
     broken: dict[str, str] = {}
     symbolic: set[str] = set()
-    there = members(tar, entries, broken=broken, shown=shown, symbolic=symbolic)
+    texts = TextData(TEXTS)
+    there = members(tar, entries, broken=broken, shown=shown, symbolic=symbolic, texts=texts)
     for name, at, size in chain(there, _images_of(broken, entries)):
         folder, _, base = name.rpartition("/")
         key, dot, extension = base.partition(".")
         if not key or not dot:
             entries.pass_over(ending(name))
             continue
-        groups = found.setdefault(f"{folder}/{key}".lstrip("/"), [{}])
-        if extension.lower() in groups[-1]:
+        key, extension = f"{folder}/{key}".lstrip("/") if folder or name[0] == "/" else key, extension.lower()
+        groups = found.get(key)
+        if groups is None:
+            found[key] = groups = [{}]
+        elif extension in groups[-1]:
             groups.append({})
-        groups[-1][extension.lower()] = (name, at, size)
+        groups[-1][extension] = (name, at, size)
     samples: list[TarSample] = []
     with open(tar, "rb") as file:
+        inside = _Texts(file.fileno(), texts.data)
         for key, groups in found.items():
             for number, parts in enumerate(groups):
                 if len(parts) == 1 and (only := next(iter(parts.values())))[0] in symbolic and only[1] != NOWHERE:
                     entries.pass_over("link")  # to an image of another sample, and all that there is of this one
                     continue
-                image, fault = _image(parts, reading.image_keys)
+                kinds = tuple(parts)
+                image, fault = _image(kinds, reading.image_keys)
+                if fault:
+                    fault = fault.replace(MEMBER, repr(parts[image][0]))
                 if not fault and parts[image][1] == NOWHERE:
                     fault = f"it is a link to {broken[parts[image][0]]!r}, which is not in the tar file"
-                _count(parts, image, entries)
+                shapes[kinds, image] += 1
                 if number:
                     name, at, size = parts[image]
                     fault = f"key {key!r} occurs twice (member {name!r}); keys must be unique"
                     # Names are unique, those of what cannot be used, too.
                     samples.append(TarSample(key, f"{name}#{number + 1}", at, size, NoClass(), "", as_utf8(fault)))
                     continue
-                samples.append(_sample(file.fileno(), key, parts, image, fault, reading, rows))
+                samples.append(_sample(inside, key, parts, image, fault, reading, rows))
                 if not fault and "." in image and not reading.image_keys:
                     entries.remark(TWO_ENDINGS)
+    for (kinds, image), times in shapes.items():
+        _count(kinds, image, entries, times)
     return samples
 
 
@@ -119,8 +135,10 @@ def _images_of(broken: dict[str, str], entries: Entries) -> Iterator[tuple[str, 
             entries.pass_over("link")
 
 
-def _image(parts: Parts, wanted: tuple[str, ...]) -> tuple[str, str]:
-    """(which member is the image, or stands for the sample; why the sample cannot be used)."""
+@lru_cache(1024)
+def _image(parts: tuple[str, ...], wanted: tuple[str, ...]) -> tuple[str, str]:
+    """(which member is the image, or stands for the sample; why the sample cannot be used, with MEMBER in place of that
+    member's name)."""
     plain = [kind for kind in parts if f".{kind}" in IMAGE_ENDINGS]
     dotted = [kind for kind in parts if kind not in plain and kind.endswith(IMAGE_ENDINGS)]
     first, there = [*plain, *dotted, *parts][0], sorted(parts)[:SHOWN]
@@ -136,7 +154,7 @@ def _image(parts: Parts, wanted: tuple[str, ...]) -> tuple[str, str]:
     middle = first.rpartition(".")[0]
     if not KIND_OF_IMAGE.fullmatch(middle) or any(f"{middle}.{kind}" in parts for kind in READ):
         return first, (
-            f"what follows the first dot of {parts[first][0]!r} is taken for its kind, as in webdataset; expected one "
+            f"what follows the first dot of {MEMBER} is taken for its kind, as in webdataset; expected one "
             f"image ({SHOWN_EXTENSIONS}) under the key, found {there}"
         )
     if len(dotted) > 1:
@@ -144,62 +162,71 @@ def _image(parts: Parts, wanted: tuple[str, ...]) -> tuple[str, str]:
     return first, ""
 
 
-def _count(parts: Iterable[str], image: str, entries: Entries) -> None:
-    """Count the members of a sample: its image (or what stands for the sample), what is read of it, the rest."""
+def _count(parts: Iterable[str], image: str, entries: Entries, times: int) -> None:
+    """Count the members of so many samples: the image (or what stands for the sample), what is read of it, the rest."""
     for each in parts:
         if each == image:
-            entries.item()
+            entries.item(times)
         elif each in READ or f".{each}" in IMAGE_ENDINGS:
-            entries.part()
+            entries.part(times)
         else:
-            entries.pass_over(f".{each}")
+            entries.pass_over(f".{each}", times)
 
 
 def _sample(
-    descriptor: int, key: str, parts: Parts, image: str, fault: str, reading: Reading, rows: Rows | None
+    texts: _Texts, key: str, parts: Parts, image: str, fault: str, reading: Reading, rows: Rows | None
 ) -> TarSample:
     name, at, size = parts[image]
     has: tuple[str, ...] = ()
     try:
         if fault:
             raise ValueError(fault)
-        about = _about(descriptor, parts)
+        about = _about(texts, parts)
         if rows and "json" not in parts and ("txt" not in parts or reading.keys or reading.columns):
             about = rows.of(key.rpartition("/")[2])
-        has = tuple(wanted for wanted, _ in reading.keys if wanted in about)
-        label = _label(descriptor, parts, about)
-        caption = trimmed(captions_of(about, _text(descriptor, parts, "txt"), reading.keys))
+        has = tuple([wanted for wanted, _ in reading.keys if wanted in about])
+        label = _label(texts, parts, about)
+        caption = trimmed(captions_of(about, texts.of(parts, "txt"), reading.keys))
     except (ValueError, RecursionError) as error:
         return TarSample(key, name, at, size, NoClass(), "", as_utf8(str(error)), has)
     return TarSample(key, name, at, size, label, caption, "", has, reading.chosen(about))
 
 
-def _text(descriptor: int, parts: Parts, extension: str) -> str:
-    if extension not in parts:
-        return ""
-    _, at, size = parts[extension]
-    if size > LARGEST_TEXT:
-        raise ValueError(f"its {extension} member has {size} bytes, at most {LARGEST_TEXT} are read")
-    try:
-        return text_of(os.pread(descriptor, size, at)).strip()
-    except ValueError as error:
-        raise ValueError(f"its {extension} member: {error}") from error
+class _Texts(NamedTuple):
+    """The texts of a tar file."""
+
+    descriptor: int
+    known: dict[int, bytes]
+    """Offset -> data of those that have been read."""
+
+    def of(self, parts: Parts, extension: str) -> str:
+        """That of a sample, stripped; empty if there is none. ValueError that names it."""
+        if extension not in parts:
+            return ""
+        _, at, size = parts[extension]
+        if size > LARGEST_TEXT:
+            raise ValueError(f"its {extension} member has {size} bytes, at most {LARGEST_TEXT} are read")
+        data = self.known.get(at)
+        try:
+            return text_of(os.pread(self.descriptor, size, at) if data is None else data).strip()
+        except ValueError as error:
+            raise ValueError(f"its {extension} member: {error}") from error
 
 
-def _about(descriptor: int, parts: Parts) -> dict[str, Any]:
+def _about(texts: _Texts, parts: Parts) -> dict[str, Any]:
     """The JSON object of the sample; an empty one if it has none."""
-    text = _text(descriptor, parts, "json")
+    text = texts.of(parts, "json")
     try:
         return json_object(text) if "json" in parts else {}
     except ValueError as error:
         raise ValueError(f"its json member {error}") from error
 
 
-def _label(descriptor: int, parts: Parts, about: dict[str, Any]) -> Label:
+def _label(texts: _Texts, parts: Parts, about: dict[str, Any]) -> Label:
     """Its label as it is there."""
     if "cls" not in parts:
         return label_of(about.get("label"), "json")
     try:
-        return label_of(_text(descriptor, parts, "cls"), "cls")
+        return label_of(texts.of(parts, "cls"), "cls")
     except ValueError as error:
         return NoClass(str(error))

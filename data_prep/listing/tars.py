@@ -6,12 +6,13 @@ import os
 import posixpath
 import tarfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
 from data_prep.listing.archives import DamagedTar, compression_of
 from data_prep.listing.base import Entries, Item
+from data_prep.listing.tar_headers import walk
 from megapix.errors import InputError
 from megapix.shards.index import TAR_BLOCK
 
@@ -95,6 +96,15 @@ class Links:
         return dict(self._open)
 
 
+@dataclass
+class TextData:
+    """Small members that are read as they are met."""
+
+    endings: tuple[str, ...]
+    data: dict[int, bytes] = field(default_factory=dict)
+    """Offset -> bytes; what is not there has to be read."""
+
+
 def members(
     path: Path,
     entries: Entries,
@@ -103,6 +113,7 @@ def members(
     broken: dict[str, str] | None = None,
     shown: str = "",
     symbolic: set[str] | None = None,
+    texts: TextData | None = None,
 ) -> Iterator[tuple[str, int, int]]:
     """(name, offset in the file, size) of each file of the tar at `path`, or of one nested in it at `offset`. A link to
     a file of the tar is one, with that one's data; folders are no entries.
@@ -112,10 +123,16 @@ def members(
         broken: takes name -> target of the other links, which are not counted then.
         shown: what to call the file in messages, if it is a copy.
         symbolic: takes the names of symbolic links.
+        texts: takes the data of small texts that were met on the way: members called so.
 
     Raises:
         DamagedTar: not a tar file, cut short, with a damaged header, or with something after its end.
     """
+    if not offset and end is None and (found := walk(path, texts.endings if texts else ())):
+        if texts:
+            texts.data = found.texts
+        yield from found.members
+        return
     links, shown = Links(), shown or str(path)
     try:
         with open(path, "rb") as file:
