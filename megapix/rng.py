@@ -35,6 +35,8 @@ class Purpose(IntEnum):
     VALIDATION_NOISE = 9
     CAPTION = 10
     """Which caption of a sample is shown."""
+    SET = 11
+    """The order of a set of a mix."""
 
 
 def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:

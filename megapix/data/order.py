@@ -198,6 +198,15 @@ class Order:
         place = int(np.searchsorted(self.first, sample, "right")) - 1
         return self.first[place], self._counts[place]
 
+    def samples_in(self, bucket: int) -> int:
+        """Samples of a bucket; 0 of one that is not there."""
+        return self._counts[self.buckets.index(bucket)] if bucket in self.buckets else 0
+
+    def of_bucket(self, bucket: int, places: Positions) -> Positions:
+        """Sample numbers at places of a bucket's own endless order."""
+        place = self.buckets.index(bucket)
+        return self.first[place] + self.orders[place].at(places)
+
     def _seed(self, seed: int, bucket: int) -> int:
         if len(self.buckets) == 1:
             return seed

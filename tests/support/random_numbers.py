@@ -25,6 +25,7 @@ PURPOSES = {
     "bucket": 8,
     "validation_noise": 9,
     "caption": 10,
+    "set": 11,
 }
 GOLDEN, WORD = 0x9E3779B97F4A7C15, 2**64
 
