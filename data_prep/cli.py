@@ -1,4 +1,4 @@
-"""The command line: `data_prep write | index | merge | demo | verify | inspect | stats | features | embed-text`.
+"""The command line: `data_prep write | index | merge | mix | demo | verify | inspect | stats | features | embed-text`.
 
 Bad input: one line, exit code 2.
 """
@@ -19,6 +19,7 @@ from data_prep.options import (
     MakeFeatures,
     MakeIndex,
     Merge,
+    Mix,
     Stats,
     Verify,
     Write,
@@ -50,6 +51,7 @@ def _main(arguments: list[str]) -> int:
         Demo: write_shards,
         MakeIndex: make_index,
         Merge: merge_parts,
+        Mix: _mix,
         Verify: _verify,
         Inspect: _inspect,
         Stats: _stats,
@@ -102,11 +104,27 @@ def _verify(command: Verify) -> int:
     return 2 if faults else 0
 
 
+def _mix(command: Mix) -> int:
+    from data_prep.passes.mix import mix
+
+    for line in mix(command.sets, command.out):
+        print(f"data_prep: {line}")
+    return 0
+
+
 def _inspect(command: Inspect) -> int:
+    from data_prep.passes import mix
     from data_prep.passes.inspect import contact_sheet, report
+    from megapix.shards.mix.file import is_mix
 
     if min(command.columns, command.rows) < 1:
         raise InputError(f"--columns = {command.columns}, --rows = {command.rows}: expected at least 1")
+    if is_mix(str(command.folder)):
+        if command.sheet:
+            raise InputError(f"--sheet: {str(command.folder)!r} is a mix file; draw the sheet of each of its sets")
+        for line in mix.report(str(command.folder)):
+            print(line)
+        return 0
     for line in report(command.folder):
         print(line)
     if command.sheet:

@@ -193,6 +193,19 @@ class Merge:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Mix:
+    """A mix file: sets that `megapix train` mixes by weight, each with epochs of its own.
+
+    The sets have the same image policy; their classes are joined by name.
+    """
+
+    sets: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="SET=WEIGHT…")]
+    """Shard folders, indexes or their URLs, each with the share of samples that is taken from it, such as 0.7."""
+    out: Annotated[Path, tyro.conf.arg(metavar="MIX.json")]
+    """File to write, .json or .yaml; give it to `megapix train` as --data.path."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Verify(RemoteOptions):
     """Read a whole shard folder and compare it with its index: sizes, hashes, members, records, classes, decoding."""
 
@@ -207,7 +220,7 @@ class Inspect(RemoteOptions):
     """Print counts, sizes, captions and the class histogram of a shard folder, and draw a contact sheet."""
 
     folder: Folder
-    """Shard folder."""
+    """Shard folder, or mix file."""
     sheet: Path | None = None
     """PNG file for a contact sheet, a row for each class."""
     columns: int = 12
@@ -295,6 +308,7 @@ COMMANDS: dict[str, type] = {
     "write": Write,
     "index": MakeIndex,
     "merge": Merge,
+    "mix": Mix,
     "demo": Demo,
     "verify": Verify,
     "inspect": Inspect,
@@ -307,6 +321,7 @@ Command = (
     Annotated[Write, tyro.conf.subcommand("write", prefix_name=False)]
     | Annotated[MakeIndex, tyro.conf.subcommand("index", prefix_name=False)]
     | Annotated[Merge, tyro.conf.subcommand("merge", prefix_name=False)]
+    | Annotated[Mix, tyro.conf.subcommand("mix", prefix_name=False)]
     | Annotated[Demo, tyro.conf.subcommand("demo", prefix_name=False)]
     | Annotated[Verify, tyro.conf.subcommand("verify", prefix_name=False)]
     | Annotated[Inspect, tyro.conf.subcommand("inspect", prefix_name=False)]

@@ -14,8 +14,6 @@ from megapix.shards.index import IMAGE_ENDINGS
 
 SHOWN_EXTENSIONS = "png, jpg, webp, gif, bmp, tif, avif, jp2, heic, jxl"
 """Those of messages."""
-UNCLASSED = "images"
-"""Name of the one class of a source without classes."""
 LARGEST_LABEL = 999_999
 """Class numbers above this are taken for a mistake."""
 

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
-from data_prep.listing.base import LARGEST_LABEL, UNCLASSED, as_utf8
+from data_prep.listing.base import LARGEST_LABEL, as_utf8
 from megapix.errors import InputError
+from megapix.shards.mix.alike import UNCLASSED
 from megapix.text import text_of
 
 MOST_NAMES = 10_000

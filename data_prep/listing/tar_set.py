@@ -7,13 +7,14 @@ import shlex
 from pathlib import Path
 
 from data_prep.listing.archives import is_packed
-from data_prep.listing.base import UNCLASSED, Entries, is_hidden
+from data_prep.listing.base import Entries, is_hidden
 from data_prep.listing.files import files_in
 from data_prep.listing.img2dataset import count_others
 from data_prep.listing.reading import Reading
 from data_prep.listing.splits import of_split
 from megapix.errors import InputError
 from megapix.shards.index import INDEX_NAME, Index, read_index
+from megapix.shards.mix.alike import UNCLASSED
 from megapix.shards.storage import Access, is_url, open_storage, protocol_of, shown
 
 _PACKED = "{!r} is compressed, so its samples cannot be read by offset; unpack it, or give data_prep write"

@@ -16,14 +16,13 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.listing.base import UNCLASSED
 from data_prep.listing.tar_set import recorded_base
 from data_prep.writing import account, versions
 from data_prep.writing import plan as planning
 from data_prep.writing.account import ACCOUNT_NAME, Account
 from data_prep.writing.finish import REJECTED_NAME, HashedFile
 from data_prep.writing.pool import alone_in
-from data_prep.writing.write import POLICY_KEYS, begin
+from data_prep.writing.write import begin
 from megapix.errors import InputError
 from megapix.files import write_atomic
 from megapix.shards.index import (
@@ -36,14 +35,11 @@ from megapix.shards.index import (
     read_index,
     write_index,
 )
+from megapix.shards.mix import alike
 from megapix.shards.storage import is_url
 from megapix.shards.table import Table, check_table
 
 KIND = "merged"
-UNITED = ("bucket_min", "merged")
-"""Keys of the image policy that say what was done to rare buckets, in each part by itself."""
-DEFAULTS = {"version": 1, "icc": "convert"}
-"""What an image policy means that does not have the key."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +64,9 @@ def merge(folders: Sequence[Path], out: Path) -> tuple[Index, bool]:
     parts = [_part(folder) for folder in folders]
     first, *others = parts
     for other in others:
-        _check_policies(first, other)
-        _check_classes(first, other)
+        shown = str(first.folder), str(other.folder)
+        alike.check_policies(first.index, other.index, *shown)
+        alike.check_classes(first.index.class_names, other.index.class_names, *shown)
     _check_different(parts)
     _check_apart(parts)
     if any(os.path.realpath(part.folder) == os.path.realpath(out) for part in parts):
@@ -109,34 +106,6 @@ def _part(folder: Path) -> Part:
     return Part(folder, index, tars)
 
 
-def _check_policies(first: Part, other: Part) -> None:
-    mine, theirs = DEFAULTS | first.index.image_policy, DEFAULTS | other.index.image_policy
-    for key in sorted(mine | theirs, key="buckets".__eq__):  # these follow from the others
-        if key not in (*POLICY_KEYS, *UNITED) and mine.get(key) != theirs.get(key):
-            raise InputError(
-                f"the images of {str(first.folder)!r} were made with {key} = {mine.get(key)!r}, those of "
-                f"{str(other.folder)!r} with {theirs.get(key)!r}; expected the same image policy"
-            )
-
-
-def _check_classes(first: Part, other: Part) -> None:
-    if _kind(mine := first.index.class_names) != _kind(theirs := other.index.class_names):
-        raise InputError(
-            f"the classes of {str(first.folder)!r} are {_kind(mine)} ({_shown(mine)}), those of {str(other.folder)!r} "
-            f"{_kind(theirs)} ({_shown(theirs)}); they cannot be joined by name"
-        )
-
-
-def _kind(classes: tuple[str, ...]) -> str:
-    if classes == (UNCLASSED,):
-        return "none"
-    return "numbers" if classes == tuple(map(str, range(len(classes)))) else "names"
-
-
-def _shown(classes: tuple[str, ...]) -> str:
-    return ", ".join(map(repr, classes[:3])) + ", …" * (len(classes) > 3)
-
-
 def _check_different(parts: list[Part]) -> None:
     seen: dict[str, str] = {}
     for part in parts:
@@ -160,8 +129,7 @@ def _check_apart(parts: list[Part]) -> None:
 
 
 def _join(parts: list[Part], out: Path, common: str, base: str) -> Index:
-    names = list(dict.fromkeys(name for part in parts for name in part.index.class_names))
-    labels = [[names.index(name) for name in part.index.class_names] for part in parts]
+    names, labels = alike.joined([part.index.class_names for part in parts])
     about = [one for part, numbers in zip(parts, labels, strict=True) for one in _about(part, numbers, common)]
     table, captions = HashedFile(out / TABLE_NAME), HashedFile(out / CAPTIONS_NAME)
     shards: list[ShardEntry] = []
@@ -232,7 +200,7 @@ def _policy(parts: list[Part]) -> dict[str, Any]:
     """That of the parts, without what they may have in different ways."""
     policies = [part.index.image_policy for part in parts]
     first, *others = policies
-    same = {k: v for k, v in first.items() if k not in UNITED and all(other.get(k) == v for other in others)}
+    same = {k: v for k, v in first.items() if k not in alike.UNITED and all(other.get(k) == v for other in others)}
     if least := max(policy.get("bucket_min", 0) for policy in policies):
         moved = Counter[tuple[int, int]]()
         for policy in policies:

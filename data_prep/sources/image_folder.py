@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data_prep.listing.base import SHOWN_EXTENSIONS, UNCLASSED, Entries, Item, ending, is_image
+from data_prep.listing.base import SHOWN_EXTENSIONS, Entries, Item, ending, is_image
 from data_prep.listing.captions import packed
 from data_prep.listing.classes import Label, NoClass, label_of, numbered
 from data_prep.listing.files import files_below, files_in, folders_in
@@ -15,6 +15,7 @@ from data_prep.listing.reading import PLAIN, Reading
 from data_prep.listing.splits import tree_of_split
 from megapix.errors import InputError
 from megapix.shards.captions import Caption
+from megapix.shards.mix.alike import UNCLASSED
 
 KIND = "image folder"
 

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data_prep.listing.base import SHOWN_EXTENSIONS, UNCLASSED, Entries, Item, ending, is_image
+from data_prep.listing.base import SHOWN_EXTENSIONS, Entries, Item, ending, is_image
 from data_prep.listing.captions import LARGEST_TEXT, captions_of, check_found, json_object, trimmed
 from data_prep.listing.files import files_below
 from data_prep.listing.img2dataset import ENDING, STATS, Rows, beside
@@ -19,6 +19,7 @@ from data_prep.listing.reading import PLAIN, Reading
 from data_prep.listing.splits import of_split
 from data_prep.sources.image_folder import FileReader
 from megapix.errors import InputError
+from megapix.shards.mix.alike import UNCLASSED
 from megapix.text import text_of
 
 TEXTS = (".txt", ".json")

@@ -25,10 +25,8 @@ from data_prep.writing.shard import write_shard
 from data_prep.writing.survey import Rare, buckets_of
 from megapix.errors import InputError
 from megapix.shards.index import INDEX_NAME, Index, missing_shards, read_index
+from megapix.shards.mix import alike
 from megapix.shards.table import check_table
-
-POLICY_KEYS = ("format", "quality")
-"""Keys of the plan that go into the index's image policy beside those of `Policy`."""
 
 
 def write(
@@ -89,7 +87,7 @@ def write(
                     parts += 1
                     budget.spend(outcome.rejected)
                     bar.update(outcome.samples)
-            policy = options.policy.to_dict() | {key: plan[key] for key in POLICY_KEYS} | {"applied": "preparation"}
+            policy = options.policy.to_dict() | {key: plan[key] for key in alike.MADE} | {"applied": "preparation"}
             policy |= rare.recorded()
             about = source.about | {key: plan[key] for key in ("samples_per_shard", "seed", "samples", "list_sha256")}
             about |= planning.chosen(options)

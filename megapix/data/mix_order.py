@@ -11,8 +11,8 @@ A mix is several sets, each with a weight. Sample numbers go through the sets in
     samples    each set is an endless order of its own (`order.SampleOrder`), in each bucket, of which its n-th turn
                takes place n: every sample once an epoch of the set
 
-Weights are those of a schedule: a list of `Stretch`, each from a position on. A change of weights moves no set in its own
-order. A set with a repeat limit leaves a bucket with the last sample of its last epoch there, and the shares of the
+Weights are those of a schedule: a list of `Stretch`, each from a position on. A change of weights moves no set in its
+own order. A set with a repeat limit leaves a bucket with the last sample of its last epoch there, and the shares of the
 others grow; a bucket that no set is left in has no more steps, and when none is left the run is at its end.
 """
 
@@ -237,7 +237,9 @@ class MixOrder:
             for place, steps in enumerate(had.tolist()):
                 marks = [(-(-slot // self.batch), sets) for slot, sets in left[place]]
                 those = [sets for step, sets in marks if step <= steps]
-                mine = [s for s, there in zip(shares[place], those[-1], strict=True) if there] if those else shares[place]
+                mine = (
+                    [s for s, there in zip(shares[place], those[-1], strict=True) if there] if those else shares[place]
+                )
                 ahead = [step for step, _ in marks if step > steps]
                 if (end := ends[place]) is not None:
                     ahead.append(end)

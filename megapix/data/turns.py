@@ -1,8 +1,9 @@
 """Streams that take turns by their shares: which stream has slot n of an endless line, as a function of n alone.
 
 A stream with w parts of W has its j-th turn at time (j + phase) / w, and slots go by time, ties to the first stream. So
-at any slot a stream with share s of S streams has had its share of the turns to within (1 + s·S) / 2. The line repeats itself after W slots,
-which is why a slot is found without walking there: all that is sorted are the turns around it.
+at any slot a stream with share s, one of S streams, has had its share of the turns to within (1 + s·S) / 2. The line
+repeats itself after W slots, which is why a slot is found without walking there: all that is sorted are the turns
+around it.
 
 A line is cut into pieces where shares change: a piece begins to count times anew, the streams go on counting turns.
 
@@ -158,7 +159,7 @@ def _counts(parts: Parts, phase: Phase, slot: int) -> Counts:
 
 
 def _around(parts: Parts, phase: Phase, start: int, stop: int) -> tuple[Counts, Counts, Counts]:
-    """Turns due around the slots [start, stop): each stream's number of earlier ones, then streams and turns by time."""
+    """Turns due around the slots [start, stop): how many are earlier, of each stream; streams and turns by time."""
     p, (numerator, denominator) = np.array(parts, np.int64), phase
     some = int((p > 0).sum())  # a stream may be one turn ahead or behind, so all together are that many
     first, last = (_due(p, phase, slot) for slot in (max(0, start - some), stop + some))

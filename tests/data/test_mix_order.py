@@ -19,7 +19,9 @@ from megapix.shards.index import ShardEntry
 Phase = tuple[int, int]
 
 
-def in_turn(parts: Sequence[int], had: list[int], limits: Sequence[int | None], slots: int, phase: Phase = (1, 2)) -> list:
+def in_turn(
+    parts: Sequence[int], had: list[int], limits: Sequence[int | None], slots: int, phase: Phase = (1, 2)
+) -> list:
     """(stream, turn) of the next slots, one after the other: the stream most behind its share; `had` counts on."""
     found, base, alive = [], list(had), list[int]()
     while len(found) < slots:
@@ -203,7 +205,11 @@ def test_positions_are_found_alone_and_in_any_company() -> None:
 
 
 def test_a_schedule_grows_by_changes_alone() -> None:
-    first, same, other = Stretch(0, (1, 2), (None, None)), Stretch(8, (1, 2), (None, None)), Stretch(8, (1, 3), (None, None))
+    first, same, other = (
+        Stretch(0, (1, 2), (None, None)),
+        Stretch(8, (1, 2), (None, None)),
+        Stretch(8, (1, 3), (None, None)),
+    )
     assert extended((), first) == (first,)
     assert extended((first,), same) == (first,)
     assert extended((first,), other) == (first, other)
