@@ -162,6 +162,13 @@ def test_the_order_of_a_set_does_not_know_the_others() -> None:
     assert lines[0][:least] == lines[1][:least] == lines[2][:least]
 
 
+def test_sets_alike_have_orders_of_their_own() -> None:
+    found = drawn(mix([entries((0, 40))] * 2, [Stretch(0, (1, 1), (None, None))]), range(80))
+    first, second = ([sample for number, sample in found if number == which] for which in (0, 1))
+    assert sorted(first) == sorted(second) == list(range(40))
+    assert first != second
+
+
 def test_buckets_of_a_mix() -> None:
     """Steps hold one bucket; over time each set has its weight, and each bucket what the sets have in it by weight."""
     sets = [entries((0, 30), (2, 10)), entries((0, 5), (1, 15), (2, 5))]
