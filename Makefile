@@ -78,7 +78,7 @@ checks: $(VENV)/.installed-dev
 docs docs-serve: export NO_MKDOCS_2_WARNING = 1
 docs: $(VENV)/.installed-docs
 	$(BIN)/mkdocs build --quiet
-	@echo "site   runs/site/index.html"
+	@echo "site    runs/site/index.html"; echo "search  needs a server: $(BIN)/python -m http.server --directory runs/site"
 
 docs-serve: $(VENV)/.installed-docs
 	$(BIN)/mkdocs serve --watch megapix --watch data_prep

@@ -125,15 +125,18 @@ def test_own_images(heading: str, tmp_path: Path) -> None:
     block = re.search(rf"^## {heading}.*?^```sh\n(.*?)^```", text, re.M | re.S)
     assert block
     MADE[heading](tmp_path)
-    more = "--optim.global-batch 8 --optim.end-at 32 --machine.micro-batch 0 --data.workers 1"
+    more = "--optim.global-batch 8 --optim.end-at 32 --data.workers 1"
     for command in commands(block[1]):
         for long, short in SMALL.items():
             command = command.replace(long, short)
         command = command.replace("google/gemma-2-2b-it", "ENCODER").replace("--hold-out 0.02", "--hold-out 0.3")
+        command = re.sub(r"^data_prep embed-text.*", r"\g<0> --max-tokens 32 --prefix '' --dtype fp32", command)
         if command.startswith("./launch.sh"):
             command = command.replace("./launch.sh", f"{ROOT}/launch.sh --ranks 1")
             command += "" if "--optim.end-at" in command else f" {more}"
-        command = command.replace("megapix sample RUN", "megapix sample RUN --steps 2")
+        command = command.replace("megapix sample RUN", "megapix sample RUN --steps 2 --per-class 1")
+        if "launch.sh" in command:
+            command += " --log.samples-every never --machine.no-compile"
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         ours = {"PATH": path, "PYTHONPATH": str(ROOT), "PYTHON": sys.executable, "DS_ACCELERATOR": "cpu"}
         environment = os.environ | ours

@@ -27,7 +27,7 @@ from megapix.costs.assumptions import PlanOptions
 from megapix.evaluation.options import EvaluateOptions
 from megapix.sample.options import SampleOptions
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 MARKS = {
     "identity": "what the run is: a resume must have the same value",
     "schedule": "may change on resume, which is logged",
