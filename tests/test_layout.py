@@ -49,7 +49,8 @@ ALLOWED = {
     "launch": "",
     "doctor": f"train {TRAIN}".replace(" evaluation", ""),
     "bench": f"train {TRAIN}".replace(" evaluation", ""),
-    "cli": f"train {TRAIN} sample parity launch doctor bench",
+    "report": "checkpoint monitoring resilience",
+    "cli": f"train {TRAIN} sample parity launch doctor bench report",
     "__main__": "cli",
     "data_prep": "errors files outage text console shards encoders",
 }
@@ -61,7 +62,7 @@ ONE_DOOR = {"deepspeed": "engine", "transformers": "encoders", "huggingface_hub"
 """Library -> the one package that imports it."""
 MOST_MODULES = 12
 """Modules that a package may have besides its __init__."""
-WITHOUT_TORCH = ("config", "shards", "costs", "launch", "cli.parse")
+WITHOUT_TORCH = ("config", "shards", "costs", "launch", "report", "cli.parse")
 NEEDS_TORCH = "shards.statistics"
 HELP = [
     "megapix --help",
@@ -75,6 +76,9 @@ HELP = [
     "megapix sample --help",
     "megapix evaluate --help",
     "megapix bench step tiny --help",
+    "megapix runs --help",
+    "megapix diff --help",
+    "megapix report --help",
     "data_prep --help",
     "data_prep --version",
 ]

@@ -7,6 +7,7 @@ import sys
 from megapix import __version__, outage
 from megapix.cli import environment
 from megapix.cli.images import evaluate, sample
+from megapix.cli.runs import diff, report, runs
 from megapix.cli.tools import bench, doctor, plan
 from megapix.cli.train import train
 from megapix.cli.weights import export, import_, reshard
@@ -38,6 +39,9 @@ Pretraining of PixelDiT, the pixel-space diffusion transformer, on DeepSpeed.
   import    turn a checkpoint that the authors released into a folder that the other commands read
   reshard   rewrite a checkpoint for another number of ranks
   evaluate  sample images and score them against reference statistics, or repeat a score (several ranks: launch)
+  runs      print a table of the runs in a folder: state, images seen, loss, score, speed
+  diff      print what two runs differ in: configuration, data, versions
+  report    write a run as one HTML page: curves, sample grids, health, data, machines
   doctor    preflight: check on every node what would make a `train` command fail later; with --parity, compare
             ZeRO-2 on these machines with a plain PyTorch reference
   bench     time a training step here: MFU against this machine's own peak, and where the time goes
@@ -54,6 +58,9 @@ COMMANDS = {
     "import": import_,
     "reshard": reshard,
     "evaluate": evaluate,
+    "runs": runs,
+    "diff": diff,
+    "report": report,
     "doctor": doctor,
     "bench": bench,
     "plan": plan,

@@ -31,7 +31,7 @@ from megapix.resilience import agreement
 from megapix.resilience.stopping import StopRequest, StopRequested
 from megapix.resilience.watchdog import Watchdog
 from megapix.train.resolve import ResolvedRun
-from megapix.train.run_folder import write_config
+from megapix.train.run_folder import note_process, write_config
 from megapix.train.small_evaluation import SmallEvaluation
 from megapix.train.validation_loss import ValidationLoss
 from megapix.weights import read, stages
@@ -118,6 +118,7 @@ def build(
     state = replace(saved.state if saved else fresh, config=c, cards=resolved.cards, layout=layout, files={})
     _announce(resolved, world, network, attention)
     write_config(world, resolved)
+    note_process(world, resolved)
     conditioner = of_run(c, resolved.text, world, device, folder)
     rows = conditioner.rows(c.log.grid_classes)
     for path in on_all_ranks(world, lambda: retention.settle(folder, saved) if world.main else []):

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import socket
+import time
 from pathlib import Path
 
 from megapix import config
 from megapix.config.ds_config import read_knobs
 from megapix.dist import World, agree, gather, on_all_ranks
 from megapix.files import read_bytes, size_of, write_atomic
+from megapix.monitoring import processes
 from megapix.outage import error_of
 from megapix.train.resolve import ResolvedRun
 
@@ -81,3 +84,13 @@ def write_config(world: World, resolved: ResolvedRun) -> None:
         if found != expected
         else None,
     )
+
+
+def note_process(world: World, resolved: ResolvedRun) -> None:
+    """Add this start of the run to what its folder says of its processes. Every rank calls it."""
+    hosts = tuple(dict.fromkeys(gather(world, socket.gethostname())))
+    if not world.main:
+        return
+    seen, index = resolved.saved.state.counters.images_seen if resolved.saved else 0, resolved.located.index
+    start = time.time(), seen, world.size, hosts, resolved.cards, processes.versions(), index.samples, index.digest
+    processes.note(Path(resolved.config.out), processes.Process(*start))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
@@ -22,6 +24,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megapix.checkpoint.folder import latest
+from megapix.monitoring.processes import processes
 from megapix.monitoring.tensorboard import Writer
 from tests.support.launch import free_port, succeed
 from tests.support.programs import needs
@@ -114,6 +117,13 @@ def test_every_step_once_in_the_files(interrupted: Path) -> None:
     events.Reload()
     assert [event.step for event in events.Scalars("loss/train")] == EXPECTED
     assert [event.step for event in events.Images("samples/ema")] == [4, 8]
+
+
+def test_each_start_is_noted(interrupted: Path) -> None:
+    first, second = processes(interrupted)
+    assert (first.images_seen, second.images_seen) == (0, BACK_TO * STEP_BATCH)
+    assert (second.ranks, second.hosts, second.cards) == (1, (socket.gethostname(),), "CPUs")
+    assert (second.samples, second.versions["torch"]) == (40, version("torch"))
 
 
 @pytest.mark.parametrize("loading", ["true", pytest.param("false", marks=pytest.mark.long)])

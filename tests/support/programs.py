@@ -13,6 +13,7 @@ import pytest
 
 PACKAGES = {
     "chattr": "e2fsprogs",
+    "chromium": "chromium",
     "git": "git",
     "ip": "iproute2",
     "mount": "mount",
