@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from array import array
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 from data_prep.filters.rules import Filters, check_columns
 from data_prep.filters.survey import UNREADABLE, survey
 from data_prep.listing.base import Item, Reader
+from data_prep.lists.items import Some
 from megapix.shards.image_policy import Policy
 
 
@@ -29,13 +31,19 @@ def by_metadata(
         InputError: a column that not one sample has.
     """
     if filters.columns or keep:
-        found = {column for about in {item.about for item in items if item.about} for column in json.loads(about)}
+        found = set[str]()
+        for item in items:
+            found.update(json.loads(item.about) if item.about else ())
         check_columns(filters, keep, found)
     if not (filters.captions or filters.where or filters.language):
         return items, Counter()
-    verdicts = ["" if item.fault else filters.of_sample(item.caption, item.about) for item in items]
-    left = [item for item, option in zip(items, verdicts, strict=True) if not option]
-    return left, Counter(option for option in verdicts if option)
+    left, taken = array("q"), Counter[str]()
+    for n, item in enumerate(items):
+        if not item.fault and (option := filters.of_sample(item.caption, item.about)):
+            taken[option] += 1
+        else:
+            left.append(n)
+    return Some(items, left), taken
 
 
 def by_pixels(
@@ -51,6 +59,6 @@ def by_pixels(
     that are left cannot be read."""
     verdicts = survey(reader, items, filters, policy, workers, out, progress)
     options = filters.options
-    left = [items[n] for n in np.flatnonzero((verdicts == 0) | (verdicts == UNREADABLE)).tolist()]
+    left = Some(items, np.flatnonzero((verdicts == 0) | (verdicts == UNREADABLE)))
     taken = Counter({option: int((verdicts == number).sum()) for number, option in enumerate(options, 1)})
     return left, +taken, int((verdicts == UNREADABLE).sum())

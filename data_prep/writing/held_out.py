@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.listing.base import Entries, Item, Reader, Source
+from data_prep.lists.items import Some
 from megapix.errors import InputError
 
 PLACES = 1 << 64
@@ -137,7 +138,7 @@ def folders_of(source: Source, out: Path, hold: HoldOut | None) -> list[tuple[So
         return [(source, out)]
     found: list[tuple[Source, Path]] = []
     for side in hold.sides(item.name for item in source.items if not item.fault):
-        items = [item for item in source.items if side.has(item.name)]
+        items = Some(source.items, [n for n, item in enumerate(source.items) if side.has(item.name)])
         # A tar file that cannot be read goes to one of the folders, as a sample does.
         unreadable = {name: reason for name, reason in source.entries.unreadable.items() if side.has(name)}
         others = len(source.items) - len(items) + len(source.entries.unreadable) - len(unreadable)

@@ -9,15 +9,18 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections import defaultdict
+from array import array
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
+
 from data_prep.filters.rules import NO_FILTERS, Filters
 from data_prep.listing.archives import UNPACKED
 from data_prep.listing.base import Item, Source
+from data_prep.lists.order import Order, check_unique
 from megapix.errors import InputError
 from megapix.files import write_atomic
 from megapix.shards.image_policy import Policy
@@ -73,33 +76,14 @@ class Job(NamedTuple):
 
 def jobs(items: Sequence[Item], options: Options, buckets: Sequence[int] | None = None) -> Iterator[Job]:
     """Sort by bucket, shuffle each by seed (in the order of a hash of seed and name, the same everywhere), and cut."""
-    number, first = 0, 0
-    for bucket in sorted(set(buckets)) if buckets is not None else (0,):
-        shuffled = _shuffled([n for n in range(len(items)) if buckets is None or buckets[n] == bucket], items, options)
+    number, first, order = 0, 0, Order.of(items, options.seed)
+    of = np.zeros(len(items), np.uint16) if buckets is None else np.asarray(buckets, np.uint16)
+    for bucket in np.unique(of).tolist():
+        shuffled = order.shuffled(np.flatnonzero(of == bucket), options.samples_per_shard)
         for start in range(0, len(shuffled), options.samples_per_shard):
-            part = shuffled[start : start + options.samples_per_shard]
+            part = shuffled[start : start + options.samples_per_shard].tolist()
             yield Job(number, first, bucket, tuple(items[n] for n in part))
             number, first = number + 1, first + len(part)
-
-
-def _shuffled(chosen: list[int], items: Sequence[Item], options: Options) -> list[int]:
-    """Shuffle the samples; where they lie in chunks, the chunks, and the samples of as many of them as fill a shard:
-    a shard then reads from few."""
-
-    def place(text: str) -> bytes:
-        return hashlib.sha256(f"{options.seed}/{text}".encode()).digest()[:16]
-
-    chunks: dict[str, list[int]] = defaultdict(list)
-    for n in chosen:
-        chunks[items[n].chunk].append(n)
-    out: list[int] = []
-    window: list[int] = []
-    for chunk in sorted(chunks, key=place):
-        window += chunks[chunk]
-        if len(window) >= options.samples_per_shard:
-            out += sorted(window, key=lambda n: place(items[n].name))
-            window = []
-    return out + sorted(window, key=lambda n: place(items[n].name))
 
 
 def describe(source: Source, options: Options) -> dict[str, Any]:
@@ -108,17 +92,16 @@ def describe(source: Source, options: Options) -> dict[str, Any]:
     Raises:
         InputError: two samples of the same name, or a name that is not UTF-8.
     """
-    digest, seen = hashlib.sha256(), set()
+    digest, hashes = hashlib.sha256(), array("q")
     for item in source.items:
-        if item.name in seen:
-            raise InputError(f"the source holds {item.name!r} twice; names must be unique")
-        seen.add(item.name)
+        hashes.append(hash(item.name))
         try:
             digest.update(f"{item.name}\t{item.label}\t{item.caption}\n".encode())
             if item.about:
                 digest.update(f"{item.about}\n".encode())
         except UnicodeEncodeError as error:
             raise InputError(f"image {item.name!a} has a name or caption that is not UTF-8") from error
+    check_unique(np.asarray(hashes, np.int64), source.items)
     return {
         **source.about,
         **of_policy(options.policy, options.bucket_min),
