@@ -110,12 +110,12 @@ def test_names_are_unique() -> None:
     items = items_of(50)
     options = Options(Policy.make("crop", 16))
     assert describe(Listed(items), options) == describe(Listed(packed(items)), options)  # type: ignore[arg-type]
-    with pytest.raises(InputError, match="the source holds 'a/00007 ü[.]jpg' twice; names must be unique"):
+    with pytest.raises(InputError, match=r"the source holds 'a/00007 ü[.]jpg' twice; names must be unique"):
         describe(Listed([*items, items[7], items[3], items[7]]), options)  # type: ignore[arg-type]
 
 
 def test_memory_does_not_grow_with_captions() -> None:
-    count, caption = 40_000, "a caption " * 30
+    count, caption = 10_000, "a caption " * 30
     tracemalloc.start()
     try:
         made = Items()
@@ -124,6 +124,6 @@ def test_memory_does_not_grow_with_captions() -> None:
         options = Options(Policy.make("crop", 16))
         describe(Listed(made), options)  # type: ignore[arg-type]
         assert sum(len(job.items) for job in jobs(made, options)) == count
-        assert tracemalloc.get_traced_memory()[1] < 100 * count, "100 bytes a sample, which has more than 300"
+        assert tracemalloc.get_traced_memory()[1] < 60 * count + (2 << 20), "a sample has more than 300 bytes"
     finally:
         tracemalloc.stop()
