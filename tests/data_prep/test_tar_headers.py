@@ -103,3 +103,11 @@ def test_damaged_headers_are_never_read_otherwise_than_by_tarfile(kind: str, tmp
             taken += 1
             assert found.members == by_tarfile(path)
     assert 30 < taken < 290
+
+
+def test_wrong_checksums_are_left_to_tarfile(tmp_path: Path) -> None:
+    data = bytearray(tar_with(tmp_path / "a.tar", "gnu").read_bytes())
+    at = data.index(b"7.cls")
+    data[at] = ord("8")
+    (tmp_path / "a.tar").write_bytes(data)
+    assert walk(tmp_path / "a.tar") is None
