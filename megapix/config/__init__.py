@@ -41,7 +41,15 @@ from megapix.config.presets import (
     tiny,
 )
 from megapix.config.spans import MAY_BE_NEVER, SPANS, BatchLayout, batch_layout, freeze, images
-from megapix.config.training import DataConfig, FlowConfig, ModelConfig, OptimConfig, RepaConfig, TextConfig
+from megapix.config.training import (
+    DataConfig,
+    FlowConfig,
+    ModelConfig,
+    OptimConfig,
+    RepaConfig,
+    TextConfig,
+    share_in_words,
+)
 
 __all__ = [
     "CHUNK",
@@ -94,6 +102,7 @@ __all__ = [
     "recomputed_blocks",
     "released_text",
     "replace",
+    "share_in_words",
     "t2i_tiny",
     "text_to_image",
     "tiny",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -132,6 +133,28 @@ class OptimConfig:
     """Maximum norm of the whole gradient; 0 switches clipping off."""
     ema_decay: float = marks.identity(0.9999)
     """Decay of the EMA of the fp32 weights, at each applied step."""
+    ema_warmup: bool = marks.identity(False)
+    """Let the decay rise to ema_decay: at applied step k it is the smaller of ema_decay and (1 + k) / (10 + k).
+    Then the EMA soon forgets the initial weights. The paper's recipe has none."""
+
+    def ema_decay_at(self, step: int) -> float:
+        """Decay of the EMA at an applied step, counted from 1 (the rising one is TensorFlow's
+        `ExponentialMovingAverage` with `num_updates`)."""
+        return min(self.ema_decay, (1 + step) / (10 + step)) if self.ema_warmup else self.ema_decay
+
+    def ema_share(self, steps: int) -> float:
+        """Share of the EMA, 0 to 1, that is still the weights that the run began with, after as many applied steps: the
+        product of all decays. AdamW's steps in a checkpoint count through resumes and rollbacks as the EMA does."""
+        rising = 0
+        if self.ema_warmup:  # steps with (1 + k) / (10 + k) below ema_decay: their product is (s+1)! 10! / (s+10)!
+            rising = min(steps, max(0, math.ceil((10 * self.ema_decay - 1) / (1 - self.ema_decay)) - 1))
+        risen = math.lgamma(rising + 2) + math.lgamma(11) - math.lgamma(rising + 11)
+        return math.exp(risen) * self.ema_decay ** (steps - rising)
+
+
+def share_in_words(share: float | None) -> str:
+    """A clause about what `OptimConfig.ema_share` says; empty up to 1 %, or where it is not known."""
+    return f"{share:.0%} of the EMA is still the weights that the run began with" if share and share > 0.01 else ""
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ EMA = "ema"
 
 class AdamWWithEMA(torch.optim.AdamW):
     """torch's AdamW; after each step `ema ← ema + (1 - decay)·(p - ema)`, starting from the initial weights.
+    `ema_decay` is the decay, or gives that of an applied step, counted from 1.
 
     torch's foreach implementation equals its for-loop one bit for bit and makes fewer temporaries; `fused` computes a
     step in one pass over memory, equal but for rounding.
@@ -34,11 +35,13 @@ class AdamWWithEMA(torch.optim.AdamW):
         lr: float,
         betas: tuple[float, float],
         weight_decay: float,
-        ema_decay: float,
+        ema_decay: float | Callable[[int], float],
         fused: bool = False,
     ) -> None:
         super().__init__(params, lr=lr, betas=betas, weight_decay=weight_decay, foreach=not fused, fused=fused)
         self.ema_decay, self.fused = ema_decay, fused
+        self.steps = 0
+        """Applied steps, which the state counts too, perhaps on a device."""
         self.clipping: ClippedMean | None = None
         self.skipped: Callable[[], None] = lambda: None
 
@@ -63,9 +66,11 @@ class AdamWWithEMA(torch.optim.AdamW):
     @torch.no_grad()
     def update_ema(self) -> None:
         """Move the EMA towards the weights that the step has made; a part of `step`."""
+        self.steps += 1
+        decay = self.ema_decay(self.steps) if callable(self.ema_decay) else self.ema_decay
         for p in self._params():
             if p.grad is not None:
-                self.state[p][EMA].lerp_(p, 1.0 - self.ema_decay)
+                self.state[p][EMA].lerp_(p, 1.0 - decay)
 
     def _clip(self, clipping: ClippedMean) -> bool:
         """Make the one parameter's gradient the clipped mean; False if it is not finite."""

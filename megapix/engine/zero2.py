@@ -146,6 +146,7 @@ class Zero2Engine:
 
         on_all_ranks(world, fill)
         self.optimizer.state[self.partition]["step"].fill_(state.adam_steps)
+        self.optimizer.steps = state.adam_steps
         self._weights_from_masters()
         self.schedule.load_state_dict({"images_seen": state.counters.images_seen})
 
@@ -204,7 +205,7 @@ def build(config: Config, layout: BatchLayout, network: PixelDiT, knobs: dict[st
     """
     o = config.optim
     initial = [p.detach().clone() for p in network.parameters()] if config.precision == "bf16" else []
-    settings = o.lr, (o.beta1, o.beta2), o.weight_decay, o.ema_decay
+    settings = o.lr, (o.beta1, o.beta2), o.weight_decay, o.ema_decay_at
     optimizer = AdamWWithEMA(network.parameters(), *settings, fused=config.machine.fused_adamw)
     try:
         engine, *_ = deepspeed.initialize(

@@ -67,11 +67,14 @@ class Manifest:
     """Of a network that takes text, whether they were stored, and the options that they were made with."""
     generator: Generator = "torch"
     """Of the noise, as the weights say; scores from before there was another one do not name it."""
+    initial_share: float | None = None
+    """Of an EMA, the share that is still the weights that its run began with; the weights' hash has it already."""
 
     @property
     def key(self) -> str:
-        """SHA-256 of everything but paths."""
+        """SHA-256 of everything but paths, and but what follows from the weights."""
         data = asdict(self)
+        del data["initial_share"]
         for name in SOURCES:
             del data[name]["path"]
         return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()

@@ -120,6 +120,7 @@ def _resolve(
             device=gpu,
             versions=versions(),
             generator=about.generator,
+            initial_share=about.initial_share,
         )
     _check(manifest, about)
     out, subjects = _out(options), manifest.classes

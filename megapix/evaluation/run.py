@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from megapix.config import share_in_words
 from megapix.diffusion.pictures import write_png
 from megapix.diffusion.sampler import not_finite
 from megapix.dist import World, agree, gather, on_all_ranks, warn
@@ -110,6 +111,8 @@ def _warn(resolved: ResolvedEvaluation) -> None:
     m = resolved.manifest
     for caution in resolved.standard.cautions("count", m.count):
         warn(caution)
+    if words := share_in_words(m.initial_share):
+        warn(f"{words} ({m.weights.path}); --raw takes the raw weights")
     if resolved.recorded:
         then = resolved.recorded.manifest
         for what, before, now in (("device", then.device, m.device), ("versions", then.versions, m.versions)):

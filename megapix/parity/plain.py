@@ -87,9 +87,10 @@ def train(
         if step == 0:
             trace.gradient = {n: m.grad.cpu() for n, m in zip(names, masters, strict=True) if m.grad is not None}
         optimizer.step()
+        decay = o.ema_decay_at(step + 1)
         with torch.no_grad():
             for average, master, p in zip(ema, masters, net.parameters(), strict=True):
-                average.mul_(o.ema_decay).add_(master, alpha=1.0 - o.ema_decay)
+                average.mul_(decay).add_(master, alpha=1.0 - decay)
                 p.copy_(master)
         trace.losses.append(total)
         trace.norms.append(norm.item())

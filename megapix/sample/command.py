@@ -10,6 +10,7 @@ from megapix import config
 from megapix.conditioning.conditioner import Classes
 from megapix.conditioning.prompts import of_prompts
 from megapix.diffusion.condition import Condition
+from megapix.dist import warn
 from megapix.errors import InputError
 from megapix.sample.options import SampleOptions
 from megapix.sample.outputs import DpgFiles, GenEvalFiles, GridFiles
@@ -31,6 +32,8 @@ def sample(o: SampleOptions) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     weights = load_weights(o.path, False if o.raw else None)
     about = weights.about
+    if words := config.share_in_words(about.initial_share):
+        warn(f"{words} ({about.source}); --raw takes the raw weights")
     sampling = config.override_sampling(
         about.sampling, o.interval, sampler=o.sampler, steps=o.steps, guidance=o.guidance, shift=o.shift
     )

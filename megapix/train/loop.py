@@ -259,6 +259,7 @@ def measure(run: Run, progress: Progress, report: Report, outcome: StepOutcome) 
     if outcome.stop:
         raise StopRequested
     begin = partial(run.watchdog.note, step, begins=True)
+    _tell_share(run, progress, report)
     if progress.due(c.log.samples_every):
         begin("sample")
         picture = ema_grid(run.engine, c, run.rows, run.world, run.device, partial(listen, "sample"))
@@ -270,6 +271,16 @@ def measure(run: Run, progress: Progress, report: Report, outcome: StepOutcome) 
     if run.evaluation and progress.due(c.evaluation.every):
         begin("evaluate")
         report.scalars(step, run.evaluation.scores(run.engine, listen))
+
+
+def _tell_share(run: Run, progress: Progress, report: Report) -> None:
+    """Say how much of an EMA that is about to be sampled is no training yet."""
+    c = run.config
+    sampled = (c.log.samples_every, *((c.evaluation.every,) if run.evaluation else ()))
+    words = config.share_in_words(c.optim.ema_share(run.engine.optimizer.steps))
+    if words and any(progress.due(span) for span in sampled):
+        run.world.say(f"step {progress.step}: {words}")
+        report.event(progress.step, words)
 
 
 def save_and_stop(run: Run, progress: Progress, report: Report) -> None:

@@ -41,6 +41,9 @@ class About:
     """The stages of training before this one, oldest first."""
     generator: Generator = "torch"
     """Of the noise that images start from: the run's `flow.generator`; a file that does not name it has torch's."""
+    initial_share: float | None = None
+    """Of an EMA, the share that is still the weights that its run began with (`OptimConfig.ema_share`); None where that
+    is not known."""
 
     @property
     def kind(self) -> str:
@@ -77,7 +80,8 @@ def about_saved(saved: Saved, ema: bool) -> About:
     c, state = saved.state.config, saved.state
     size, seen, source = c.data.image_size, state.counters.images_seen, str(saved.folder)
     generator = c.flow.generator
-    return About(c.model, c.sampling, size, c.text, state.classes, ema, source, seen, state.stages, generator)
+    share = c.optim.ema_share(state.adam_steps) if ema else None
+    return About(c.model, c.sampling, size, c.text, state.classes, ema, source, seen, state.stages, generator, share)
 
 
 def metadata_of(about: About) -> dict[str, str]:
@@ -105,4 +109,7 @@ def parsed(data: dict[str, Any], path: Path) -> About:
     classes, stages = tuple(data["classes"]), tuple(Stage(**stage) for stage in data.get("stages", ()))
     named = {"generator": data["generator"]} if "generator" in data else {}
     generator, ema, seen = config.from_dict(FlowConfig, named, str(path)).generator, data["ema"], data["images_seen"]
-    return About(model, sampling, size, text, classes, ema, str(path), seen, stages, generator)
+    share = data.get("initial_share")
+    if not isinstance(share, float | int | None):
+        raise ValueError(f"initial_share is {share!r}, not a number")
+    return About(model, sampling, size, text, classes, ema, str(path), seen, stages, generator, share)

@@ -121,7 +121,7 @@ def test_marks_are_complete_and_frozen() -> None:
         "data.reading_groups",
         *(f"model.{k}" for k in config.ModelConfig.__dataclass_fields__),
         *(f"flow.{k}" for k in config.FlowConfig.__dataclass_fields__),
-        *(f"optim.{k}" for k in ("global_batch", "beta1", "beta2", "weight_decay", "ema_decay")),
+        *(f"optim.{k}" for k in ("global_batch", "beta1", "beta2", "weight_decay", "ema_decay", "ema_warmup")),
         *(f"repa.{k}" for k in ("digest", "layer", "dtype")),
         *(f"text.{k}" for k in ("digest", "max_tokens", "normalize", "scale", "prefix", "dtype", "padding")),
     }  # fmt: skip
