@@ -7,37 +7,10 @@ import re
 from dataclasses import dataclass, field
 
 from megapix.config import IMAGENET_IMAGES
-from megapix.costs.flops import PEAK_TFLOPS, known_gpu
+from megapix.costs.flops import DATA_SHEETS, known_gpu
 from megapix.errors import InputError, one_of
 
 UNITS = {"GB": 10**9, "TB": 10**12, "GiB": 2**30, "TiB": 2**40, "MB": 10**6, "MiB": 2**20}
-
-MEMORY_AND_LINK = {
-    "A100": (2039.0, 300.0),
-    "H100 PCIe": (2000.0, 64.0),
-    "H100 NVL": (3900.0, 300.0),
-    "H100": (3350.0, 450.0),
-    "H200 NVL": (4800.0, 450.0),
-    "H200": (4800.0, 450.0),
-    "GH200": (4000.0, 450.0),
-    "B200": (8000.0, 900.0),
-}
-"""Name as in `flops.PEAK_TFLOPS` -> GB/s of its memory, and of its links to the others of a node in one direction
-(NVIDIA's data sheets of the A100 80GB SXM, and so on; H100 PCIe without bridges)."""
-
-
-GB = {
-    "A100": 80,
-    "H100 PCIe": 80,
-    "H100 NVL": 94,
-    "H100": 80,
-    "H200 NVL": 141,
-    "H200": 141,
-    "GH200": 96,
-    "B200": 180,
-}
-"""The same names -> 10^9 bytes of its memory."""
-
 
 FP32_SHARE = 0.07
 """fp32's peak as a share of bf16's on tensor cores (67 of 989 TFLOP/s, the H100's data sheet)."""
@@ -100,7 +73,8 @@ class PlanOptions:
     gpu_memory: str = ""
     """Memory per GPU, such as 80GB (10^9 bytes) or 80GiB (2^30); empty takes the data sheet's."""
     gpu: str = "H100"
-    """GPU whose data sheet gives peak and bandwidths: A100, H100, H100 PCIe, H100 NVL, H200, H200 NVL, GH200, B200."""
+    """GPU whose data sheet gives peak, memory and bandwidths: A100, H100, H100 PCIe, H100 NVL, H800, H800 PCIe, H20,
+    H200, H200 NVL, GH200, B200, RTX 4090, RTX 5090, RTX A6000, L40S, MI300X; or another, of which all is given."""
     scaling: tuple[int, ...] = (1, 8, 16, 64)
     """Numbers of GPUs in the scaling table."""
     images: int = IMAGENET_IMAGES
@@ -144,16 +118,18 @@ def machine(options: PlanOptions, precision: str, peak_tflops: float) -> Machine
         raise InputError(
             f"precision = {precision!r}: only bf16 peaks are known; give the GPU's with --machine.peak-tflops"
         )
-    a, (memory, link) = options.assume, MEMORY_AND_LINK[options.gpu]
+    a, sheet = options.assume, DATA_SHEETS.get(options.gpu)
+    if sheet is None and not (peak_tflops and a.memory and a.link):
+        raise _no_sheet(options.gpu)
     total = read_bytes("--gpu-memory", options.gpu_memory)
     reserve = _reserve(a.reserve, total)
     if reserve >= total:
         raise InputError(f"--assume.reserve = {a.reserve!r}: expected less than --gpu-memory = {options.gpu_memory!r}")
     return Machine(
         memory=total - reserve,
-        peak=(peak_tflops or PEAK_TFLOPS[options.gpu]) * 1e12,
-        memory_bandwidth=(a.memory or memory) * 1e9,
-        link=(a.link or link) * 1e9,
+        peak=(peak_tflops or (sheet.tflops if sheet else 0.0)) * 1e12,
+        memory_bandwidth=(a.memory or (sheet.memory if sheet else 0.0)) * 1e9,
+        link=(a.link or (sheet.link if sheet else 0.0)) * 1e9,
         network=a.network * 1e9,
         assume=a,
         text_encoder=options.text_encoder_parameters,
@@ -170,10 +146,10 @@ def of_card(name: str, memory: int, precision: str, peak_tflops: float) -> Machi
         peak_tflops: `machine.peak_tflops`; 0 takes the data sheet's.
     """
     known, a = known_gpu(name) or "A100", Assumptions()
-    bandwidth, link = MEMORY_AND_LINK[known]
+    sheet = DATA_SHEETS[known]
     share = 1.0 if precision == "bf16" else FP32_SHARE
-    peak = peak_tflops or PEAK_TFLOPS[known] * share
-    return Machine(memory, peak * 1e12, bandwidth * 1e9, link * 1e9, a.network * 1e9, a)
+    peak = peak_tflops or sheet.tflops * share
+    return Machine(memory, peak * 1e12, sheet.memory * 1e9, sheet.link * 1e9, a.network * 1e9, a)
 
 
 def nodes_of(options: PlanOptions, gpus: int) -> int:
@@ -197,9 +173,10 @@ def check(options: PlanOptions) -> PlanOptions:
         InputError: naming option, value and what would be right.
     """
     o = options
-    if o.gpu not in PEAK_TFLOPS:
-        raise InputError(f"--gpu = {o.gpu!r}: no data sheet is known{one_of(o.gpu, list(PEAK_TFLOPS))}")
-    o = dataclasses.replace(o, gpu_memory=o.gpu_memory or f"{GB[o.gpu]}GB")
+    gpu = _named(o.gpu)
+    if gpu not in DATA_SHEETS and not o.gpu_memory:
+        raise _no_sheet(o.gpu)
+    o = dataclasses.replace(o, gpu=gpu, gpu_memory=o.gpu_memory or f"{DATA_SHEETS[gpu].gigabytes}GB")
     for name, value, low in (("gpus", o.gpus, 1), ("nodes", o.nodes, 0), ("gpus-per-node", o.gpus_per_node, 1)):
         if value < low:
             raise InputError(f"--{name} = {value}: expected at least {low}")
@@ -227,6 +204,20 @@ def check(options: PlanOptions) -> PlanOptions:
         o = dataclasses.replace(o, gpus_per_node=o.gpus // o.nodes)
     nodes_of(o, o.gpus)
     return o
+
+
+def _no_sheet(gpu: str) -> InputError:
+    return InputError(
+        f"--gpu = {gpu!r}: no data sheet is known{one_of(gpu, list(DATA_SHEETS))}; of another GPU give --gpu-memory, "
+        "--machine.peak-tflops, --assume.memory and --assume.link"
+    )
+
+
+def _named(gpu: str) -> str:
+    """The name in DATA_SHEETS of a GPU as its driver or people name it: '4090', 'rtx 5090', 'a6000'."""
+    written = {name.lower(): name for name in DATA_SHEETS}
+    last = {name.split()[-1].lower(): name for name in DATA_SHEETS if name.startswith("RTX ")}
+    return written.get(gpu.lower()) or last.get(gpu.lower()) or known_gpu(gpu) or gpu
 
 
 SMALLEST, LARGEST = 0.001, 1e9

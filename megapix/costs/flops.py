@@ -9,7 +9,7 @@ width, C = 3 colours.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from megapix.config import Config, ModelConfig, recomputed_blocks
 
@@ -20,17 +20,43 @@ CHANNELS = 3
 TIMESTEP_CHANNELS = 256
 """Sinusoids of t; `tests/costs/test_flops.py` compares this and everything below with the network itself."""
 
-PEAK_TFLOPS = {
-    "A100": 312.0,
-    "H100 PCIe": 756.0,
-    "H100 NVL": 835.0,
-    "H100": 989.0,
-    "H200 NVL": 835.0,
-    "H200": 989.0,
-    "GH200": 989.0,
-    "B200": 2250.0,
+
+class DataSheet(NamedTuple):
+    """What a maker says of a GPU."""
+
+    tflops: float
+    """Dense bf16 peak with sums in fp32, in TFLOP/s."""
+    memory: float
+    """GB/s of its memory."""
+    link: float
+    """GB/s to the others of a node in one direction; PCIe's where there is nothing faster."""
+    gigabytes: int
+    """10^9 bytes of its memory."""
+
+
+DATA_SHEETS = {
+    "A100": DataSheet(312.0, 2039.0, 300.0, 80),
+    "H100 PCIe": DataSheet(756.0, 2000.0, 64.0, 80),
+    "H100 NVL": DataSheet(835.0, 3900.0, 300.0, 94),
+    "H100": DataSheet(989.0, 3350.0, 450.0, 80),
+    "H800 PCIe": DataSheet(756.0, 2000.0, 64.0, 80),
+    "H800": DataSheet(989.0, 3350.0, 200.0, 80),
+    "H20": DataSheet(148.0, 4000.0, 450.0, 96),
+    "H200 NVL": DataSheet(835.0, 4800.0, 450.0, 141),
+    "H200": DataSheet(989.0, 4800.0, 450.0, 141),
+    "GH200": DataSheet(989.0, 4000.0, 450.0, 96),
+    "B200": DataSheet(2250.0, 8000.0, 900.0, 180),
+    "RTX 4090": DataSheet(165.2, 1008.0, 32.0, 24),
+    "RTX 5090": DataSheet(209.5, 1792.0, 64.0, 32),
+    "RTX A6000": DataSheet(154.8, 768.0, 32.0, 48),
+    "L40S": DataSheet(362.0, 864.0, 32.0, 48),
+    "MI300X": DataSheet(1307.4, 5300.0, 448.0, 192),
 }
-"""Part of a GPU's name -> its dense bf16 peak in TFLOP/s (NVIDIA's data sheets, half of the figures with sparsity)."""
+"""Part of a GPU's name -> its data sheet: NVIDIA's, half of the figures with sparsity, of the A100 80GB SXM, and so on;
+of the RTX cards the appendices of the whitepapers of GA102, Ada and RTX Blackwell, at half rate with sums in fp32 for
+GeForce; AMD's of the Instinct MI300X, with its seven links to the others. PCIe cards without bridges."""
+PARTIAL = ("MIG", "Laptop", "D")
+"""Words in the name of a GPU that has less than the one that it is named after: a slice, or another chip."""
 
 
 def of_run(c: Config) -> int:
@@ -162,14 +188,14 @@ def peak_of(config: Config, device: torch.device) -> float | None:
 def peak_by_name(device_name: str) -> float | None:
     """Dense bf16 peak in TFLOP/s of a GPU of that name, as its driver gives it; None if the table lacks it."""
     known = known_gpu(device_name)
-    return PEAK_TFLOPS[known] if known else None
+    return DATA_SHEETS[known].tflops if known else None
 
 
 def known_gpu(device_name: str) -> str | None:
-    """Name in PEAK_TFLOPS of a GPU of that name, as its driver gives it; None if the table lacks it."""
+    """Name in DATA_SHEETS of a GPU of that name, as its driver gives it; None if the table lacks it."""
     words = device_name.replace("-", " ").split()
-    known = [name for name in PEAK_TFLOPS if set(name.split()) <= set(words)]
-    if not known or "MIG" in words:  # a MIG device is a slice of the GPU that it is named after
+    known = [name for name in DATA_SHEETS if set(name.split()) <= set(words)]
+    if not known or set(PARTIAL) & set(words):
         return None
     return max(known, key=len)
 

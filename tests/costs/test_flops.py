@@ -89,7 +89,19 @@ def test_peaks_by_name() -> None:
         "NVIDIA GH200 480GB": 989.0,
         "NVIDIA B200": 2250.0,
         "NVIDIA H100 80GB HBM3 MIG 1g.10gb": None,  # a slice of one
-        "NVIDIA GeForce RTX 4090": None,
+        "NVIDIA GeForce RTX 4090": 165.2,
+        "NVIDIA GeForce RTX 4090 D": None,
+        "NVIDIA GeForce RTX 4090 Laptop GPU": None,
+        "NVIDIA GeForce RTX 5090": 209.5,
+        "NVIDIA RTX A6000": 154.8,
+        "NVIDIA RTX 6000 Ada Generation": None,
+        "NVIDIA L40S": 362.0,
+        "NVIDIA L40": None,
+        "NVIDIA H20": 148.0,
+        "NVIDIA H800": 989.0,
+        "NVIDIA H800 PCIe": 756.0,
+        "AMD Instinct MI300X": 1307.4,
+        "NVIDIA GeForce RTX 3090": None,
     }
     assert {name: flops.peak_by_name(name) for name in peaks} == peaks
 

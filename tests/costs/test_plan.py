@@ -238,6 +238,17 @@ def test_fused_kernels_are_not_planned_with_chunks() -> None:
 def test_defaults_of_a_gpu_and_what_offload_takes_on_the_host() -> None:
     h200 = assumptions.check(PlanOptions(gpu="H200", assume=Assumptions(reserve="0GB")))
     assert assumptions.machine(h200, "bf16", 0.0).memory == 141 * 10**9
+
+
+def test_a_gpu_by_any_of_its_names_and_one_of_which_all_is_given() -> None:
+    for gpu in ("4090", "rtx 4090", "NVIDIA GeForce RTX 4090"):
+        found = assumptions.check(PlanOptions(gpu=gpu, assume=Assumptions(reserve="0GB")))
+        m = assumptions.machine(found, "bf16", 0.0)
+        assert (found.gpu, m.memory, m.peak) == ("RTX 4090", 24 * 10**9, 165.2e12)
+        assert (m.memory_bandwidth, m.link) == (1008e9, 32e9)
+    other = PlanOptions(gpu="X1", gpu_memory="7GB", assume=Assumptions(reserve="0GB", memory=900.0, link=30.0))
+    m = assumptions.machine(assumptions.check(other), "bf16", 70.0)
+    assert (m.memory, m.peak, m.memory_bandwidth, m.link) == (7 * 10**9, 70e12, 900e9, 30e9)
     c = config.replace(config.preset("xl-256"), "machine.pixel_checkpointing", "offload")
     assert memory.of_rank(c, ZERO2, 8, 32, 1).host / 2**20 == pytest.approx(32 * 184.4, abs=4)
 
@@ -303,6 +314,7 @@ def test_the_plan_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
             ["xl-256", "--gpu-memory", "4GB", "--assume.reserve", "6GB"],
             "--assume.reserve = '6GB': expected less than --gpu-memory = '4GB'",
         ),
+        (["xl-256", "--gpu", "T4", "--gpu-memory", "16GB"], "of another GPU give --gpu-memory, --machine.peak-tflops"),
         (["xl-256", "--gpu", "H1000"], "--gpu = 'H1000': no data sheet is known (did you mean 'H100'?)"),
         (["xl-256", "--gpus", "0"], "--gpus = 0: expected at least 1"),
         (["xl-256", "--gpus", "8", "--nodes", "3"], "(8 = 3 x 2 + 2)"),
