@@ -1,6 +1,9 @@
 """megapix: pretraining of PixelDiT, the pixel-space diffusion transformer, on DeepSpeed.
 
-net = megapix.load_model("runs/quickstart")                    # the EMA, in eval mode
+pipeline = megapix.load("runs/quickstart")                     # the EMA, with the run's sampling settings
+images = pipeline(classes=[0, "flags"], seed=1)                # PIL images; prompts=[...] where it takes text
+
+net = megapix.load_model("runs/quickstart")                    # the network alone, in eval mode
 images = megapix.sample.generate(net, noise, labels, steps=50, guidance=2.0)   # labels [B] int64
 
 For a network that takes text, or a callable of your own, give a `megapix.condition.Condition` in place of the labels.
@@ -12,17 +15,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from megapix.diffusion import condition as condition
+    from megapix.ports.load import load as load
     from megapix.weights.read import load_model as load_model
 
 __version__ = "0.2.0"
 """pyproject.toml reads it here."""
-__all__ = ["condition", "load_model", "sample"]
+__all__ = ["condition", "load", "load_model", "sample"]
 
 
 def __getattr__(name: str) -> Any:
     """Import torch only when something that needs it is used: the command line answers --help without it."""
     import importlib
 
+    if name == "load":
+        return importlib.import_module("megapix.ports.load").load
     if name == "load_model":
         return importlib.import_module("megapix.weights.read").load_model
     if name == "condition":

@@ -17,15 +17,20 @@ from megapix.files import check_writable
 @dataclass(frozen=True)
 class ExportOptions:
     """Write the EMA (or raw) weights of a run or checkpoint as one safetensors file, a chunk at a time, with
-    the configuration in its metadata. Or write a torch file as the authors of PixelDiT do."""
+    the configuration in its metadata. Or write what other programs load."""
 
     path: tyro.conf.Positional[Path]
     """Run folder (its newest whole checkpoint) or checkpoint folder;
-    for nvlabs also an exported file or imported folder."""
+    for other formats than safetensors also an exported file or imported folder."""
     out: Path
-    """File to write, such as pixeldit.safetensors; `megapix sample`, `load_model` and `train --init` read it."""
-    format: Literal["safetensors", "nvlabs"] = "safetensors"
-    """'nvlabs' writes a torch file (.ckpt, .pth) with the authors' names: docs/weights.md."""
+    """File to write, such as pixeldit.safetensors; `megapix sample`, `load_model` and `train --init` read it.
+    For diffusers a new folder."""
+    format: Literal["safetensors", "nvlabs", "comfyui", "diffusers"] = "safetensors"
+    """'nvlabs' writes a torch file (.ckpt, .pth) with the authors' names, 'comfyui' a safetensors file of a text
+    network for ComfyUI, 'diffusers' a folder in diffusers' layout, which samples by its own pipeline.py:
+    docs/weights.md."""
+    shard_gib: float = 10.0
+    """For diffusers: GiB of weights in a file, above which there are several."""
     raw: bool = False
     """Export the raw weights instead of the EMA (the default)."""
     ema: bool = False
@@ -39,15 +44,31 @@ def export(arguments: list[str], world: World) -> int:
     if options.raw and options.ema and not theirs:
         raise InputError("--ema and --raw: expected one of them")
     check_writable("--out", options.out)
-    from megapix.weights import nvlabs, write
+    if not 0 < options.shard_gib < float("inf"):
+        raise InputError(f"--shard-gib = {options.shard_gib}: expected above 0")
+    from megapix.weights import nvlabs, read, write
 
-    if theirs:
+    if options.format in ("comfyui", "diffusers"):
+        weights = read.stored_weights(options.path, False if options.raw else True if options.ema else None)
+        if options.format == "comfyui":
+            from megapix.ports import comfyui
+
+            written = [comfyui.write(weights, options.out)]
+        else:
+            from megapix.ports import diffusers
+
+            written = [diffusers.write(weights, options.out, int(options.shard_gib * 2**30))]
+    elif theirs:
         kinds = [kind for kind, flag in ((True, options.ema), (False, options.raw)) if flag]
         written = nvlabs.export(options.path, options.out, kinds or [None])
     else:
         written = [write.export(options.path, options.out, not options.raw)]
     for about in written:
         print(f"megapix: {options.out}: the {about.kind} of {about.source}")
+    if different := config.unlike_released(written[0].model, written[0].text):
+        print(
+            f"megapix: note: the released code and its ports do not run this network as it is: {'; '.join(different)}"
+        )
     return 0
 
 

@@ -151,6 +151,19 @@ def validate_model(m: ModelConfig) -> None:
     need(m.pixel_width % 4 == 0, "pixel_width", "a multiple of 4")
 
 
+def unlike_released(model: ModelConfig, text: TextConfig) -> tuple[str, ...]:
+    """What the released code and its ports (ComfyUI, diffusers) would not load, or not run as it was trained: each
+    option with its value and theirs; empty if there is nothing."""
+    found = [] if model.mlp == "swiglu" else [f"model.mlp = {model.mlp!r}, not 'swiglu'"]
+    if model.text_width:
+        theirs = {"normalize": "none", "scale": 1.0, "padding": "attended"}
+        ours = {key: getattr(text, key) for key in theirs}
+        if model.convention != "released":
+            found.append(f"model.convention = {model.convention!r}, not 'released'")
+        found += [f"text.{key} = {ours[key]!r}, not {value!r}" for key, value in theirs.items() if ours[key] != value]
+    return tuple(found)
+
+
 def aligned_layer(config: Config) -> int:
     """Patch block, counted from 1, that REPA aligns: repa.layer, or the paper's."""
     return config.repa.layer or paper_layer(config.model)

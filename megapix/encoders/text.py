@@ -32,7 +32,7 @@ from megapix.shards.text_recipe import Recipe
 
 EXAMPLE = "google/gemma-2-2b-it"
 """The paper's encoder, on the hub."""
-EPS = 1e-6
+FEATURE_EPS = 1e-6
 """Added to a token's mean square."""
 UNUSED = r"(^|\.)(pooler|lm_head)\."
 """Tensors that hidden states do not depend on; a folder may lack them."""
@@ -218,7 +218,7 @@ class TextEncoder:
         told = {"input_ids": _to(shown, device), "attention_mask": _to(mask, device)}
         hidden = self._model(**told).last_hidden_state.float()
         if self.recipe.normalize == "rms":
-            hidden = hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + EPS)
+            hidden = hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + FEATURE_EPS)
         hidden = hidden * self.recipe.scale
         return [torch.cat([hidden[row, :1], hidden[row, some.start : some.end]]) for row, some in enumerate(tokens)]
 

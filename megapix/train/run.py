@@ -15,7 +15,7 @@ from megapix.checkpoint import retention
 from megapix.checkpoint.manifest import Counters, Stage, State
 from megapix.checkpoint.saver import Saver
 from megapix.conditioning.conditioner import Conditioner, of_run
-from megapix.config import Config
+from megapix.config import Config, unlike_released
 from megapix.config.ds_config import unproven
 from megapix.data import workers
 from megapix.diffusion import flow
@@ -192,6 +192,8 @@ def _announce(resolved: ResolvedRun, world: World, network: PixelDiT, attention:
     about = resolved.text.about or f"in {len(index.classes)} classes"
     world.say(f"run {c.out}: {millions:.1f} M parameters, {c.precision}, {index.samples:,} images {about}")
     world.say(f"global batch {layout}")
+    if different := unlike_released(c.model, c.text):
+        world.say(f"note: released code and its ports will not run this network as it is: {'; '.join(different)}")
     world.say(f"attention: {attention}")
     for key in unproven(c) if world.main and torch.cuda.is_available() else ():
         dist.warn(f"{key}: docs/parity.md tests it on CPU ranks only; `megapix doctor --parity` tests it on these GPUs")
