@@ -78,7 +78,8 @@ class ImportOptions:
     in its metadata, and config.json. The network is recognised by its shapes; the numbers stay as they are."""
 
     checkpoint: tyro.conf.Positional[Path]
-    """Torch file (.ckpt, .pth) with the authors' names, behind denoiser., ema_denoiser., another prefix or none."""
+    """Torch file (.ckpt, .pth) or safetensors with the authors' names, behind denoiser., ema_denoiser., another prefix
+    or none; of several safetensors files one of them, their index, or the folder."""
     out: Path
     """New folder; `megapix sample`, `export`, `load_model` and `train --init` read it."""
     ema: bool = False

@@ -8,7 +8,7 @@ from megapix.checkpoint import vectors
 from megapix.config import unlike_released
 from megapix.errors import InputError
 from megapix.files import appearing
-from megapix.weights.about import About, Weights, metadata_of
+from megapix.weights.about import About, Weights
 
 PREFIX = "core."
 """What stands before each name, as in the released file: ComfyUI knows the network by `core.pixel_embedder.proj.weight`
@@ -32,5 +32,5 @@ def write(weights: Weights, out: Path) -> About:
     tensors = {PREFIX + name: (tuple(t.shape), vectors.chunks(t.flatten())) for name, t in weights.tensors.items()}
     dtypes = {PREFIX + name: t.dtype for name, t in weights.tensors.items()}
     with appearing(out) as temporary:
-        vectors.write(temporary, tensors, metadata_of(about) | {"format": "pt"}, dtypes)
+        vectors.write(temporary, tensors, {"format": "pt"}, dtypes)
     return about

@@ -229,7 +229,10 @@ class PixelDiTPipeline:
             if not (name or text.encoder):
                 raise InputError(f"{self.settings.source} names no text encoder: give encoder='FOLDER_OR_HUB_NAME'")
             wanted, option = recipe_of(text, width), "encoder" if name else "text.encoder"
-            found = text_encoder.load(name or text.encoder, wanted, text.micro_batch, option)
+            try:
+                found = text_encoder.load(name or text.encoder, wanted, text.micro_batch, option)
+            except ModuleNotFoundError as error:
+                raise InputError(f"prompts need a text encoder: pip install transformers ({error})") from error
             if text.digest not in ("", found.digest) or found.width != width:
                 raise InputError(
                     f"{option} = {name or text.encoder!r} has the digest {found.digest[:16]}… and width {found.width}; "

@@ -1,6 +1,7 @@
 """Weights as the authors of PixelDiT release them: in and out.
 
-A release is a torch file (`.ckpt`, `.pth`) whose `state_dict` holds our parameters by the same names behind a prefix:
+A release is a torch file (`.ckpt`, `.pth`), whose `state_dict` holds our parameters by the same names behind a prefix;
+or it is safetensors files of such names:
 
     ema_denoiser.patch_blocks.0.attn.qkv.weight     the EMA
     denoiser.patch_blocks.0.attn.qkv.weight         the raw weights
@@ -32,6 +33,7 @@ from megapix.config import Convention, ModelConfig, TextConfig
 from megapix.errors import InputError
 from megapix.files import appearing
 from megapix.model import build
+from megapix.weights import released_files
 from megapix.weights.about import About, Weights
 from megapix.weights.read import check_shapes, first, shapes_of, stored_weights
 
@@ -171,14 +173,16 @@ def _held(path: Path, trust: bool) -> dict[str, dict[str, Any]]:
     if not held:
         raise InputError(
             f"{path} has no state_dict with tensors: its keys are {first(list(file)) or 'none'}; "
-            "expected a released checkpoint (.ckpt or .pth)"
+            "expected a released checkpoint (.ckpt, .pth or .safetensors)"
         )
     return held
 
 
 def _load(path: Path, trust: bool) -> Any:
+    if released_files.holds_safetensors(path):
+        return released_files.read(path)
     if not path.is_file():
-        raise InputError(f"{str(path)!r} is no file; expected a released checkpoint (.ckpt or .pth)")
+        raise InputError(f"{str(path)!r} is no file; expected a released checkpoint (.ckpt, .pth or .safetensors)")
     mapped, zipped = _check_archive(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=not trust, mmap=mapped)

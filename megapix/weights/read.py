@@ -144,7 +144,7 @@ def _opened(path: Path, ema: bool | None) -> Iterator[tuple[Any, About]]:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             if METADATA not in metadata:
-                raise InputError(f"{path} has no {METADATA!r} in its metadata: {EXPECTED}")
+                raise InputError(f"{path} has no {METADATA!r} in its metadata: {EXPECTED}; megapix import reads others")
             about = parsed(json.loads(metadata[METADATA]), path)
             if ema not in (None, about.ema):
                 kinds = {True: "EMA", False: "raw"}

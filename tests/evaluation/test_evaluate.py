@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
+import subprocess
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,7 +33,7 @@ from megapix.shards.index import read_index
 from megapix.shards.statistics import Reference, read_reference, write_reference
 from megapix.weights.about import About
 from megapix.weights.read import load_model
-from tests.support.launch import FreshLaunch, Launch, start, succeed, succeeded
+from tests.support.launch import ROOT, FreshLaunch, Launch, start, succeed, succeeded
 from tests.support.small_run import SMALL
 
 COUNT, BATCH = 22, 4
@@ -89,6 +91,20 @@ def first(files: Files, tmp_path_factory: pytest.TempPathFactory) -> Path:
 # ---------------------------------------------------------------------------------------------------------------------
 # Statistics and images
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_nothing_of_deepspeed_is_needed(files: Files, tmp_path: Path) -> None:
+    """To sample, to export and to evaluate on one rank."""
+    net, commands = str(files.net), [files.command(tmp_path / "score", "--count", "4")]
+    commands.append(["sample", net, "--per-class", "1", "--steps", "1", "--out", str(tmp_path / "a.png")])
+    for form in ("nvlabs", "diffusers"):
+        commands.append(["export", net, "--format", form, "--out", str(tmp_path / form)])
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.programs.no_deepspeed", json.dumps(commands)],
+        cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "score" in done.stdout
 
 
 def test_the_statistics_are_those_of_all_images(files: Files, image_folder: Path, shards: Path) -> None:

@@ -26,7 +26,8 @@ def text_to_image(
     state: dict[str, Tensor], patch: int, noise: Tensor, text: Tensor, empty: Tensor, steps: int, guidance: float,
     shift: float,
 ) -> Tensor:  # fmt: skip
-    """Flow-matching Euler: the network is called with 1000·sigma and all text tokens, and predicts noise - image."""
+    """Flow-matching Euler: the network is called with 1000·sigma and all text tokens, and predicts noise - image; every
+    step is guided."""
     x, sigmas = noise.double(), shifted_sigmas(steps, shift)
     attended = torch.ones(text.shape[:2], dtype=torch.bool)
     for sigma, following in pairwise(sigmas):
@@ -84,8 +85,8 @@ def class_conditional(
     state: dict[str, Tensor], config: dict[str, Any], noise: Tensor, classes: list[int], steps: int, guidance: float,
     shift: float,
 ) -> Tensor:  # fmt: skip
-    """The port's loop: time from 0 (noise) to 1, image - noise, a second Adams–Bashforth step after an Euler one; the
-    null class is number num_classes."""
+    """The port's loop: time from 0 (noise) to 1, image - noise, Adams–Bashforth steps after an Euler one, guidance in
+    the open interval (0, 1); the null class is number num_classes."""
     grid = torch.cat([torch.linspace(0, 1 - 1 / steps, steps), torch.ones(1)])
     grid = (grid / (grid + (1 - grid) * shift)).tolist()
     x, before = noise.double(), None
@@ -95,7 +96,7 @@ def class_conditional(
         wanted, without = (
             second_network.pixeldit(state, config["patch_size"], x, t, y) for y in (torch.tensor(classes), null)
         )
-        velocity = without + guidance * (wanted - without)
+        velocity = without + guidance * (wanted - without) if 0 < time < 1 else wanted
         x = x + (following - time) * (velocity if before is None else 1.5 * velocity - 0.5 * before)
         before = velocity
     return x.float()
