@@ -15,6 +15,7 @@ DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / 
 OTHERS = {
     "compute_dpg_bench.py": "DPG-Bench's",
     "evaluate_images.py": "GenEval's",
+    "pipeline.py": "an exported folder's",
     "runtime/utils.py": "DeepSpeed's",
     "runtime/zero/stage_1_and_2.py": "DeepSpeed's",
     "stage_1_and_2.py": "DeepSpeed's",
