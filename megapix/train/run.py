@@ -109,7 +109,7 @@ def build(
     buckets = len({shard.bucket for shard in resolved.located.index.shards})
     network = build_network(c.model, c.seed, c.machine, alignment, buckets, c.text.max_tokens)
     attention = on_all_ranks(world, lambda: attention_of(c, device))
-    before = () if saved else _initialise(network, c, world)
+    before = () if saved else _initialise(network, c, world, resolved.located.index.class_names)
     engine = zero2.build(c, resolved.layout, network)
     if saved:
         engine.load(saved, world)
@@ -163,14 +163,24 @@ def objective_of(c: Config, device: torch.device, varied: bool) -> flow.Objectiv
     return objective
 
 
-def _initialise(network: PixelDiT, c: Config, world: World) -> tuple[Stage, ...]:
-    """Initialize from the weights of another run, if `init` is set; returns the stages before this one."""
+def _initialise(network: PixelDiT, c: Config, world: World, classes: tuple[str, ...]) -> tuple[Stage, ...]:
+    """Initialize from the weights of another run, if `init` is set; returns the stages before this one.
+
+    Args:
+        classes: names of the run's classes.
+    """
     if not c.init:
         return ()
     initial = read.load_weights(c.init, stages.kind(c), world)
+    line = ""
+    if c.model.num_classes:
+        own = network.get_parameter(stages.CLASS_TABLE)
+        initial, line = stages.with_classes(initial, own, classes)
     on_all_ranks(world, lambda: read.assign(network, initial))
     before = gather(world, stages.of(initial.about) if world.main else ())[0]
     world.say(f"stage {len(before) + 1}: starting from the {initial.about.kind} of {initial.about.source}")
+    if line:
+        world.say(line)
     return tuple(before)
 
 
