@@ -1,4 +1,5 @@
-"""The command line: `data_prep write | index | merge | mix | demo | verify | inspect | stats | features | embed-text`.
+"""The command line: `data_prep write | index | merge | mix | demo | verify | inspect | stats | features | embed-text |
+finish`.
 
 Bad input: one line, exit code 2.
 """
@@ -15,6 +16,7 @@ from data_prep.options import (
     Command,
     Demo,
     EmbedText,
+    Finish,
     Inspect,
     MakeFeatures,
     MakeIndex,
@@ -24,7 +26,8 @@ from data_prep.options import (
     Verify,
     Write,
 )
-from data_prep.preparing import access_of, make_index, merge_parts, write_shards
+from data_prep.parts.folder import PartDone
+from data_prep.preparing import access_of, finish_parts, make_index, merge_parts, write_shards
 from megapix import __version__, console
 from megapix.errors import InputError, StorageError, one_of
 
@@ -57,10 +60,14 @@ def _main(arguments: list[str]) -> int:
         Stats: _stats,
         MakeFeatures: _features,
         EmbedText: _embed_text,
+        Finish: finish_parts,
     }[type(command)]
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         return int(run(command))
+    except PartDone as done:
+        print(f"data_prep: {done}")
+        return 0
     except InputError as error:
         print(f"data_prep: error: {error}", file=sys.stderr)
         return 2

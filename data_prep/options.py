@@ -99,6 +99,16 @@ class RemoteOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PartOptions:
+    """One output by many machines."""
+
+    part: Annotated[str, tyro.conf.arg(metavar="I/N|auto|auto/N")] = ""
+    """The share of the work that this process does, I from 0 to N - 1; N of them, on as many machines, make one output
+    in a folder that all of them see. auto takes I and N from SLURM's array, auto/N takes I from it or from a Kubernetes
+    Job."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ShardOptions(ImageOptions):
     """How shards are written."""
 
@@ -118,7 +128,7 @@ class ShardOptions(ImageOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Write(ShardOptions, CaptionOptions, LabelOptions, FilterOptions, TarOptions):
+class Write(ShardOptions, CaptionOptions, LabelOptions, FilterOptions, TarOptions, PartOptions):
     """Shards from images: a folder of class folders, ImageNet's synset tars (in a folder or one tar), a zip in EDM2's
     layout, parquet files, images with a text beside each or with a metadata file, existing WebDataset shards, or a flat
     set with a label file.
@@ -157,7 +167,7 @@ class Demo(ShardOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MakeIndex(ImageOptions, CaptionOptions, LabelOptions, FilterOptions, TarOptions, RemoteOptions):
+class MakeIndex(ImageOptions, CaptionOptions, LabelOptions, FilterOptions, TarOptions, RemoteOptions, PartOptions):
     """An index over WebDataset shards that exist already, local or remote, without rewriting a byte.
 
     Each tar file is read once: hashed, its images decoded, its classes (cls) or captions (txt, json) listed. The image
@@ -304,6 +314,15 @@ class EmbedText:
     """Remove features of another encoder, other options or other shards that are stored there."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Finish:
+    """Put together what all parts of a command (--part) have made. The last part does so by itself; this is for when it
+    was killed then, and says which parts are missing."""
+
+    out: Out
+    """What the parts make: OUT, INDEX, FEATURES or SHARDS, or the file of statistics or faults."""
+
+
 COMMANDS: dict[str, type] = {
     "write": Write,
     "index": MakeIndex,
@@ -315,6 +334,7 @@ COMMANDS: dict[str, type] = {
     "stats": Stats,
     "features": MakeFeatures,
     "embed-text": EmbedText,
+    "finish": Finish,
 }
 """Name -> its options."""
 Command = (
@@ -328,4 +348,5 @@ Command = (
     | Annotated[Stats, tyro.conf.subcommand("stats", prefix_name=False)]
     | Annotated[MakeFeatures, tyro.conf.subcommand("features", prefix_name=False)]
     | Annotated[EmbedText, tyro.conf.subcommand("embed-text", prefix_name=False)]
+    | Annotated[Finish, tyro.conf.subcommand("finish", prefix_name=False)]
 )

@@ -9,10 +9,12 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data_prep.options import Demo, ImageOptions, MakeIndex, Merge, RemoteOptions, Write
+from data_prep.options import Demo, Finish, ImageOptions, MakeIndex, Merge, PartOptions, RemoteOptions, Write
+from data_prep.parts.part import WHOLE, Part, parse_part
 from megapix import outage
 from megapix.errors import InputError
 
@@ -30,6 +32,7 @@ def write_shards(command: Write | Demo) -> int:
     from data_prep.filters.options import filters_of, kept_columns
     from data_prep.filters.rules import NO_FILTERS
     from data_prep.listing.archives import UNPACKED
+    from data_prep.parts.folder import PartDone
     from data_prep.sources import open_source
     from data_prep.sources.openmoji import OpenMoji
     from data_prep.writing.held_out import folder_beside, folders_of, parse_hold_out
@@ -38,7 +41,7 @@ def write_shards(command: Write | Demo) -> int:
 
     source: Source
     unpacked, was_there = command.out / UNPACKED, command.out.exists()
-    hold = None
+    hold, part = None, WHOLE if isinstance(command, Demo) else part_of(command)
     policy = _policy(command)
     filters, keep = (NO_FILTERS, ()) if isinstance(command, Demo) else (filters_of(command), kept_columns(command.keep))
     options = Options(
@@ -64,25 +67,26 @@ def write_shards(command: Write | Demo) -> int:
         _say(line)
     folders = folders_of(source, command.out, hold)
     if command.dry_run:
-        for part, out in folders:
-            _dry_run(part, out, options, command.workers)
+        for some, out in folders:
+            _dry_run(some, out, options, command.workers)
         shutil.rmtree(unpacked, ignore_errors=True)
         if not was_there:
             with suppress(FileNotFoundError):
                 command.out.rmdir()
         return 0
-    made = [
-        (
-            out,
-            *write(
-                part, out, options, command.workers, command.max_rejected, command.retry_rejected, of=len(source.items)
-            ),
-        )
-        for part, out in folders
-    ]
-    shutil.rmtree(unpacked, ignore_errors=True)
+    made, waiting = [], list[str]()
+    for some, out in folders:
+        args = some, out, options, command.workers, command.max_rejected, command.retry_rejected
+        try:
+            made.append((out, *write(*args, of=len(source.items), part=part)))
+        except PartDone as done:
+            waiting.append(str(done))
+    if part.whole:
+        shutil.rmtree(unpacked, ignore_errors=True)
     for out, index, was_finished in made:
         _summary(out, index, was_finished, source.entries.remarks)
+    for line in waiting:
+        _say(line)
     return 0
 
 
@@ -114,7 +118,7 @@ def make_index(command: MakeIndex) -> int:
     from megapix.shards.index import read_index
     from megapix.shards.storage import QUERY
 
-    hold = parse_hold_out(command.hold_out)
+    hold, part = parse_hold_out(command.hold_out), part_of(command)
     said = list[str]()
 
     def say(line: str) -> None:
@@ -153,6 +157,7 @@ def make_index(command: MakeIndex) -> int:
         filters=filters,
         check=command.check,
         say=say,
+        part=part,
     )
     if hold:
         held = folder_beside(command.out)
@@ -166,6 +171,42 @@ def merge_parts(command: Merge) -> int:
     from data_prep.passes.merge import merge
 
     _summary(command.out, *merge(command.parts, command.out))
+    return 0
+
+
+def part_of(command: PartOptions) -> Part:
+    """The share of the work that is this process's own.
+
+    Raises:
+        InputError: --part has no meaning, or none beside another option.
+    """
+    part = parse_part(command.part)
+    for option in ("dry_run", "retry_rejected", "replace") if not part.whole else ():
+        if getattr(command, option, False):
+            raise InputError(f"--part {part}: expected without --{option.replace('_', '-')}, which is for one machine")
+    return part
+
+
+def finish_parts(command: Finish) -> int:
+    """Put together what parts have made; returns the exit code."""
+    from data_prep.parts import indexed
+    from data_prep.parts.folder import parts_of
+    from data_prep.writing import write
+    from data_prep.writing.held_out import folder_beside
+    from megapix.shards.index import read_index
+
+    parts = parts_of(command.out)
+    if parts is None:
+        raise InputError(f"no parts are at work on {str(command.out)!r}: it is finished, or was not begun with --part")
+    match parts.command:
+        case "write":
+            _summary(parts.out, parts.finish(write.close), False)
+        case "index":
+            made = parts.finish(partial(indexed.close, say=_say))
+            if made.source.get("hold_out"):
+                held = folder_beside(parts.out)
+                _summary(held, read_index(held), False)
+            _summary(parts.out, made, False)
     return 0
 
 

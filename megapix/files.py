@@ -3,10 +3,12 @@ the header of safetensors files that are written as a stream."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
 import os
+import secrets
 import shutil
 import stat
 import tempfile
@@ -26,7 +28,7 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
     Raises:
         OSError: it cannot be written; nothing is left beside.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_of(path)
     try:
         with open(temporary, "wb") as file:
             yield file
@@ -38,10 +40,44 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
         raise
 
 
+def temporary_of(path: Path) -> Path:
+    """A name beside `path` for what is being written: no process of any machine has the same."""
+    return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+
+
 def write_atomic(path: Path, data: bytes) -> None:
     """`whole_file` of bytes that are in memory."""
     with whole_file(path) as file:
         file.write(data)
+
+
+def write_new(path: Path, data: bytes) -> bool:
+    """Write a whole file unless one is there; return whether this call has. Of processes of several machines that try
+    at once, one has.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    temporary = temporary_of(path)
+    try:
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        try:
+            os.link(temporary, path)
+        except FileExistsError:  # also where NFS has lost the answer to a call that went well
+            return os.stat(temporary).st_nlink == 2
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
+                raise
+            with suppress(FileExistsError), open(path, "xb") as file:  # a file system without hard links
+                file.write(data)
+                return True
+            return False
+        return True
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def check_writable(option: str, path: Path) -> None:

@@ -14,6 +14,7 @@ from data_prep.filters.rules import Filters, check_columns
 from data_prep.filters.survey import UNREADABLE, survey
 from data_prep.listing.base import Item, Reader
 from data_prep.lists.items import Some
+from data_prep.parts.part import WHOLE, Part
 from megapix.shards.image_policy import Policy
 
 
@@ -34,7 +35,7 @@ def by_metadata(
         found = set[str]()
         for item in items:
             found.update(json.loads(item.about) if item.about else ())
-        check_columns(filters, keep, found)
+        check_columns(filters.named(keep), found)
     if not (filters.captions or filters.where or filters.language):
         return items, Counter()
     left, taken = array("q"), Counter[str]()
@@ -54,10 +55,11 @@ def by_pixels(
     workers: int,
     out: Path | None = None,
     progress: bool = True,
+    part: Part = WHOLE,
 ) -> tuple[Sequence[Item], Counter[str], int]:
     """The items that no filter takes for their size or as duplicates, option -> how many it took, and how many of those
     that are left cannot be read."""
-    verdicts = survey(reader, items, filters, policy, workers, out, progress)
+    verdicts = survey(reader, items, filters, policy, workers, out, progress, part)
     options = filters.options
     left = Some(items, np.flatnonzero((verdicts == 0) | (verdicts == UNREADABLE)))
     taken = Counter({option: int((verdicts == number).sum()) for number, option in enumerate(options, 1)})

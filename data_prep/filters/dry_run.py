@@ -76,7 +76,7 @@ def of_shards(
     base, names, _ = tars_of_split(pattern, access, reading, Entries())
     found = dict(in_processes(partial(_of_tar, base, policy, reading, filters), names, workers))
     ordered = [found[name] for name in names]
-    check_columns(filters, (), {column for each in ordered for column in each.columns})
+    check_columns(filters.named(), {column for each in ordered for column in each.columns})
     taken: Counter[str] = sum((each.taken for each in ordered), Counter())
     verdicts = resolved(b"".join(each.records for each in ordered), filters)
     samples = len(verdicts) + sum(taken.values())

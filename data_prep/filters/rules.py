@@ -119,6 +119,12 @@ class Filters:
         named = [column for expression in self.where for column in expression.columns]
         return tuple(dict.fromkeys(named + ([self.language.column] if self.language else [])))
 
+    def named(self, keep: Sequence[str] = ()) -> list[tuple[str, str]]:
+        """(option, column) of each column that they ask for, and of those that --keep names."""
+        named = [(expression.option, column) for expression in self.where for column in expression.columns]
+        named += [(self.language.option, self.language.column)] if self.language else []
+        return named + [(f"--keep {','.join(keep)}", column) for column in keep]
+
     @property
     def options(self) -> list[str]:
         """Every filter as it is counted, in the order in which they are asked."""
@@ -151,15 +157,15 @@ NO_FILTERS = Filters()
 """No filter."""
 
 
-def check_columns(filters: Filters, keep: Sequence[str], found: Iterable[str]) -> None:
+def check_columns(named: Iterable[tuple[str, str]], found: Iterable[str]) -> None:
     """Check that each column that --where, --language or --keep names is one that at least one sample has.
+
+    Args:
+        named: (option, column), as `Filters.named`.
 
     Raises:
         InputError: naming option and column.
     """
-    named = [(expression.option, column) for expression in filters.where for column in expression.columns]
-    named += [(filters.language.option, filters.language.column)] if filters.language else []
-    named += [(f"--keep {','.join(keep)}", column) for column in keep]
     there = set(found)
     for option, column in named:
         if column not in there:

@@ -1,7 +1,7 @@
 """A look at all images before the plan: which of them filters take, and which are duplicates of others.
 
-It is needed for duplicates alone, and for a dry run; else sizes are judged when the images are written. Each part that
-is finished is kept among the receipts, so an interrupted command looks at no image twice.
+It is needed for duplicates alone, and for a dry run; else sizes are judged when the images are written. What is
+seen is kept among the receipts, so an interrupted command looks at no image twice.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from data_prep.filters.duplicates import duplicates_of
 from data_prep.filters.fingerprints import fingerprint, length_of
 from data_prep.filters.rules import Filters
 from data_prep.listing.base import Item, Reader
+from data_prep.parts.part import WHOLE, Part
 from data_prep.writing.pool import in_processes
 from data_prep.writing.receipt import RECEIPTS
 from megapix.files import write_atomic
@@ -32,7 +33,7 @@ PART = 1000
 """Samples that a process looks at in one go."""
 
 
-class _Part(NamedTuple):
+class _Some(NamedTuple):
     number: int
     items: tuple[Item, ...]
 
@@ -76,37 +77,39 @@ def survey(
     workers: int,
     out: Path | None = None,
     progress: bool = True,
+    part: Part = WHOLE,
 ) -> Verdicts:
     """The verdict on each item.
 
     Args:
-        out: folder whose receipts keep the parts; None keeps none.
+        out: folder whose receipts keep what was seen; None keeps nothing.
+        part: the share that this process looks at first; it takes the rest from the others as far as they have got.
     """
     from tqdm import tqdm
 
-    parts: dict[int, bytes] = {}
+    seen: dict[int, bytes] = {}
     work = partial(_look_at, reader, filters, policy, out)
     with tqdm(total=len(items), unit="img", desc="filters", disable=not progress, mininterval=0.5) as bar:
-        for part, records in in_processes(work, _parts(items), workers):
-            parts[part.number] = records
-            bar.update(len(part.items))
-    return resolved(b"".join(parts[number] for number in sorted(parts)), filters)
+        for some, records in in_processes(work, _parts(items, part), workers):
+            seen[some.number] = records
+            bar.update(len(some.items))
+    return resolved(b"".join(seen[number] for number in sorted(seen)), filters)
 
 
 def _width(filters: Filters) -> int:
     return 1 + (length_of(filters.duplicates) if filters.duplicates else 0)
 
 
-def _parts(items: Sequence[Item]) -> Iterator[_Part]:
-    for first in range(0, len(items), PART):
-        yield _Part(first // PART, tuple(items[first : first + PART]))
+def _parts(items: Sequence[Item], part: Part) -> Iterator[_Some]:
+    for number in part.mine_first(-(-len(items) // PART)):
+        yield _Some(number, tuple(items[number * PART : (number + 1) * PART]))
 
 
-def _look_at(reader: Reader, filters: Filters, policy: Policy, out: Path | None, part: _Part) -> bytes:
-    path = out / RECEIPTS / f"filters-{part.number:06d}.bin" if out else None
-    if path and path.is_file() and path.stat().st_size == len(part.items) * _width(filters):
+def _look_at(reader: Reader, filters: Filters, policy: Policy, out: Path | None, some: _Some) -> bytes:
+    path = out / RECEIPTS / f"filters-{some.number:06d}.bin" if out else None
+    if path and path.is_file() and path.stat().st_size == len(some.items) * _width(filters):
         return path.read_bytes()
-    records = b"".join(record_of(*_of_item(reader, filters, policy, item), filters) for item in part.items)
+    records = b"".join(record_of(*_of_item(reader, filters, policy, item), filters) for item in some.items)
     if path:
         write_atomic(path, records)
     return records

@@ -27,7 +27,7 @@ from data_prep.writing.pool import Budget
 from data_prep.writing.receipt import CHECKS, Part, Receipt, Rejected
 from data_prep.writing.survey import Rare
 from megapix.errors import InputError
-from megapix.files import write_atomic
+from megapix.files import temporary_of, write_atomic
 from megapix.shards.index import CAPTIONS_NAME, TABLE_NAME, ClassEntry, Index, ShardEntry, write_index
 from megapix.shards.table import SampleRecord
 
@@ -38,7 +38,7 @@ class HashedFile:
     """A file beside its final name, hashed as it is written."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.temporary = path, path.with_name(f".{path.name}.tmp")
+        self.path, self.temporary = path, temporary_of(path)
         self.file: BinaryIO = open(self.temporary, "wb")  # noqa: SIM115  # closed by `done`
         self.digest, self.size = hashlib.sha256(), 0
 

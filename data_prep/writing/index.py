@@ -17,41 +17,39 @@ import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from data_prep.filters.fingerprints import fingerprint
-from data_prep.filters.rules import NO_FILTERS, Filters, check_columns
+from data_prep.filters.rules import NO_FILTERS, Filters
 from data_prep.listing.archives import DamagedTar
 from data_prep.listing.base import Entries, Filtered, as_utf8
-from data_prep.listing.captions import check_found
-from data_prep.listing.classes import NONE, Found, NoClass, is_name
+from data_prep.listing.classes import NONE, NoClass, is_name
 from data_prep.listing.img2dataset import Rows, table_of
 from data_prep.listing.reading import PLAIN, Reading
 from data_prep.listing.tar_samples import TarSample, samples_of
 from data_prep.listing.tar_set import class_names_of, recorded_base, tars_of_split
 from data_prep.listing.tars import TarBudget
+from data_prep.parts.folder import join
+from data_prep.parts.indexed import UNFINISHED, Tally, close, put_together
+from data_prep.parts.part import WHOLE, Part
 from data_prep.writing import plan as planning
-from data_prep.writing import receipt, versions
-from data_prep.writing.finish import finish
+from data_prep.writing import receipt
 from data_prep.writing.held_out import HoldOut, folder_beside
 from data_prep.writing.pool import Budget, Outcome, alone_in, check_workers, in_processes, load_in_workers
 from data_prep.writing.receipt import CHECKS, NO_TABLE, Receipt, Rejected, Sample, TarState
-from data_prep.writing.survey import Rare
-from data_prep.writing.write import begin
+from data_prep.writing.write import WHOLE_NAME, begin
 from megapix.errors import InputError
 from megapix.files import sha256_of
 from megapix.shards.image_policy import Policy
-from megapix.shards.index import INDEX_NAME, Index, ShardEntry, read_index
+from megapix.shards.index import INDEX_NAME, Index, ShardEntry
 from megapix.shards.storage import Access, Local, Refused, Storage, open_storage
 
 INDEX_KIND = "index of WebDataset shards"
 GROWS = ("shards", "list_sha256")
 """Keys of the plan that change where tar files come or go."""
-UNFINISHED = "unfinished"
-"""File among the receipts while these may be newer than the index."""
 
 
 class Work(NamedTuple):
@@ -83,6 +81,7 @@ def index(
     filters: Filters = NO_FILTERS,
     check: str = CHECKS[-1],
     say: Callable[[str], None] = lambda _: None,
+    part: Part = WHOLE,
 ) -> tuple[Index, bool]:
     """Index the tar files of `pattern` into the folder `out`; return the index, and whether it was finished already.
 
@@ -94,8 +93,10 @@ def index(
         hold: samples that go into a second index over the same tar files (`held_out.folder_beside`).
         check: how closely images are looked at, one of CHECKS; what was looked at as closely before is not read again.
         say: is called with each line that the command prints.
+        part: the share of the tar files that this process reads.
 
     Raises:
+        PartDone: this part is read, and others are not.
         InputError: nothing there, several splits without train, more names than classes have, a key of --captions or a
             column that no sample has, an `out` of other files or options, or more rejected samples or tar files than
             allowed.
@@ -103,7 +104,7 @@ def index(
     from tqdm import tqdm
 
     load_in_workers("data_prep.writing.index")
-    budget, tar_budget, listed = Budget(max_rejected), TarBudget(reading.max_rejected_tars), Entries()
+    listed, tally = Entries(), Tally(Budget(max_rejected), TarBudget(reading.max_rejected_tars), not reading.classes)
     filters = filters.with_least_side(policy.min_side)
     check_workers(workers)
     if filters.duplicates and check != CHECKS[-1]:
@@ -134,53 +135,44 @@ def index(
         for folder in folders:
             # Receipts hold labels as the tar files do: what they mean may be said anew before there is an index.
             planning.settle(folder, plan, GROWS if (folder / INDEX_NAME).is_file() else (*GROWS, "labels"))
-        with alone_in(out):
-            for folder in folders:
-                planning.record(folder, plan)
-            there = {folder: index for folder in folders if (index := begin(folder, retry_rejected=False))}
+        with alone_in(out, part):
+            there = {folder: index for folder in folders if (index := begin(folder, retry_rejected=False, part=part))}
             receipt.by_name(out)
             work = Work(place, access, policy, reading, filters, out, rehash, check)
             unfinished = out / receipt.RECEIPTS / UNFINISHED
-            whole = len(there) == len(folders) and not unfinished.exists()
-            if whole and _are_of(there, plan["list_sha256"], work, names, workers):
+            finished = len(there) == len(folders) and not unfinished.exists()
+            if finished and _are_of(there, plan["list_sha256"], work, names, workers):
                 return there[out], True
+            shares = {"max_rejected": max_rejected, "max_rejected_tars": reading.max_rejected_tars}
+            parts = join(out, part, "index", shares | {"check": check})
+            whole = {
+                "names": names,
+                "classes": asdict(reading.classes) if reading.classes else None,
+                "known": known,
+                "base": base,
+                "policy": policy.to_dict() | {"applied": "loading"},
+                "source": {"kind": plan["kind"], "list_sha256": plan["list_sha256"], **about},
+                "listed": asdict(listed),
+                "hold": hold.option if hold else "",
+                "keys": reading.keys,
+                "columns": filters.named(),
+                "shown": repr(pattern),
+                "bucket_min": bucket_min,
+                "duplicates": filters.duplicates,
+            }
+            if parts:
+                parts.agree(WHOLE_NAME, whole, free=("shown",))
+            for folder in folders:
+                planning.record(folder, plan)
             unfinished.touch()
-            tar_budget.files = len(names)
-            with tqdm(total=len(names), unit="shard", disable=not progress, mininterval=0.5) as bar:
-                seen, found, columns, labels = 0, set[str](), set[str](), Found()
-                for done, (_, outcome) in enumerate(in_processes(partial(_index_file, work), names, workers), 1):
+            tally.tars.files, mine = len(names), list(part.mine(names))
+            with tqdm(total=len(mine), unit="shard", disable=not progress, mininterval=0.5) as bar:
+                for _, outcome in in_processes(partial(_index_file, work), mine, workers):
                     bar.update()
-                    if outcome.unreadable:
-                        tar_budget.spend(outcome.rejected[0].source, outcome.rejected[0].reason)
-                        continue
-                    seen += outcome.samples
-                    budget.samples = seen * len(names) // done  # if the others are like these; at the end, exactly
-                    budget.spend(outcome.rejected)
-                    found.update(outcome.caption_keys)
-                    columns.update(outcome.columns)
-                    for label in outcome.names if reading.classes is None else ():
-                        labels.add(label)  # too many end the command here, and not when all is read
-            check_found(reading.keys, found, repr(pattern))
-            check_columns(filters, (), columns)
-            make = partial(
-                finish,
-                out,
-                names,
-                lambda labels: reading.classes or labels.classes(known),
-                base,
-                policy.to_dict() | {"applied": "loading"},
-                {"kind": plan["kind"], "list_sha256": plan["list_sha256"], **about},
-                listed,
-                budget=budget,
-                hold=hold,
-                captioned=bool(reading.keys),
-                merge=partial(Rare.below, bucket_min, policy=policy) if bucket_min else None,
-                duplicates=filters.duplicates,
-                say=say,
-            )
-            versions.replaced(there, make)
-            unfinished.unlink()
-            return read_index(out), False
+                    tally.count(outcome)
+            if parts:
+                return parts.leave(tally.spent(), partial(close, say=say)), False
+            return put_together(out, whole, tally, there, say), False
     except OSError as error:
         raise InputError(f"cannot write {str(error.filename or out)!r}: {error.strerror or error}") from error
 

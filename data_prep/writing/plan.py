@@ -10,6 +10,7 @@ import hashlib
 import json
 import re
 from array import array
+from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from data_prep.listing.archives import UNPACKED
 from data_prep.listing.base import Item, Source
 from data_prep.lists.order import Order, check_unique
 from megapix.errors import InputError
-from megapix.files import write_atomic
+from megapix.files import write_atomic, write_new
 from megapix.shards.image_policy import Policy
 
 PLAN_NAME = "plan.json"
@@ -84,6 +85,12 @@ def jobs(items: Sequence[Item], options: Options, buckets: Sequence[int] | None 
             part = shuffled[start : start + options.samples_per_shard].tolist()
             yield Job(number, first, bucket, tuple(items[n] for n in part))
             number, first = number + 1, first + len(part)
+
+
+def shards(samples: int, options: Options, buckets: Sequence[int] | None = None) -> int:
+    """How many jobs there are."""
+    counts = [samples] if buckets is None else Counter(buckets).values()
+    return sum(-(-count // options.samples_per_shard) for count in counts)
 
 
 def describe(source: Source, options: Options) -> dict[str, Any]:
@@ -184,11 +191,12 @@ def settle(out: Path, plan: dict[str, Any], free: Collection[str] = ()) -> None:
     if out.exists() and not out.is_dir():
         raise InputError(f"{str(out)!r} is not a folder")
     if not path.is_file():
-        if out.exists() and (strangers := sorted(entry.name for entry in out.iterdir() if not _temporary(entry.name))):
+        strangers = sorted(entry.name for entry in out.iterdir() if not _temporary(entry.name)) if out.exists() else []
+        if strangers and not path.is_file():  # else another part has begun the folder just now
             raise InputError(f"{str(out)!r} holds {strangers[0]!r}, which is not ours; give an empty or new folder")
         out.mkdir(parents=True, exist_ok=True)
-        record(out, plan)
-        return
+        if write_new(path, _as_recorded(plan)):
+            return
     there = begun(out)
     # In the order of the plan, but first the options that only one of the two has: the rest may follow from them.
     for key in sorted(plan | there, key=lambda key: key in plan and key in there):
@@ -202,9 +210,13 @@ def settle(out: Path, plan: dict[str, Any], free: Collection[str] = ()) -> None:
 
 def record(out: Path, plan: dict[str, Any]) -> None:
     """Write the plan, unless it is there."""
-    path, data = out / PLAN_NAME, (json.dumps(plan, indent=1, ensure_ascii=False) + "\n").encode()
+    path, data = out / PLAN_NAME, _as_recorded(plan)
     if not path.is_file() or path.read_bytes() != data:
         write_atomic(path, data)
+
+
+def _as_recorded(plan: dict[str, Any]) -> bytes:
+    return (json.dumps(plan, indent=1, ensure_ascii=False) + "\n").encode()
 
 
 def _difference(key: str, before: Any, now: Any) -> str:
@@ -227,4 +239,4 @@ def _difference(key: str, before: Any, now: Any) -> str:
 def _temporary(name: str) -> bool:
     """Whether it is a temporary file of `write_atomic` for the plan itself, or the folder of unpacked tar files: all
     that can be there before the plan."""
-    return name == UNPACKED or re.fullmatch(rf"\.{re.escape(PLAN_NAME)}\.\d+\.tmp", name) is not None
+    return name == UNPACKED or re.fullmatch(rf"\.{re.escape(PLAN_NAME)}\.[\d-]+[0-9a-f]*\.tmp", name) is not None

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import signal
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import islice
 from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any, TypeVar
 
+from data_prep.parts.part import WHOLE, Part
 from data_prep.writing.receipt import Rejected
 from megapix.errors import InputError
 
@@ -65,6 +67,15 @@ class Budget:
                 f"{self.rejected} of {self.samples} samples cannot be used, --max-rejected allows {self.share:g} of "
                 f"them; the latest is {self.latest.source!r}: {self.latest.reason}"
             )
+
+    def spent(self) -> dict[str, Any]:
+        """What was counted, for `add` of another process."""
+        return {"rejected": self.rejected, "latest": asdict(self.latest) if self.latest else None}
+
+    def add(self, spent: Mapping[str, Any]) -> None:
+        """Count what another process has spent; errors as in `spend`."""
+        self.rejected += spent["rejected"] - bool(spent["latest"])
+        self.spend((Rejected(**spent["latest"]),) if spent["latest"] else ())
 
 
 def check_workers(workers: int) -> None:
@@ -129,15 +140,21 @@ def _do(job: Any) -> Any:
 
 
 @contextmanager
-def alone_in(out: Path) -> Iterator[None]:
-    """Hold the folder `out` for this process.
+def alone_in(out: Path, part: Part = WHOLE) -> Iterator[None]:
+    """Hold the folder `out` for this process; parts of one work hold it together.
+
+    On a file system of many machines that does not know this lock the work begins without it.
 
     Raises:
         InputError: another one holds it.
     """
     descriptor = os.open(out, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(descriptor, (fcntl.LOCK_EX if part.whole else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+                raise
         yield
     except BlockingIOError as error:
         raise InputError(f"another data_prep is at work in {str(out)!r}") from error

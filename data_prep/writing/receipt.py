@@ -176,7 +176,7 @@ def by_name(out: Path) -> None:
             if old.entries:  # without any it does not say of which tar file it is, which is read again then
                 entry = old.entries[0]
                 replace(old, tar=TarState(entry.name, entry.bytes, "", "")).save(out, entry.name)
-            path.unlink()
+            path.unlink(missing_ok=True)  # another part may have done it
 
 
 def _load(path: Path) -> Receipt | None:

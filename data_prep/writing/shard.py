@@ -21,7 +21,7 @@ from data_prep.writing.plan import Job, Options
 from data_prep.writing.pool import Outcome
 from data_prep.writing.receipt import Receipt, Rejected, Sample
 from megapix.errors import InputError
-from megapix.files import sha256_of
+from megapix.files import sha256_of, temporary_of
 from megapix.shards.captions import unpack
 from megapix.shards.index import ShardEntry, sample_key, shard_name
 
@@ -58,7 +58,7 @@ def _write(reader: Reader, out: Path, options: Options, job: Job) -> Receipt:
     from webdataset import TarWriter
 
     name = shard_name(job.number)
-    temporary = out / f".{name}.tmp"
+    temporary = temporary_of(out / name)
     kept: list[tuple[Item, int]] = []
     rejected: list[Rejected] = []
     filtered: Counter[str] = Counter()

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.listing.base import Item, Reader
+from data_prep.parts.part import WHOLE, Part
 from data_prep.writing.pool import in_processes
+from data_prep.writing.receipt import RECEIPTS
 from megapix.files import write_atomic
 from megapix.shards.image_policy import Policy
 
@@ -21,9 +23,19 @@ PART = 1000
 
 
 def buckets_of(
-    reader: Reader, items: Sequence[Item], out: Path, policy: Policy, workers: int, progress: bool
+    reader: Reader,
+    items: Sequence[Item],
+    out: Path,
+    policy: Policy,
+    workers: int,
+    progress: bool,
+    part: Part = WHOLE,
 ) -> Sequence[int]:
-    """The bucket of each item. A sample that cannot be read is given the first; writing will reject it."""
+    """The bucket of each item. A sample that cannot be read is given the first; writing will reject it.
+
+    Args:
+        part: the share that this process looks at first; it takes the rest from the others as far as they have got.
+    """
     from tqdm import tqdm
 
     path = out / SURVEY_NAME
@@ -31,10 +43,10 @@ def buckets_of(
     if path.is_file() and path.stat().st_size == len(buckets) * buckets.itemsize:
         return array("H", path.read_bytes())
     with tqdm(total=len(buckets), unit="img", desc="sizes", disable=not progress, mininterval=0.5) as bar:
-        work = partial(_buckets, reader, policy)
-        for (first, part), found in in_processes(work, _parts(items), workers):
-            buckets[first : first + len(part)] = array("H", found)
-            bar.update(len(part))
+        work = partial(_buckets, reader, policy, out)
+        for (first, some), found in in_processes(work, _parts(items, part), workers):
+            buckets[first : first + len(some)] = array("H", found)
+            bar.update(len(some))
     write_atomic(path, buckets.tobytes())
     return buckets
 
@@ -68,16 +80,21 @@ class Rare:
         return {"bucket_min": self.least, "merged": moved}
 
 
-def _parts(items: Sequence[Item]) -> Iterator[tuple[int, tuple[Item, ...]]]:
-    for first in range(0, len(items), PART):
-        yield first, tuple(items[first : first + PART])
+def _parts(items: Sequence[Item], part: Part) -> Iterator[tuple[int, tuple[Item, ...]]]:
+    for number in part.mine_first(-(-len(items) // PART)):
+        yield number * PART, tuple(items[number * PART : (number + 1) * PART])
 
 
-def _buckets(reader: Reader, policy: Policy, part: tuple[int, tuple[Item, ...]]) -> list[int]:
-    found = []
-    for item in part[1]:
+def _buckets(reader: Reader, policy: Policy, out: Path, some: tuple[int, tuple[Item, ...]]) -> bytes:
+    """As they lie in `buckets.bin`; kept among the receipts, so that nobody looks at an image twice."""
+    first, items = some
+    path, found = out / RECEIPTS / f"buckets-{first // PART:06d}.bin", array("H")
+    if path.is_file() and path.stat().st_size == len(items) * found.itemsize:
+        return path.read_bytes()
+    for item in items:
         try:
             found.append(policy.bucket_of(*policy.size_of(reader.read(item, policy.size))))
         except (OSError, ValueError):
             found.append(0)
-    return found
+    write_atomic(path, found.tobytes())
+    return found.tobytes()

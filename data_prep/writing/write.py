@@ -7,15 +7,19 @@ comes last, so a folder with an index is complete.
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from data_prep.filters.chosen import by_metadata, by_pixels
-from data_prep.listing.base import Source
+from data_prep.listing.archives import UNPACKED
+from data_prep.listing.base import Entries, Source
 from data_prep.listing.classes import Classes
+from data_prep.parts.folder import Parts, join
+from data_prep.parts.part import WHOLE, Part
 from data_prep.writing import plan as planning
 from data_prep.writing.finish import finish
 from data_prep.writing.plan import Options
@@ -24,9 +28,12 @@ from data_prep.writing.receipt import RECEIPTS, Rejected
 from data_prep.writing.shard import write_shard
 from data_prep.writing.survey import Rare, buckets_of
 from megapix.errors import InputError
-from megapix.shards.index import INDEX_NAME, Index, missing_shards, read_index
+from megapix.shards.index import INDEX_NAME, Index, missing_shards, read_index, shard_number
 from megapix.shards.mix import alike
 from megapix.shards.table import check_table
+
+WHOLE_NAME = "whole.json"
+"""What all parts know of the whole, beside the receipts."""
 
 
 def write(
@@ -38,6 +45,7 @@ def write(
     retry_rejected: bool = False,
     progress: bool = True,
     of: int = 0,
+    part: Part = WHOLE,
 ) -> tuple[Index, bool]:
     """Write `source` into the folder `out`, or resume it; return the index, and whether it was finished already.
 
@@ -46,8 +54,10 @@ def write(
         max_rejected: largest share of samples that may be left out because they cannot be used.
         retry_rejected: write shards with rejected samples again.
         of: samples that the share is of; 0 for those of `source`, which may be a part of a set alone.
+        part: the share of the shards that this process writes.
 
     Raises:
+        PartDone: this part is written, and others are not.
         InputError: an option out of range, a column that no sample has, a folder of something else or of another plan,
             more rejected samples than allowed, or a file that cannot be written; what is finished stays.
     """
@@ -67,34 +77,69 @@ def write(
     items, taken = by_metadata(source.items, options.filters, options.keep)
     try:
         _settle(out, plan, source)
-        with alone_in(out):
-            if there := begin(out, retry_rejected):
+        with alone_in(out, part):
+            if there := begin(out, retry_rejected, part):
                 return there, True
+            parts = join(out, part, "write", {"max_rejected": max_rejected})
             if options.filters.duplicates:
                 items, others, _ = by_pixels(
-                    source.reader, items, options.filters, options.policy, workers, out, progress
+                    source.reader, items, options.filters, options.policy, workers, out, progress, part
                 )
                 taken += others
             buckets, rare = None, Rare()
             if len(options.policy.buckets) > 1:
-                buckets = buckets_of(source.reader, items, out, options.policy, workers, progress)
+                buckets = buckets_of(source.reader, items, out, options.policy, workers, progress, part)
                 rare = Rare.below(options.bucket_min, Counter(buckets), options.policy)
                 buckets = [rare.into.get(bucket, bucket) for bucket in buckets]
-            parts = 0
+            policy = options.policy.to_dict() | {key: plan[key] for key in alike.MADE} | {"applied": "preparation"}
+            about = source.about | {key: plan[key] for key in ("samples_per_shard", "seed", "samples", "list_sha256")}
+            whole = {
+                "shards": planning.shards(len(items), options, buckets),
+                "classes": list(source.classes),
+                "policy": policy | rare.recorded(),
+                "source": about | planning.chosen(options),
+                "entries": asdict(source.entries),
+                "filtered": dict(taken),
+                "samples": budget.samples,
+            }
+            if parts:
+                parts.agree(WHOLE_NAME, whole)
             work = partial(write_shard, source.reader, out, options, retry_rejected)
-            with tqdm(total=len(items), unit="img", disable=not progress, mininterval=0.5) as bar:
-                for _, outcome in in_processes(work, planning.jobs(items, options, buckets), workers):
-                    parts += 1
+            mine = part.mine(planning.jobs(items, options, buckets))
+            with tqdm(total=len(items) // part.of, unit="img", disable=not progress, mininterval=0.5) as bar:
+                for _, outcome in in_processes(work, mine, workers):
                     budget.spend(outcome.rejected)
                     bar.update(outcome.samples)
-            policy = options.policy.to_dict() | {key: plan[key] for key in alike.MADE} | {"applied": "preparation"}
-            policy |= rare.recorded()
-            about = source.about | {key: plan[key] for key in ("samples_per_shard", "seed", "samples", "list_sha256")}
-            about |= planning.chosen(options)
-            classes = Classes(tuple(source.classes))
-            return finish(out, range(parts), lambda _: classes, "", policy, about, source.entries, taken), False
+            return (parts.leave(budget.spent(), close) if parts else _put_together(out, whole)), False
     except OSError as error:
         raise InputError(f"cannot write {str(error.filename or out)!r}: {error.strerror or error}") from error
+
+
+def close(parts: Parts) -> Index:
+    """Put the shards of all parts together; return the index.
+
+    Raises:
+        InputError: more samples were rejected than allowed, or not one can be used.
+    """
+    whole = parts.read(WHOLE_NAME)
+    budget = Budget(parts.options["max_rejected"], whole["samples"])
+    for counted in parts.counts():
+        budget.add(counted)
+    clear(parts.out)
+    index = _put_together(parts.out, whole)
+    shutil.rmtree(parts.out / UNPACKED, ignore_errors=True)
+    return index
+
+
+def _put_together(out: Path, whole: dict[str, Any]) -> Index:
+    """The index of shards that are all there.
+
+    Args:
+        whole: what is known of them beside their receipts, as JSON has it.
+    """
+    classes, entries = Classes(tuple(whole["classes"])), Entries(**whole["entries"])
+    about = whole["policy"], whole["source"], entries, whole["filtered"]
+    return finish(out, range(whole["shards"]), lambda _: classes, "", *about)
 
 
 def _check_faults(source: Source, max_rejected: float) -> None:
@@ -113,17 +158,33 @@ def _settle(out: Path, plan: dict[str, Any], source: Source) -> None:
         raise
 
 
-def begin(out: Path, retry_rejected: bool) -> Index | None:
+def begin(out: Path, retry_rejected: bool, part: Part = WHOLE) -> Index | None:
     """The index of a folder that is finished and whole; else make it ready for work."""
-    if (out / INDEX_NAME).is_file():
-        index = read_index(out)
-        if not (retry_rejected and index.rejected) and _whole(out, index):
-            return index
-        (out / INDEX_NAME).unlink()
+    if (index := finished_in(out)) and not (retry_rejected and index.rejected):
+        return index
+    (out / INDEX_NAME).unlink(missing_ok=True)
     (out / RECEIPTS).mkdir(exist_ok=True)
-    for leftover in [*out.glob(".*.tmp"), *(out / RECEIPTS).glob(".*.tmp")]:
-        leftover.unlink()
+    if part.whole:
+        clear(out)
+    else:  # the rest may be at work of other parts
+        for leftover in out.glob(".shard-*.tmp"):
+            if (number := shard_number(leftover.name[1:])) is not None and number % part.of == part.number:
+                leftover.unlink(missing_ok=True)
     return None
+
+
+def finished_in(out: Path) -> Index | None:
+    """The index of a folder, if it is finished and whole."""
+    if not (out / INDEX_NAME).is_file():
+        return None
+    index = read_index(out)
+    return index if _whole(out, index) else None
+
+
+def clear(out: Path) -> None:
+    """Remove what killed processes have left half-written."""
+    for leftover in [*out.glob(".*.tmp"), *(out / RECEIPTS).glob(".*.tmp")]:
+        leftover.unlink(missing_ok=True)
 
 
 def _whole(out: Path, index: Index) -> bool:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from data_prep.parts import indexed
 from data_prep.writing import index as indexing
 from data_prep.writing import receipt
 from megapix.config import DataConfig, freeze
@@ -39,11 +40,11 @@ def tars(folder: Path, count: int = 4) -> Path:
 def read(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """How often each tar file was read as a whole."""
     counted: Counter[str] = Counter()
-    indexed = indexing._indexed
+    as_it_is = indexing._indexed
 
     def counting(path: Path, shown: str, name: str, *rest: object) -> receipt.Receipt:
         counted[name] += 1
-        return indexed(path, shown, name, *rest)  # type: ignore[arg-type]
+        return as_it_is(path, shown, name, *rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(indexing, "_indexed", counting)
     monkeypatch.setattr(indexing, "in_processes", lambda work, jobs, workers: ((job, work(job)) for job in jobs))
@@ -251,7 +252,7 @@ def test_receipts_that_are_newer_than_the_index(tmp_path: Path, monkeypatch: pyt
     data = (theirs / "00000.tar").read_bytes()
     (theirs / "00000.tar").write_bytes(data.replace(b"picture 1 ", b"picture X "))
     with monkeypatch.context() as patched:
-        patched.setattr(indexing, "finish", lambda *_, **__: 1 / 0)
+        patched.setattr(indexed, "finish", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             index_of(theirs, out)
     index_of(theirs, out)

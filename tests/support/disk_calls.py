@@ -48,7 +48,7 @@ class DiskCalls:
 
     def _name(self, path: Path) -> str:
         name = str(path.resolve().relative_to(self._root))
-        return re.sub(r"\.\d+\.tmp$", ".tmp", name)
+        return re.sub(r"\.\d+-[0-9a-f]+\.tmp$", ".tmp", name)
 
     def _whole(self, path: Path) -> bool:
         here = self.synced.get(self._name(path)) == _held(path)

@@ -1,0 +1,1 @@
+"""One output made by many processes, on as many machines, that share nothing but its folder."""
