@@ -164,7 +164,11 @@ def test_the_network_takes_the_classes_of_the_data(tmp_path: Path, capsys: pytes
         ("demo openmoji out", "such as: data_prep demo openmoji out --size 256"),
         ("write in out --policy buckets", "of aspect buckets the square root of their area"),
         ("wirte in out", "command 'wirte' does not exist (did you mean 'write'?)"),
-        ("", "expected a command (one of: demo, embed-text, features, finish, index, inspect, merge, stats, verify, write)"),
+        (
+            "",
+            "expected a command (one of: demo, embed-text, features, finish, index, inspect, merge, mix, "
+            "stats, verify, write)",
+        ),
     ],
 )
 def test_what_is_missing_is_named(command: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
