@@ -22,6 +22,7 @@ from data_prep.filters.rules import NO_FILTERS, Filters
 from data_prep.listing.archives import UNPACKED
 from data_prep.listing.base import Item, Source
 from data_prep.lists.order import Order, check_unique
+from data_prep.parts.part import WHOLE, Part
 from megapix.errors import InputError
 from megapix.files import write_atomic, write_new
 from megapix.shards.image_policy import Policy
@@ -75,16 +76,20 @@ class Job(NamedTuple):
     items: tuple[Item, ...]
 
 
-def jobs(items: Sequence[Item], options: Options, buckets: Sequence[int] | None = None) -> Iterator[Job]:
-    """Sort by bucket, shuffle each by seed (in the order of a hash of seed and name, the same everywhere), and cut."""
+def jobs(
+    items: Sequence[Item], options: Options, buckets: Sequence[int] | None = None, part: Part = WHOLE
+) -> Iterator[Job]:
+    """Sort by bucket, shuffle each by seed (in the order of a hash of seed and name, the same everywhere), and cut; the
+    jobs of a part alone."""
     number, first, order = 0, 0, Order.of(items, options.seed)
     of = np.zeros(len(items), np.uint16) if buckets is None else np.asarray(buckets, np.uint16)
     for bucket in np.unique(of).tolist():
         shuffled = order.shuffled(np.flatnonzero(of == bucket), options.samples_per_shard)
         for start in range(0, len(shuffled), options.samples_per_shard):
-            part = shuffled[start : start + options.samples_per_shard].tolist()
-            yield Job(number, first, bucket, tuple(items[n] for n in part))
-            number, first = number + 1, first + len(part)
+            chosen = shuffled[start : start + options.samples_per_shard].tolist()
+            if number % part.of == part.number:
+                yield Job(number, first, bucket, tuple(items[n] for n in chosen))
+            number, first = number + 1, first + len(chosen)
 
 
 def shards(samples: int, options: Options, buckets: Sequence[int] | None = None) -> int:

@@ -105,7 +105,7 @@ def write(
             if parts:
                 parts.agree(WHOLE_NAME, whole)
             work = partial(write_shard, source.reader, out, options, retry_rejected)
-            mine = part.mine(planning.jobs(items, options, buckets))
+            mine = planning.jobs(items, options, buckets, part)
             with tqdm(total=len(items) // part.of, unit="img", disable=not progress, mininterval=0.5) as bar:
                 for _, outcome in in_processes(work, mine, workers):
                     budget.spend(outcome.rejected)
