@@ -60,10 +60,10 @@ def write_new(path: Path, data: bytes) -> bool:
     """
     temporary = temporary_of(path)
     try:
-        with open(temporary, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        with open(temporary, "xb") as made:
+            made.write(data)
+            made.flush()
+            os.fsync(made.fileno())
         try:
             os.link(temporary, path)
         except FileExistsError:  # also where NFS has lost the answer to a call that went well
