@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from megapix.diffusion import condition as condition
     from megapix.ports.load import load as load
-    from megapix.weights.read import load_model as load_model
+    from megapix.ports.load import load_model as load_model
 
 __version__ = "0.2.0"
 """pyproject.toml reads it here."""
@@ -27,10 +27,8 @@ def __getattr__(name: str) -> Any:
     """Import torch only when something that needs it is used: the command line answers --help without it."""
     import importlib
 
-    if name == "load":
-        return importlib.import_module("megapix.ports.load").load
-    if name == "load_model":
-        return importlib.import_module("megapix.weights.read").load_model
+    if name in ("load", "load_model"):
+        return getattr(importlib.import_module("megapix.ports.load"), name)
     if name == "condition":
         return importlib.import_module("megapix.diffusion.condition")
     if name == "sample":

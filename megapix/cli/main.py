@@ -10,7 +10,7 @@ from megapix.cli.images import evaluate, sample
 from megapix.cli.runs import diff, report, runs
 from megapix.cli.tools import bench, doctor, plan
 from megapix.cli.train import train
-from megapix.cli.weights import export, import_, reshard
+from megapix.cli.weights import export, import_, push, reshard
 from megapix.console import until_nobody_reads
 from megapix.dist import (
     CollectiveInputError,
@@ -37,6 +37,7 @@ Pretraining of PixelDiT, the pixel-space diffusion transformer, on DeepSpeed.
   sample    sample images from a run, a checkpoint, an exported file or an imported folder
   export    write the EMA or raw weights of a run as one safetensors file with their configuration, or as the authors do
   import    turn a checkpoint that the authors released into a folder that the other commands read
+  push      make a model repository on the Hugging Face hub of a run's weights
   reshard   rewrite a checkpoint for another number of ranks
   evaluate  sample images and score them against reference statistics, or repeat a score (several ranks: launch)
   runs      print a table of the runs in a folder: state, images seen, loss, score, speed
@@ -56,6 +57,7 @@ COMMANDS = {
     "sample": sample,
     "export": export,
     "import": import_,
+    "push": push,
     "reshard": reshard,
     "evaluate": evaluate,
     "runs": runs,

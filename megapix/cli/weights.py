@@ -44,8 +44,7 @@ def export(arguments: list[str], world: World) -> int:
     if options.raw and options.ema and not theirs:
         raise InputError("--ema and --raw: expected one of them")
     check_writable("--out", options.out)
-    if not 0 < options.shard_gib < float("inf"):
-        raise InputError(f"--shard-gib = {options.shard_gib}: expected above 0")
+    shard_bytes = _shard_bytes(options.shard_gib)
     from megapix.weights import nvlabs, read, write
 
     if options.format in ("comfyui", "diffusers"):
@@ -57,7 +56,7 @@ def export(arguments: list[str], world: World) -> int:
         else:
             from megapix.ports import diffusers
 
-            written = [diffusers.write(weights, options.out, int(options.shard_gib * 2**30))]
+            written = [diffusers.write(weights, options.out, shard_bytes)]
     elif theirs:
         kinds = [kind for kind, flag in ((True, options.ema), (False, options.raw)) if flag]
         written = nvlabs.export(options.path, options.out, kinds or [None])
@@ -70,6 +69,43 @@ def export(arguments: list[str], world: World) -> int:
             f"megapix: note: the released code and its ports do not run this network as it is: {'; '.join(different)}"
         )
     return 0
+
+
+@dataclass(frozen=True)
+class PushOptions:
+    """Make a model repository on the Hugging Face hub of a run's weights: a folder as by `export --format diffusers`,
+    with a model card of the run's data, counters, curves and last samples."""
+
+    path: tyro.conf.Positional[Path]
+    """Run folder (its newest whole checkpoint), checkpoint folder, exported file or imported folder."""
+    repo: tyro.conf.Positional[str]
+    """OWNER/NAME of the repository; it is made if it is not there."""
+    license: str
+    """Licence of the weights, as the hub names it, such as apache-2.0 or other."""
+    raw: bool = False
+    """Push the raw weights instead of the EMA."""
+    private: bool = False
+    """Make a private repository."""
+    shard_gib: float = 10.0
+    """GiB of weights in a file, above which there are several."""
+
+
+def push(arguments: list[str], world: World) -> int:
+    """Push weights to the hub."""
+    options: PushOptions = console.parse(PushOptions, arguments, "megapix push", world.main)
+    shard_bytes = _shard_bytes(options.shard_gib)
+    from megapix.ports import hub
+
+    ema = False if options.raw else None
+    address = hub.push(options.path, options.repo, options.license, ema, options.private, shard_bytes)
+    print(f"megapix: {options.path} is at {address}; megapix.load('hf://{options.repo}') loads it")
+    return 0
+
+
+def _shard_bytes(gib: float) -> int:
+    if not 0 < gib < float("inf"):
+        raise InputError(f"--shard-gib = {gib}: expected above 0")
+    return int(gib * 2**30)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 
 from megapix import __version__
@@ -53,7 +52,8 @@ def card(about: About, licence: str = "", sections: Mapping[str, str] | None = N
     if different := unlike_released(m, about.text):
         parts.append(f"The released code and its ports do not run this network as it is: {'; '.join(different)}.")
     if about.stages:
-        parts.append(f"Stages before: `{json.dumps([stage.__dict__ for stage in about.stages])}`")
+        before = (f"{stage.images_seen:,} images (the {stage.kind} went on)" for stage in about.stages)
+        parts.append(f"Stages before: {', then '.join(before)}.")
     for title, section in (sections or {}).items():
         parts += [f"## {title}", section]
     return "\n\n".join(parts) + "\n"

@@ -25,8 +25,8 @@ from megapix.errors import InputError
 from megapix.files import appearing, write_atomic
 from megapix.ports.bundle import bundle
 from megapix.ports.card import card
-from megapix.ports.load import settings_of
 from megapix.ports.pipeline import KEY, settings_to_dict
+from megapix.ports.settings import settings_of
 from megapix.weights.about import About, Weights
 
 NAME = "diffusion_pytorch_model"

@@ -35,6 +35,7 @@ OF_MEGAPIX = {
     "evaluate": EvaluateOptions,
     "export": weights.ExportOptions,
     "import": weights.ImportOptions,
+    "push": weights.PushOptions,
     "reshard": weights.ReshardOptions,
 }
 PROGRAMS = ("megapix", "data_prep", "launch.sh")
