@@ -63,7 +63,7 @@ def write_shards(command: Write | Demo) -> int:
             if command.source.is_dir() and out.resolve().is_relative_to(command.source.resolve()):
                 raise InputError(f"OUT {str(out)!r} lies inside SOURCE {str(command.source)!r}; give another folder")
         source = open_source(command.source, command.kind, _reading(command, (*filters.columns, *keep)))
-    for line in source.entries.remarks:
+    for line in (*source.entries.remarks, *source.entries.losses):
         _say(line)
     folders = folders_of(source, command.out, hold)
     if command.dry_run:
@@ -216,6 +216,7 @@ def _reading(command: Write | MakeIndex, columns: Sequence[str]) -> Reading:
     from data_prep.listing.classes import parse_classes
     from data_prep.listing.reading import Reading, parse_image_keys
     from data_prep.listing.splits import check_split
+    from data_prep.lists.tar_lists import folder_in
 
     return Reading(
         parse_keys(command.captions),
@@ -226,6 +227,8 @@ def _reading(command: Write | MakeIndex, columns: Sequence[str]) -> Reading:
         image_keys=parse_image_keys(command.image_key),
         split=check_split(command.split),
         unpacked=command.out / UNPACKED if isinstance(command, Write) else None,
+        lists=folder_in(command.out) if isinstance(command, Write) and not command.dry_run else None,
+        workers=command.workers,
         max_rejected_tars=command.max_rejected_tars,
     )
 

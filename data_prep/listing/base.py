@@ -50,10 +50,18 @@ class Entries:
     """Kind -> entries that belong to no sample: a file's ending, 'hidden', 'link', …"""
     unreadable: dict[str, str] = field(default_factory=dict)
     """Tar file that is rejected as a whole -> the reason; each is one entry."""
+    lost: dict[str, str] = field(default_factory=dict)
+    """Tar file of the plan -> why it cannot be read any more; its samples have a fault."""
     captioned: bool = False
     """Whether samples are meant to have captions, so that it is worth a remark if none has one."""
     remarks: list[str] = field(default_factory=list)
     """Lines about the whole source that its user should know: printed, and kept for `inspect`."""
+
+    @property
+    def losses(self) -> list[str]:
+        """A line for each tar file that is lost."""
+        then = "its samples are rejected where they are not written yet"
+        return [f"tar file {name!r} of the plan {why}: {then}" for name, why in self.lost.items()]
 
     def remark(self, line: str) -> None:
         """Have a line printed, once; an empty one says nothing."""
@@ -84,6 +92,7 @@ class Entries:
         self.listed += other.listed - sum(other.passed.values())
         self.parts += other.parts
         self.unreadable |= other.unreadable
+        self.lost |= other.lost
         self.captioned = self.captioned or other.captioned
         for kind, count in other.passed.items():
             self.pass_over(kind, count)

@@ -318,14 +318,23 @@ def settle(
     Raises:
         InputError: there are more names than classes have.
     """
+    classes, settled = settle_counted(Counter(labels), given, captioned, known)
+    by_label = dict(zip(dict.fromkeys(labels), settled, strict=True))
+    return classes, [by_label[label] for label in labels]
+
+
+def settle_counted(
+    counts: Mapping[Label, int], given: Given | None, captioned: bool, known: Sequence[str] = ()
+) -> tuple[Classes, list[tuple[int, str]]]:
+    """As `settle`, from how often each label comes; the list is of the distinct ones."""
     if given:
-        return Classes(given.names), numbered(labels, given)
+        return Classes(given.names), numbered(list(counts), given)
     found = Found()
     found.captioned = captioned
-    for label, count in Counter(labels).items():
+    for label, count in counts.items():
         found.add(label, count)
     classes = found.classes(known)
-    return classes, numbered(labels, classes)
+    return classes, numbered(list(counts), classes)
 
 
 def numbered(labels: Sequence[Label], classes: Classes | Given) -> list[tuple[int, str]]:

@@ -39,6 +39,10 @@ class Reading:
     """The one split to take (--split); 'all' takes all together."""
     unpacked: Path | None = None
     """Folder for unpacked copies of compressed tar files; without one they are refused."""
+    lists: Path | None = None
+    """Folder in which the lists of tar files are kept (`lists.tar_lists`); without one they are not."""
+    workers: int = 1
+    """Processes that list tar files."""
     max_rejected_tars: float = 0.01
     """Largest share of tar files that may be left out because they cannot be read (--max-rejected-tars)."""
 

@@ -133,3 +133,10 @@ class Some(Sequence[Item]):
     def __iter__(self) -> Iterator[Item]:
         for start in range(0, len(self), BLOCK):
             yield from self[start : start + BLOCK]
+
+
+def made_in(folder: Path | None) -> Path | None:
+    """The folder for a list's file, which is made; None takes the system's."""
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+    return folder

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from data_prep.listing.archives import DamagedTar, check_installed, is_tar, names_in, plain_tar
+from data_prep.listing.archives import DamagedTar, is_tar, names_in
 from data_prep.listing.base import Entries, Item, is_image
 from data_prep.listing.captions import check_found
-from data_prep.listing.classes import settle
+from data_prep.listing.classes import Label, NoClass, settle_counted
 from data_prep.listing.files import files_in
-from data_prep.listing.img2dataset import Rows, beside, count_others
+from data_prep.listing.img2dataset import beside, count_others
 from data_prep.listing.reading import PLAIN, Reading
 from data_prep.listing.splits import of_split
-from data_prep.listing.tar_samples import TarSample, samples_of
-from data_prep.listing.tars import TarBudget, TarReader
+from data_prep.listing.tars import TarReader
+from data_prep.lists.items import Items, made_in
+from data_prep.lists.tar_lists import lists_of, planned_in
 from megapix.errors import InputError
 from megapix.shards.index import read_index
 
@@ -71,43 +72,39 @@ class Shards:
         tars = _tars(path, entries)
         if not tars:
             raise InputError(f"source {str(path)!r} holds no tar file")
-        names, split = of_split([tar.name for tar in tars], reading.split, entries, f"source {str(path)!r}")
-        chosen = set(names)
-        found = list(_samples([tar for tar in tars if tar.name in chosen], entries, reading))
-        if not found:
+        there = {*(tar.name for tar in tars), *planned_in(reading.lists)}  # what the plan has may be gone
+        names, split = of_split(sorted(there), reading.split, entries, f"source {str(path)!r}")
+        folder = path if path.is_dir() else path.parent
+        items, keys, captioned = Items(made_in(reading.lists)), set[str](), bool(reading.keys)
+        numbers, counts = dict[Label, int](), array("Q")
+        for tar, plain, rows, lost in lists_of([folder / name for name in names], reading, entries):
+            for _, name, at, size, raw, caption, fault, has, about in rows:
+                keys.update(has)
+                number = -1
+                if not fault:
+                    number = numbers.setdefault(NoClass(*raw) if isinstance(raw, tuple) else raw, len(counts))
+                    counts.extend([0] * (number == len(counts)))
+                    counts[number] += 1
+                    captioned = captioned or bool(caption)
+                place = (plain, at, size)
+                items.add(
+                    Item(
+                        f"{tar.name}/{name}",
+                        number,
+                        caption,
+                        place,
+                        about=about,
+                        fault=fault or (lost and f"its tar file {lost}"),
+                    )
+                )
+        if not items:
             raise InputError(f"source {str(path)!r} holds no sample")
-        samples = [sample for *_, sample in found]
-        check_found(reading.keys, {key for sample in samples for key in sample.caption_keys}, f"source {str(path)!r}")
-        whole = [sample for sample in samples if not sample.fault]
-        captioned = bool(reading.keys) or any(sample.caption for sample in whole)
-        classes, labels = settle([sample.label for sample in whole], reading.classes, captioned, names_beside(path))
+        check_found(reading.keys, keys, f"source {str(path)!r}")
+        found = dict(zip(numbers, counts, strict=True))
+        classes, settled = settle_counted(found, reading.classes, captioned, names_beside(path))
+        items.settle(settled)
         entries.remark(classes.remark)
-        settled = iter(labels)
-        items = []
-        for tar, plain, sample in found:
-            label, fault = (0, sample.fault) if sample.fault else next(settled)
-            place = (str(plain), sample.offset, sample.size)
-            items.append(
-                Item(f"{tar.name}/{sample.name}", label, sample.caption, place, about=sample.about, fault=fault)
-            )
         return cls(classes.names, items, about={"kind": KIND, **reading.recorded(), **split}, entries=entries)
-
-
-def _samples(tars: list[Path], entries: Entries, reading: Reading) -> Iterator[tuple[Path, Path, TarSample]]:
-    """(tar file, the plain one with its bytes, sample) of each sample; tar files that cannot be read are rejected."""
-    budget = TarBudget(reading.max_rejected_tars, len(tars))
-    for tar in tars:
-        check_installed(tar)
-        counted = Entries()
-        try:
-            plain = plain_tar(tar, reading.unpacked)
-            listed = samples_of(plain, counted, reading, Rows(partial(beside, tar), reading), str(tar))
-        except DamagedTar as error:
-            entries.reject(tar.name, str(error))
-            budget.spend(tar.name, str(error))
-            continue
-        entries.add(counted)
-        yield from ((tar, plain, sample) for sample in listed)
 
 
 def names_beside(folder: Path) -> tuple[str, ...]:

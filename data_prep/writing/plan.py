@@ -22,6 +22,7 @@ from data_prep.filters.rules import NO_FILTERS, Filters
 from data_prep.listing.archives import UNPACKED
 from data_prep.listing.base import Item, Source
 from data_prep.lists.order import Order, check_unique
+from data_prep.lists.tar_lists import LISTS
 from data_prep.parts.part import WHOLE, Part
 from megapix.errors import InputError
 from megapix.files import write_atomic, write_new
@@ -244,4 +245,5 @@ def _difference(key: str, before: Any, now: Any) -> str:
 def _temporary(name: str) -> bool:
     """Whether it is a temporary file of `write_atomic` for the plan itself, or the folder of unpacked tar files: all
     that can be there before the plan."""
-    return name == UNPACKED or re.fullmatch(rf"\.{re.escape(PLAN_NAME)}\.[\d-]+[0-9a-f]*\.tmp", name) is not None
+    temporary = re.fullmatch(rf"\.{re.escape(PLAN_NAME)}\.[\d-]+[0-9a-f]*\.tmp", name)
+    return name in (UNPACKED, LISTS) or temporary is not None

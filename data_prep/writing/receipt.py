@@ -144,7 +144,7 @@ class Receipt:
         if self.listed is None:
             del data["listed"]
         else:
-            for key in ("unreadable", "captioned", "remarks"):
+            for key in ("unreadable", "lost", "captioned", "remarks"):
                 if not data["listed"][key]:
                     del data["listed"][key]
         if self.tar is None:

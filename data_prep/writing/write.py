@@ -16,7 +16,7 @@ from typing import Any
 
 from data_prep.filters.chosen import by_metadata, by_pixels
 from data_prep.listing.archives import UNPACKED
-from data_prep.listing.base import Entries, Source
+from data_prep.listing.base import Entries, Source, as_utf8
 from data_prep.listing.classes import Classes
 from data_prep.parts.folder import Parts, join
 from data_prep.parts.part import WHOLE, Part
@@ -98,7 +98,7 @@ def write(
                 "classes": list(source.classes),
                 "policy": policy | rare.recorded(),
                 "source": about | planning.chosen(options),
-                "entries": asdict(source.entries),
+                "entries": asdict(replace(source.entries, lost={})),  # a tar file may be lost to a later part alone
                 "filtered": dict(taken),
                 "samples": budget.samples,
             }
@@ -108,7 +108,7 @@ def write(
             mine = planning.jobs(items, options, buckets, part)
             with tqdm(total=len(items) // part.of, unit="img", disable=not progress, mininterval=0.5) as bar:
                 for _, outcome in in_processes(work, mine, workers):
-                    budget.spend(outcome.rejected)
+                    budget.spend(_counted(source, outcome.rejected))
                     bar.update(outcome.samples)
             return (parts.leave(budget.spent(), close) if parts else _put_together(out, whole)), False
     except OSError as error:
@@ -145,7 +145,13 @@ def _put_together(out: Path, whole: dict[str, Any]) -> Index:
 def _check_faults(source: Source, max_rejected: float) -> None:
     """End before any work where what is known of the samples already is more than the budget."""
     faults = [Rejected.because(item.name, ValueError(item.fault)) for item in source.items if item.fault]
-    Budget(max_rejected, len(source.items)).spend(tuple(faults))
+    Budget(max_rejected, len(source.items)).spend(_counted(source, tuple(faults)))
+
+
+def _counted(source: Source, rejected: tuple[Rejected, ...]) -> tuple[Rejected, ...]:
+    """Those that count towards --max-rejected: tar files that were lost as a whole have a budget of their own."""
+    lost = tuple(f"{as_utf8(name)}/" for name in source.entries.lost)
+    return tuple(one for one in rejected if not one.source.startswith(lost))
 
 
 def _settle(out: Path, plan: dict[str, Any], source: Source) -> None:

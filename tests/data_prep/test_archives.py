@@ -267,6 +267,7 @@ def test_a_tar_that_became_unreadable_after_the_plan(tmp_path: Path, capsys: pyt
     command = ["write", theirs, out, "--size", 16, "--workers", 1]
     assert run(*command) == 0
     (theirs / "00001.tar").write_bytes(whole[:3000])
+    shutil.rmtree(out / ".lists")  # as of an older version
     before = (out / "index.json").read_bytes()
     assert run(*command) == 2
     assert "Among its tar files '00001.tar' cannot be read now: " in capsys.readouterr().err.splitlines()[-1]
