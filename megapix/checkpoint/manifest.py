@@ -86,11 +86,17 @@ class State:
     """The GPUs of the ranks that wrote it, in words; empty in checkpoints of releases before 0.3."""
     window: tuple[tuple[float, ...], ...] = ()
     """Each rank's sums of losses since the last row of scalars (`Report.window`)."""
+    sets: tuple[str, ...] = ()
+    """Digests of the sets of a mix, in order; empty, and not in the file, where the data are one set."""
+    weights: tuple[tuple[int, tuple[int, ...], tuple[float | None, ...]], ...] = ()
+    """As they changed: the position from which on they count, weights of the sets, epochs after which each leaves."""
 
 
 def write_state(folder: Path, state: State) -> None:
     """Write state.json, whole or not at all, with a hash of itself."""
     data = {"version": VERSION, **asdict(state)}
+    if not state.sets:
+        del data["sets"], data["weights"]
     write_atomic(folder / STATE_NAME, (json.dumps({**data, "sha256": _digest(data)}, indent=1) + "\n").encode())
 
 
@@ -129,6 +135,8 @@ def read_state(folder: Path, minutes: float | None = None) -> State:
             tuple(Stage(**stage) for stage in data.get("stages", ())),
             data.get("cards", ""),
             tuple(tuple(map(float, sums)) for sums in data.get("window", ())),
+            tuple(data.get("sets", ())),
+            tuple((position, tuple(parts), tuple(repeats)) for position, parts, repeats in data.get("weights", ())),
         )
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error

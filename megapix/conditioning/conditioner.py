@@ -19,6 +19,7 @@ from torch import Tensor
 from megapix.conditioning.text_source import TextSource
 from megapix.config import Config
 from megapix.data.batch import Batch, padded
+from megapix.data.mix.stored import MixedText
 from megapix.diffusion.condition import Cond, Condition, classes
 from megapix.dist import World, on_all_ranks
 from megapix.errors import InputError, StorageError
@@ -182,8 +183,9 @@ def of_run(
         null = tuple(part.to(device) for part in null)
         return EncodedText(encode, null, source.captions, world.say, source.prompts)
     if source.features:
-        captions, empty = source.validation_features or source.features, TextFeatureReader(source.features).empty()
-        attended = source.features.recipe.attended
+        training = source.features.leading if isinstance(source.features, MixedText) else source.features
+        captions, empty = source.validation_features or training, TextFeatureReader(training).empty()
+        attended = training.recipe.attended
         null = _stored_null(folder, lambda: padded([empty], attended), world, attended)
         return StoredText(null, device, captions)
     return Classes(c.model.num_classes, device)

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 from megapix.config import Config, TextConfig
 from megapix.data.batch import Extras
 from megapix.data.locate import Located
+from megapix.data.mix.located import Data
+from megapix.data.mix.stored import MixedFeatures, MixedText, captioned
 from megapix.data.read import FirstCaptions
 from megapix.errors import InputError
 from megapix.files import read_bytes, size_of
@@ -34,12 +36,13 @@ class TextSource:
     """The source of text; a network that takes classes has neither encoder nor features."""
 
     encoder: TextEncoder | None = None
-    features: TextFeatures | None = None
+    features: TextFeatures | MixedText | None = None
     """Of the training set, in place of an encoder."""
     validation_features: TextFeatures | None = None
     """Of the validation set, if there is one."""
     captions: Sequence[str] = ()
-    """The first captions of the validation set, or of the training set without one."""
+    """The first captions of the validation set, or without one of the training set; of a mix, of the first set with
+    captions."""
     prompts: Sequence[str] = ()
     """Rows of the sample grids: those captions, or log.prompts."""
 
@@ -62,7 +65,7 @@ class TextSource:
         if self.encoder:
             self.encoder.to(device)
 
-    def extras(self, features: Features | None) -> Extras:
+    def extras(self, features: Features | MixedFeatures | None) -> Extras:
         """What the loader reads of the training set, with REPA's `features`."""
         return Extras(features, captions=self.encoder is not None, text=self.features)
 
@@ -72,32 +75,29 @@ class TextSource:
         return Extras(captions=self.encoder is not None, text=self.validation_features)
 
 
-def text_of(requested: Config, located: Located, validation: Located | None) -> TextSource:
+def text_of(requested: Config, data: Data, validation: Located | None) -> TextSource:
     """The text of a run over a training set, and over its validation set.
 
     Raises:
         InputError: no captions, neither encoder nor features, or features of another encoder, width or options.
     """
-    width, shown = requested.model.text_width, requested.data.path
+    width = requested.model.text_width
     if not width:
         return TextSource()
-    for place, key in ((located, "data.path"), (validation, "validation.path")):
+    sets = captioned(data)
+    for place, key in (*((each, "data.path") for _, each in sets), (validation, "validation.path")):
         if place and not (place.folder / CAPTIONS_NAME).stat().st_size:
-            raise InputError(f"{key} = {str(place.folder)!r} has no captions, and the network takes text")
-    place = validation or located
+            alone = isinstance(data, Located) or place is validation
+            instead = "" if alone else '; with "captions": "none" in the mix file it has the empty one'
+            raise InputError(f"{key} = {str(place.folder)!r} has no captions, and the network takes text{instead}")
+    place = validation or sets[0][1]
     captions = FirstCaptions(place.folder, place.index)
     if requested.text.encoder:
         encoder = load(requested.text, requested.text.encoder)
         check_width(encoder.width, width, f"text.encoder = {requested.text.encoder!r}")
         prompts = read_prompts(Path(requested.log.prompts), "log.prompts") if requested.log.prompts else captions
         return TextSource(encoder, captions=captions, prompts=prompts)
-    features = read_text_features(located.folder, located.index, shown)
-    if features is None:
-        raise InputError(
-            f"data.path = {shown!r} holds no text features: give text.encoder, or store them with "
-            f"'data_prep embed-text {shown} --encoder ENCODER'"
-        )
-    features.require(recipe_of(requested.text, width))
+    features = _stored(requested, data, sets)
     if requested.log.prompts:
         raise InputError(f"log.prompts = {requested.log.prompts!r}: prompts of your own need text.encoder")
     validation_features = None
@@ -111,6 +111,26 @@ def text_of(requested: Config, located: Located, validation: Located | None) -> 
     if validation_features:
         validation_features.require(features.recipe)
     return TextSource(None, features, validation_features, captions, captions)
+
+
+def _stored(requested: Config, data: Data, sets: Sequence[tuple[str, Located]]) -> TextFeatures | MixedText:
+    """The text features of the training set, or of each set of a mix that shows captions."""
+    found = dict[str, TextFeatures]()
+    for path, place in sets:
+        shown = path or requested.data.path
+        features = read_text_features(place.folder, place.index, shown)
+        if features is None:
+            raise InputError(
+                f"data.path = {shown!r} holds no text features: give text.encoder, or store them with "
+                f"'data_prep embed-text {shown} --encoder ENCODER'"
+            )
+        features.require(recipe_of(requested.text, requested.model.text_width))
+        if found:
+            features.require(next(iter(found.values())).recipe)
+        found[path] = features
+    if isinstance(data, Located):
+        return found[""]
+    return MixedText(data, tuple(found.get(one.path) for one in data.mixed))
 
 
 def load(text: TextConfig, name: str, option: str = "text.encoder") -> TextEncoder:

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from megapix.data.mix.stored import MixedFeatures, MixedText
 from megapix.data.order import Positions
 from megapix.shards.image_features import Features
 from megapix.shards.text_features import TextFeatures
@@ -78,11 +79,11 @@ class Batch:
 class Extras:
     """What a micro batch holds beside images and labels."""
 
-    features: Features | None = None
+    features: Features | MixedFeatures | None = None
     """An image encoder's features, for REPA."""
     captions: bool = False
     """One caption of each image, by seed and position."""
-    text: TextFeatures | None = None
+    text: TextFeatures | MixedText | None = None
     """A text encoder's features of that caption."""
     draw: Callable[[Positions], tuple[Tensor, ...]] | None = None
     """Positions -> what the objective draws for them, on the host: picklable, for it is called in the workers."""

@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -22,17 +22,17 @@ from megapix.config import BatchLayout, DataConfig
 from megapix.data import order, workers
 from megapix.data.batch import NO_EXTRAS, Batch, Extras, ReadTimes, padded
 from megapix.data.cache import DamagedShard
-from megapix.data.locate import Located
+from megapix.data.mix.located import Data, order_of
+from megapix.data.mix.order import MixOrder
+from megapix.data.mix.read import MixDecoder, MixReader, decoder_of, reader_of
+from megapix.data.mix.stored import caption_reader, feature_reader, text_reader
 from megapix.data.order import Positions, Skipped
 from megapix.data.read import DamagedSample, Decoder, ShardReader
 from megapix.dist import warn
 from megapix.errors import InputError, RankLost, StorageError
 from megapix.rng import Purpose
 from megapix.shards.captions import choose
-from megapix.shards.image_features import FeatureReader
 from megapix.shards.pixels import Pixels
-from megapix.shards.table import Captions
-from megapix.shards.text_feature_reader import TextFeatureReader
 
 PREFETCH = 4
 """Micro batches that each worker keeps ready."""
@@ -42,6 +42,9 @@ RESTARTS = 3
 """How often in a row killed workers are started again."""
 REPLACEMENTS = 8
 """Samples that are tried in place of a damaged one; if all are damaged too, the shards are."""
+
+
+Opened: TypeAlias = tuple[ShardReader | MixReader, Decoder | MixDecoder, order.Order | MixOrder]
 
 
 class MicroBatches(Dataset[Batch]):
@@ -55,13 +58,13 @@ class MicroBatches(Dataset[Batch]):
         extras: what is to be read and drawn too.
     """
 
-    def __init__(self, located: Located, config: DataConfig, seed: int, batch: int, extras: Extras = NO_EXTRAS) -> None:
+    def __init__(self, located: Data, config: DataConfig, seed: int, batch: int, extras: Extras = NO_EXTRAS) -> None:
         self.located, self.config, self.seed, self.batch = located, config, seed, batch
         self._draw = extras.draw
-        self._features = FeatureReader(extras.features) if extras.features else None
-        self._text = TextFeatureReader(extras.text) if extras.text else None
-        self._captions = Captions(located.folder, located.index) if extras.captions or extras.text else None
-        self._opened: tuple[ShardReader, Decoder, order.Order] | None = None
+        self._features = feature_reader(extras.features) if extras.features else None
+        self._text = text_reader(extras.text) if extras.text else None
+        self._captions = caption_reader(located) if extras.captions or extras.text else None
+        self._opened: Opened | None = None
 
     def __getitem__(self, positions: Positions) -> Batch | InputError | StorageError:  # type: ignore[override]
         """The micro batch, or what kept it back: an exception would reach the trainer wrapped in a traceback."""
@@ -70,12 +73,12 @@ class MicroBatches(Dataset[Batch]):
         except (InputError, StorageError) as error:
             return error
 
-    def _open(self) -> tuple[ShardReader, Decoder, order.Order]:
+    def _open(self) -> Opened:
         if self._opened is None:
-            c, index = self.config, self.located.index
+            c = self.config
             outage.wait_at_most(c.outage_minutes)  # of a worker, which is a process of its own
-            places = order.Order(self.seed, index.shards, c.shuffle_window, c.reading_groups, self.batch)
-            self._opened = ShardReader(self.located, c), Decoder(index), places
+            places = order_of(self.located, c, self.seed, self.batch)
+            self._opened = reader_of(self.located, c), decoder_of(self.located), places
         return self._opened
 
     def _batch(self, positions: Positions) -> Batch:
@@ -89,11 +92,10 @@ class MicroBatches(Dataset[Batch]):
             images.append(image[..., ::-1] if mirrored[i] else image)
             labels.append(label)
             shown.append(sample)
-        if reader.cache:
-            ahead = places.at(positions + AHEAD * self.batch)
-            reader.cache.prefetch(reader.shard_of(sample) for sample in ahead.tolist())
-            times.hits, times.misses = reader.cache.hits, reader.cache.misses
-            reader.cache.hits = reader.cache.misses = 0
+        ahead = positions + AHEAD * self.batch
+        if places.end is None or ahead.max() < places.end:
+            reader.prefetch(places.at(ahead).tolist())
+        times.hits, times.misses = reader.take_hits()
         start = time.perf_counter()
         features = self._features_of(shown, mirrored.tolist())
         captions, text = self._captions_of(shown, positions)
@@ -150,7 +152,7 @@ class MicroBatches(Dataset[Batch]):
         try:
             encoded = reader.read(sample)
             times.read -= start - (start := time.perf_counter())
-            return decoder(encoded.data, encoded.bucket), encoded.label
+            return decoder.of(sample)(encoded.data, encoded.bucket), encoded.label
         except ValueError as error:
             raise DamagedSample(f"{reader.where(sample)}: {error}") from error
         finally:
@@ -159,7 +161,7 @@ class MicroBatches(Dataset[Batch]):
 
 def batches(
     config: DataConfig,
-    located: Located,
+    located: Data,
     seed: int,
     layout: BatchLayout,
     rank: int,

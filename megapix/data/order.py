@@ -193,6 +193,11 @@ class Order:
         ((place, number),) = turns
         return self.first[place] + self.orders[place].at(number * self.batch + positions % self.batch)
 
+    @property
+    def end(self) -> None:
+        """There is none: each sample is drawn again in the next epoch."""
+        return None
+
     def among(self, sample: int) -> tuple[int, int]:
         """(first, count) of the samples of the same bucket."""
         place = int(np.searchsorted(self.first, sample, "right")) - 1

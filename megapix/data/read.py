@@ -71,9 +71,18 @@ class ShardReader:
             )
         return Encoded(data, record.label, shard.bucket)
 
-    def shard_of(self, sample: int) -> ShardEntry:
-        """The entry that holds a sample."""
-        return self._record(sample)[1]
+    def prefetch(self, samples: Sequence[int]) -> None:
+        """Fetch what these samples lie in into the cache, if there is one."""
+        if self.cache:
+            self.cache.prefetch(self._record(sample)[1] for sample in samples)
+
+    def take_hits(self) -> tuple[int, int]:
+        """Reads since the last call that the cache answered, and that it did not."""
+        if self.cache is None:
+            return 0, 0
+        counts = self.cache.hits, self.cache.misses
+        self.cache.hits = self.cache.misses = 0
+        return counts
 
     def where(self, sample: int) -> str:
         """Shard and key of a sample, for messages."""
@@ -106,6 +115,10 @@ class Decoder:
     def __init__(self, index: Index) -> None:
         self.policy = Policy.from_dict(index.image_policy)
         self._prepared = index.prepared
+
+    def of(self, _sample: int) -> Decoder:
+        """That of a sample."""
+        return self
 
     def __call__(self, data: bytes, bucket: int) -> Pixels:
         """The image: uint8 [3, H, W], of its bucket's size.

@@ -11,7 +11,8 @@ from pathlib import Path
 from megapix.checkpoint.folder import complete
 from megapix.checkpoint.layout import PARTS
 from megapix.config import Config
-from megapix.data.locate import locate
+from megapix.data.locate import Located
+from megapix.data.mix.located import find
 from megapix.data.read import Decoder, ShardReader
 from megapix.dist import World, barrier, gather
 from megapix.doctor.verdict import Verdict
@@ -59,8 +60,18 @@ def shards(requested: Config, world: World) -> Verdict:
         InputError: no data set there, or a sample that cannot be read; the file is named.
         ValueError: a sample that cannot be decoded.
     """
+    data = find(requested.data)
+    return _worst([_shards(one, requested, world) for one in ([data] if isinstance(data, Located) else data.sets)])
+
+
+def _worst(verdicts: list[Verdict]) -> Verdict:
+    """That of the first set at which somebody should look; with the details of all where all is well."""
+    bad = [verdict for verdict in verdicts if verdict.status != "ok"]
+    return bad[0] if bad else Verdict("shards", "ok", "; ".join(verdict.detail for verdict in verdicts))
+
+
+def _shards(located: Located, requested: Config, world: World) -> Verdict:
     start = time.monotonic()
-    located = locate(requested.data)
     entries = located.index.shards
     reader, decoder = ShardReader(located, requested.data), Decoder(located.index)
     tried = {(world.rank + i * max(1, len(entries) // SHARDS_TRIED)) % len(entries) for i in range(SHARDS_TRIED)}

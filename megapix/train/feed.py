@@ -9,6 +9,8 @@ from functools import partial
 
 from megapix.data import loader
 from megapix.data.batch import Batch, ReadTimes
+from megapix.data.mix.located import LocatedMix, order_of, with_weights
+from megapix.data.mix.order import MixOrder
 from megapix.diffusion import flow, repa
 from megapix.dist import gather, warn
 from megapix.monitoring.meters import Clock
@@ -22,6 +24,8 @@ class Feed:
     def __init__(self, run: Run, progress: Progress) -> None:
         self._run, self._progress = run, progress
         self._stored = run.resolved.features if self.aligned else None
+        self._data, self._position = with_weights(run.resolved.located, progress.weights), progress.counters.position
+        self._order = order_of(self._data, run.config.data, run.config.seed, run.resolved.layout.total)
         self._batches = self._open()
         self._clock, self._times, self._replaced, self._drawn = Clock(), ReadTimes(), 0, progress.counters.drawn
 
@@ -49,6 +53,9 @@ class Feed:
         drawn, self._drawn = self._progress.counters.drawn - self._drawn, self._progress.counters.drawn
         row = self._clock.read(drawn) | self._times.row(drawn // self._run.resolved.layout.ranks)
         row["health/replaced_samples"] = sum(gather(self._run.world, self._replaced))
+        if isinstance(self._data, LocatedMix) and isinstance(self._order, MixOrder):
+            row |= self._data.row(self._order, self._position, position := self._progress.counters.position)
+            self._position = position
         self._times = ReadTimes()
         return row
 
@@ -61,7 +68,7 @@ class Feed:
         draw = partial(flow.draw, seed=c.seed, config=c.flow)
         return loader.batches(
             resolved.config.data,
-            resolved.located,
+            self._data,
             resolved.config.seed,
             resolved.layout,
             self._run.world.rank,

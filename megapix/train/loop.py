@@ -38,7 +38,7 @@ from megapix.train import automatic, rollback, run_folder
 from megapix.train.feed import Feed
 from megapix.train.progress import Progress
 from megapix.train.resolve import ResolvedRun, check_writable, resolve
-from megapix.train.run import Run, build
+from megapix.train.run import Run, build, with_weights
 from megapix.train.sample_grid import ema_grid
 
 
@@ -118,24 +118,26 @@ def _in_folder(
         world.say(f"{folder} is finished: {seen:,} images seen, {resolved.saved.folder}")
         return
     with _telling(resolved, world, watchdog), ExitStack() as at_end:
-        train_from(*build(resolved, world, device, stop, watchdog, at_end))
+        seen = train_from(*build(resolved, world, device, stop, watchdog, at_end))
     dist.barrier(world)  # no rank says goodbye while another still works
-    world.say(f"finished: {resolved.end:,} images seen; {latest(folder)}")
+    why = f"; every set of {resolved.config.data.path!r} is at its limit" if seen < resolved.end else ""
+    world.say(f"finished: {seen if why else resolved.end:,} images seen; {latest(folder)}{why}")
 
 
-def train_from(run: Run, state: State) -> None:
-    """Train from `state` to the end, with rollbacks where spikes ask for them."""
+def train_from(run: Run, state: State) -> int:
+    """Train from `state` to the end, with rollbacks where spikes ask for them; returns the images seen there."""
     c, layout, happened = run.config, run.resolved.layout, ""
     if c.health.on_spike == "rollback" and run.resolved.saved is None:
         run.saver.save(state, run.share(state))  # a spike before the first checkpoint needs one too
     while True:
-        progress = Progress(state, c, layout, run.engine)
+        progress = Progress(state, c, layout, run.engine, run.resolved.end_of_data(state))
         report = Report(c, layout, run.world, run.device, run.saver, state)
         report.begin(run.resolved.text.prompts[: c.log.grid_classes], happened)
         try:
             telling = _telling(run.resolved, run.world, run.watchdog)
             with closing(report), closing(Feed(run, progress)) as feed, telling:
-                return steps(run, progress, feed, report)
+                steps(run, progress, feed, report)
+                return progress.counters.images_seen
         except Rollback as back:
             state, happened = _roll_back(run, back)
 
@@ -155,6 +157,8 @@ def steps(run: Run, progress: Progress, feed: Feed, report: Report) -> None:
             measure(run, progress, report, outcome)
         except StopRequested:
             save_and_stop(run, progress, report)
+    if progress.used_up and not progress.saved:  # its last step was skipped
+        save(run, progress, report)
     run.watchdog.note(progress.step + 1, "save")
     run.saver.settle()
     run.watchdog.note(progress.step + 1, "close")
@@ -328,6 +332,7 @@ def _roll_back(run: Run, back: Rollback) -> tuple[State, str]:
     note(saved.state.counters.drawn // layout.total, "load")
     run.engine.load(saved, run.world)
     state = replace(saved.state, config=back.state.config, layout=back.state.layout, files={})
+    state = with_weights(state, run.resolved.located)
     ranges = ", ".join(f"{start:,} to {stop:,}" for start, stop in state.counters.skipped)
     run.world.say(f"rolled back to {saved.folder}; positions skipped: {ranges}")
     return state, f"rolled back to {saved.folder.name}: {back}; positions skipped: {ranges}"

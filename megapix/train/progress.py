@@ -7,6 +7,7 @@ from dataclasses import replace
 from megapix.checkpoint.manifest import Counters, State
 from megapix.config import BatchLayout, Config, Images
 from megapix.data import order
+from megapix.data.mix.located import Weights
 from megapix.engine.zero2 import Zero2Engine
 from megapix.monitoring.meters import Mean
 from megapix.resilience.agreement import StepOutcome
@@ -21,11 +22,15 @@ class Progress:
         config: resolved.
         layout: the global batch.
         engine: counts the images of applied steps.
+        data_end: the position at which the last set of a mix leaves, if there is one.
     """
 
-    def __init__(self, start: State, config: Config, layout: BatchLayout, engine: Zero2Engine) -> None:
+    def __init__(
+        self, start: State, config: Config, layout: BatchLayout, engine: Zero2Engine, data_end: int | None = None
+    ) -> None:
         self._engine, self._total, self._end = engine, layout.total, int(config.optim.end_at)
         self._start = self._saved = start
+        self._data_end = data_end
         self.counters = self.before = start.counters
         """Now, and before the last step."""
         self.sentinel = Sentinel(config.health, start.recent, start.standing_out)
@@ -42,11 +47,24 @@ class Progress:
     @property
     def finished(self) -> bool:
         """Whether the run is at its end."""
-        return self.counters.images_seen >= self._end
+        return self.counters.images_seen >= self._end or self.used_up
+
+    @property
+    def used_up(self) -> bool:
+        """Whether the data have no whole step left."""
+        if self._data_end is None:
+            return False
+        return order.take(self.counters.position, self._total, self.counters.skipped)[1] > self._data_end
+
+    @property
+    def weights(self) -> Weights:
+        """The schedule of the mix that the run is on."""
+        return self._start.weights
 
     def due(self, every: Images) -> bool:
         """Whether the last step has reached a multiple of `every` images, or the end."""
-        return due(every, self.before.images_seen, self.counters.images_seen, self._end)
+        end = self.counters.images_seen if self.used_up else self._end
+        return due(every, self.before.images_seen, self.counters.images_seen, end)
 
     def passed(self, every: Images) -> bool:
         """Whether the last step has reached a multiple of `every` images, wherever the end is."""

@@ -13,12 +13,17 @@ from megapix.checkpoint.manifest import State
 from megapix.conditioning.text_source import TextSource, text_of
 from megapix.config import BatchLayout, Config, EvaluationConfig, RepaConfig
 from megapix.config.ds_config import read_knobs
-from megapix.data.locate import Located, locate, locate_version
+from megapix.data.locate import Located, locate
+from megapix.data.mix.located import Data, LocatedMix, MixIndex, find, order_of, scheduled
+from megapix.data.mix.order import Stretch
+from megapix.data.mix.stored import MixedFeatures
+from megapix.data.order import take
 from megapix.dist import World
 from megapix.errors import InputError
-from megapix.shards.image_features import Features, read_features
+from megapix.shards.image_features import MANIFEST_NAME, Features, read_features, read_manifest
 from megapix.shards.image_policy import Policy
 from megapix.shards.index import Index
+from megapix.shards.mix.file import is_mix
 
 if TYPE_CHECKING:
     from megapix.encoders.image import Encoder
@@ -30,7 +35,7 @@ class ResolvedRun:
     """A run that can start: resolved configuration, data, batch layout, and the checkpoint to resume from."""
 
     config: Config
-    located: Located
+    located: Data
     layout: BatchLayout
     choice: Choice
     """The checkpoint to resume from, and those that were refused."""
@@ -42,7 +47,7 @@ class ResolvedRun:
     """What the run has of the checkpoint or of the data although preset or command have another value, a line each."""
     teacher: Encoder | None = None
     """REPA's frozen encoder, if there is one."""
-    features: Features | None = None
+    features: Features | MixedFeatures | None = None
     """Or its features, computed before."""
     standard: Standard | None = None
     """Reference statistics and extractor of the small evaluation, if there is one."""
@@ -70,7 +75,18 @@ class ResolvedRun:
     @property
     def finished(self) -> bool:
         """Whether the checkpoint is already at the end."""
-        return self.saved is not None and self.saved.state.counters.images_seen >= self.end
+        if self.saved is None:
+            return False
+        counters, last = self.saved.state.counters, self.end_of_data(self.saved.state)
+        used_up = last is not None and take(counters.position, self.layout.total, counters.skipped)[1] > last
+        return counters.images_seen >= self.end or used_up
+
+    def end_of_data(self, state: State) -> int | None:
+        """The position at which the last set of a mix leaves, if there is one, for a run that goes on from there."""
+        if isinstance(self.located, Located):
+            return None
+        data = scheduled(self.located, state.weights, state.counters.position)
+        return order_of(data, self.config.data, self.config.seed, self.layout.total).end
 
 
 def resolve(requested: Config, ranks: int, choice: Choice | None = None, classes_given: bool = True) -> ResolvedRun:
@@ -91,7 +107,7 @@ def resolve(requested: Config, ranks: int, choice: Choice | None = None, classes
     located, choice = _located(requested, choice)
     index = located.index
     _check_sizes(requested, requested.data.path, Policy.from_dict(index.image_policy))
-    if len({shard.bucket for shard in index.shards}) > 1 and layout.total % requested.data.reading_groups:
+    if len(index.bucket_samples) > 1 and layout.total % requested.data.reading_groups:
         raise InputError(
             f"data.reading_groups = {requested.data.reading_groups}: with aspect buckets expected a divisor of "
             f"optim.global_batch = {layout.total}"
@@ -106,7 +122,7 @@ def resolve(requested: Config, ranks: int, choice: Choice | None = None, classes
         )
     validation = _validation(requested, index)
     resolved = config.freeze(requested, index.samples)
-    teacher, features = _teacher(requested.repa), _features(requested, index)
+    teacher, features = _teacher(requested.repa), _features(requested, located)
     if source := teacher or features:
         resolved = config.replace(resolved, "repa.digest", source.digest)
     text = text_of(requested, located, validation)
@@ -128,13 +144,52 @@ def resolve(requested: Config, ranks: int, choice: Choice | None = None, classes
         kept = (*kept, f"data.path: {requested.data.path!r} {newer} of {index.samples:,} images")
     changes = config.compare(state.config, resolved, str(folder))
     if state.data_digest != index.digest:
-        raise InputError(
-            f"{folder} was trained on the data set {state.data_digest[:16]}…, "
-            f"but {requested.data.path!r} is {index.digest[:16]}…; give the same shards, or another --out"
-        )
+        raise InputError(_other_data(state, located, str(folder), requested.data.path))
+    changes += _other_weights(state, located)
     if state.layout.ranks != ranks:
         changes.append(f"ranks: {state.layout.ranks} -> {ranks}")
     return ResolvedRun(resolved, located, layout, choice, validation, changes, kept, teacher, features, standard, text)
+
+
+def _other_data(state: State, located: Data, folder: str, path: str) -> str:
+    """Why a run cannot resume on other data than it began with."""
+    init = f"a run on other sets is one of its own, which begins with its weights: --init {folder} and another --out"
+    now = located.digests if isinstance(located, LocatedMix) else (located.index.digest,)
+    before = state.sets or (state.data_digest,)
+    if len(before) == len(now) == 1 and not state.sets and isinstance(located, Located):
+        return (
+            f"{folder} was trained on the data set {state.data_digest[:16]}…, "
+            f"but {path!r} is {located.index.digest[:16]}…; give the same shards, or another --out"
+        )
+    was = f"a mix of {len(before)} sets" if state.sets else "one set"
+    if before == now and isinstance(located, LocatedMix) == bool(state.sets):
+        return f"{folder} was trained with other classes or captions of the sets than {path!r} says; {init}"
+    if sorted(before) == sorted(now) and state.sets and isinstance(located, LocatedMix):
+        names = dict(zip(now, (one.name for one in located.mixed), strict=True))
+        order = ", ".join(names[digest] for digest in before)
+        return f"{folder} was trained on the sets of {path!r} in another order: {order}; give them so"
+    if isinstance(located, Located):
+        return f"{folder} was trained on {was}, but {path!r} is no mix file; {init}"
+    added = [one.path for one, digest in zip(located.mixed, now, strict=True) if digest not in before]
+    what = f"{added[0]!r} in {path!r} is none of them" if added else f"{path!r} has {len(now)} of them"
+    return f"{folder} was trained on {was}, and {what}; {init}"
+
+
+def _other_weights(state: State, located: Data) -> list[str]:
+    """A line for each set whose weight or limit changes with the position of the resume."""
+    if isinstance(located, Located) or tuple(state.weights) == tuple(located.weights):
+        return []
+    before, now, position = Stretch(*state.weights[-1]), located.weights[-1], state.counters.position
+    lines = []
+    for number, one in enumerate(located.mixed):
+        for key, old, new in (
+            ("weight", before.weights[number] / sum(before.weights), now.weights[number] / sum(now.weights)),
+            ("repeat", before.repeats[number], now.repeats[number]),
+        ):
+            if old != new:
+                was, will = (f"{n:.4g}" if n is not None else "none" for n in (old, new))
+                lines.append(f"{key} of {one.name}: {was} -> {will}, from position {position:,} on")
+    return lines
 
 
 def _with_classes(requested: Config, classes: int) -> tuple[Config, tuple[str, ...]]:
@@ -144,14 +199,18 @@ def _with_classes(requested: Config, classes: int) -> tuple[Config, tuple[str, .
     return config.replace(requested, "model.num_classes", classes), (line,)
 
 
-def _located(requested: Config, choice: Choice | None) -> tuple[Located, Choice]:
+def _located(requested: Config, choice: Choice | None) -> tuple[Data, Choice]:
     """The data, of which a run that resumes keeps the version that it began with; and the checkpoint."""
-    located = locate(requested.data)
+    labelled = requested.model.num_classes > 0
+    located = find(requested.data, labelled=labelled)
     check_writable(Path(requested.out))
     choice = choice or choose(Path(requested.out), requested.resume, World(), hashed=False)
-    if choice.saved and choice.saved.state.data_digest != located.index.digest:
-        located = locate_version(requested.data, choice.saved.state.data_digest)
-    return located, choice
+    if choice.saved is None:
+        return located, choice
+    state = choice.saved.state
+    if state.data_digest != located.index.digest:
+        located = find(requested.data, state.sets or (state.data_digest,), labelled)
+    return scheduled(located, state.weights, state.counters.position), choice
 
 
 def _kept(resolved: Config, saved: Config) -> tuple[Config, tuple[str, ...]]:
@@ -183,11 +242,11 @@ def _standard(evaluation: EvaluationConfig) -> Standard | None:
     return open_standard(Path(evaluation.reference), weights, prefix="--evaluation.")
 
 
-def _features(requested: Config, index: Index) -> Features | None:
+def _features(requested: Config, located: Data) -> Features | MixedFeatures | None:
     repa = requested.repa
     if not repa.features:
         return None
-    features, shown = read_features(repa.features, index), f"repa.features = {repa.features!r}"
+    features, shown = _stored(repa.features, located), f"repa.features = {repa.features!r}"
     if requested.data.flip and not features.flip:
         raise InputError(
             f"{shown} has no features of mirror images, but data.flip = True; compute them with data_prep features "
@@ -200,6 +259,28 @@ def _features(requested: Config, index: Index) -> Features | None:
     return features
 
 
+def _stored(folder: str, located: Data) -> Features | MixedFeatures:
+    """The features in a folder; of a mix those of each set, in the folder below it that has them."""
+    if isinstance(located, Located):
+        return read_features(folder, located.index)
+    below = {read_manifest(path.parent).data_digest: path.parent for path in Path(folder).glob(f"*/{MANIFEST_NAME}")}
+    parts = list[Features]()
+    for one, place in zip(located.mixed, located.sets, strict=True):
+        if place.index.digest not in below:
+            raise InputError(
+                f"repa.features = {folder!r} has no folder with the features of {one.path!r}; make them with "
+                f"'data_prep features {one.path} --encoder ENCODER --out {folder}/{one.name}'"
+            )
+        parts.append(read_features(below[place.index.digest], place.index))
+        for key in ("digest", "dtype"):
+            if getattr(parts[0], key) != getattr(parts[-1], key):
+                raise InputError(
+                    f"repa.features = {folder!r}: the features of {one.path!r} have another {key} than those of "
+                    f"{located.mixed[0].path!r}"
+                )
+    return MixedFeatures(located, tuple(parts))
+
+
 def _check_batch(state: State, layout: BatchLayout, where: str) -> None:
     total = state.config.optim.global_batch
     if layout.total != total:
@@ -209,11 +290,13 @@ def _check_batch(state: State, layout: BatchLayout, where: str) -> None:
         )
 
 
-def _validation(requested: Config, training: Index) -> Located | None:
+def _validation(requested: Config, training: Index | MixIndex) -> Located | None:
     """The validation set: of the training set's classes, and not the training set itself."""
     path = requested.validation.path
     if not path:
         return None
+    if is_mix(path):
+        raise InputError(f"validation.path = {path!r} is a mix file: expected one shard folder")
     located = locate(replace(requested.data, path=path))
     index = located.index
     _check_sizes(requested, path, Policy.from_dict(index.image_policy))
@@ -240,7 +323,7 @@ def _check_sizes(requested: Config, path: str, policy: Policy) -> None:
             )
 
 
-def _check_rare_buckets(requested: Config, index: Index, batch: int) -> None:
+def _check_rare_buckets(requested: Config, index: Index | MixIndex, batch: int) -> None:
     """A step holds one bucket: of one with fewer samples than a step has, it would hold the same images several times.
 
     Runs that began so go on, and indexes of the first version of the image policy are used as they were.

@@ -18,6 +18,7 @@ from megapix.conditioning.conditioner import Conditioner, of_run
 from megapix.config import Config, unlike_released
 from megapix.config.ds_config import unproven
 from megapix.data import workers
+from megapix.data.mix.located import Data, LocatedMix, scheduled
 from megapix.diffusion import flow
 from megapix.diffusion.condition import Condition
 from megapix.dist import World, gather, on_all_ranks
@@ -106,7 +107,7 @@ def build(
         resolved.teacher.to(device)
     resolved.text.to(device)
     alignment = Alignment(c.repa.layer, resolved.aligned_width) if resolved.aligned_width else None
-    buckets = len({shard.bucket for shard in resolved.located.index.shards})
+    buckets = len(resolved.located.index.bucket_samples)
     network = build_network(c.model, c.seed, c.machine, alignment, buckets, c.text.max_tokens)
     attention = on_all_ranks(world, lambda: attention_of(c, device))
     before = () if saved else _initialise(network, c, world, resolved.located.index.class_names)
@@ -116,6 +117,7 @@ def build(
     layout, index = engine.layout(world), resolved.located.index
     fresh = State(Counters(), c, index.digest, index.class_names, layout, adam_steps=0, stages=before)
     state = replace(saved.state if saved else fresh, config=c, cards=resolved.cards, layout=layout, files={})
+    state = with_weights(state, resolved.located)
     _announce(resolved, world, network, attention)
     write_config(world, resolved)
     note_process(world, resolved)
@@ -149,6 +151,12 @@ def build(
         evaluation,
     )
     return run, state
+
+
+def with_weights(state: State, located: Data) -> State:
+    """The state of a run that goes on from there with the weights that the mix file has now."""
+    now = scheduled(located, state.weights, state.counters.position)
+    return replace(state, sets=now.digests, weights=now.weights) if isinstance(now, LocatedMix) else state
 
 
 def objective_of(c: Config, device: torch.device, varied: bool) -> flow.Objective:
@@ -214,6 +222,8 @@ def _announce(resolved: ResolvedRun, world: World, network: PixelDiT, attention:
         )
     for caution in standard.cautions("evaluation.count", c.evaluation.count) if world.main and standard else ():
         dist.warn(caution)
+    for line in resolved.located.say() if isinstance(resolved.located, LocatedMix) else ():
+        world.say(line)
     for fault in resolved.located.faults:
         world.say(f"its samples will be replaced: {fault}")
     if resolved.saved:

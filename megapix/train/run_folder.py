@@ -10,6 +10,7 @@ from pathlib import Path
 
 from megapix import config
 from megapix.config.ds_config import read_knobs
+from megapix.data.mix.located import LocatedMix
 from megapix.dist import World, agree, gather, on_all_ranks
 from megapix.files import read_bytes, size_of, write_atomic
 from megapix.monitoring import processes
@@ -38,6 +39,7 @@ def same_everywhere(world: World, resolved: ResolvedRun) -> None:
     mine["extractor weights"] = resolved.standard.extractor.sha256 if resolved.standard else "none"
     mine |= {
         "data set": resolved.located.index.digest,
+        "weights of the mix": repr(resolved.located.weights) if isinstance(resolved.located, LocatedMix) else "none",
         "checkpoint": resolved.saved.folder.name if resolved.saved else "none",
     }
     mine |= {

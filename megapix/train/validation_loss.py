@@ -54,7 +54,7 @@ class ValidationLoss:
         total = located.index.samples
         count = min(config.validation.samples or total, total)
         groups = -(-count // GROUP)
-        if len({shard.bucket for shard in located.index.shards}) > 1:  # a group holds images of one size
+        if len(located.index.bucket_samples) > 1:  # a group holds images of one size
             groups = max(1, count // GROUP)
             count = groups * GROUP
         positions = np.arange(count, dtype=np.int64)

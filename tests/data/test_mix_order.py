@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megapix.data.mix_order import MixOrder, Stretch, extended
-from megapix.data.turns import MOST_PARTS, Line, parts_of
+from megapix.data.mix.order import MixOrder, Stretch, extended
+from megapix.data.mix.turns import MOST_PARTS, Line, parts_of
 from megapix.errors import InputError
 from megapix.shards.index import ShardEntry
 

@@ -18,6 +18,7 @@ from megapix.config import BatchLayout, DataConfig
 from megapix.data import order
 from megapix.data.loader import batches
 from megapix.data.locate import locate
+from megapix.data.mix.order import MixOrder, Stretch
 from megapix.data.order import Order, SampleOrder
 from megapix.shards.index import ShardEntry
 
@@ -36,7 +37,7 @@ def data_sets(draw: st.DrawFn) -> tuple[list[ShardEntry], int, int, int]:
     return shards, draw(st.integers(0, 13)), draw(st.sampled_from([1, 2, 3, 8, 24])), draw(st.integers(0, 2**63 - 1))
 
 
-def step_of(position: int, layout: BatchLayout, groups: int, places: Order) -> dict[int, int]:
+def step_of(position: int, layout: BatchLayout, groups: int, places: Order | MixOrder) -> dict[int, int]:
     """position -> sample of one step, gathered over the ranks of a world; each rank draws its own micro batches."""
     found: dict[int, int] = {}
     for rank in range(layout.ranks):
@@ -103,6 +104,57 @@ def test_the_turns_of_buckets_by_hand() -> None:
     far = 10**12
     place, number = Order(0, shards, 0, 1, 1)._find_turn(far)
     assert (place, number) == (turns[far % 4][0], turns[far % 4][1] + far // 4 * (3, 1)[place])
+
+
+@st.composite
+def mixes(draw: st.DrawFn) -> tuple[list[list[ShardEntry]], int, int, int, tuple[int, ...]]:
+    """(entries of each set, window, groups, seed, weights)."""
+    buckets = st.integers(0, draw(st.sampled_from([0, 3])))
+    some = st.lists(st.tuples(buckets, st.integers(1, 30)), min_size=1, max_size=6)
+    sets = [
+        [ShardEntry(f"{s}-{n}.tar", size, 0, "", bucket) for n, (bucket, size) in enumerate(sorted(entries))]
+        for s, entries in enumerate(draw(st.lists(some, min_size=1, max_size=4)))
+    ]
+    weights = draw(st.lists(st.integers(0, 9), min_size=len(sets), max_size=len(sets)).filter(any))
+    groups = draw(st.sampled_from([1, 2, 8]))
+    return sets, draw(st.integers(0, 5)), groups, draw(st.integers(0, 2**63 - 1)), tuple(weights)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(mixes(), st.lists(layouts, min_size=1, max_size=40), st.integers(1, 9))
+def test_every_set_of_a_mix_once_an_epoch_of_its_own(
+    data: tuple[list[list[ShardEntry]], int, int, int, tuple[int, ...]], worlds: list[BatchLayout], other: int
+) -> None:
+    """Worlds change at every step, and the weights in the middle."""
+    sets, window, groups, seed, weights = data
+    described = [(f"{number}" * 64, shards) for number, shards in enumerate(sets)]
+    none, half = (None,) * len(sets), len(worlds) // 2 * STEP
+    schedule = [Stretch(0, weights, none), Stretch(half, (*weights[1:], other), none)][: 2 if half else 1]
+    owner, of_bucket = list[int](), list[int]()
+    for number, shards in enumerate(sets):
+        owner += [number] * sum(shard.samples for shard in shards)
+        of_bucket += [shard.bucket for shard in shards for _ in range(shard.samples)]
+    drawn: dict[tuple[int, int], list[int]] = {}
+    for step, layout in enumerate(worlds):
+        places = MixOrder(seed, described, schedule[: 2 if step * STEP >= half else 1], window, groups, STEP)
+        found = step_of(step * STEP, layout, groups, places)
+        assert len({of_bucket[sample] for sample in found.values()}) == 1
+        for position in sorted(found):
+            sample = found[position]
+            drawn.setdefault((owner[sample], of_bucket[sample]), []).append(sample)
+        counts = Counter[int]()
+        for (number, _), samples in drawn.items():
+            counts[number] += len(samples)
+        assert places.drawn((step + 1) * STEP).tolist() == [counts[number] for number in range(len(sets))]
+        if step * STEP < half or not half:
+            assert not any(counts[number] for number, weight in enumerate(weights) if not weight)
+    for (number, bucket), samples in drawn.items():
+        n = sum(shard.samples for shard in sets[number] if shard.bucket == bucket)
+        if groups == 1:
+            for epoch in range(len(samples) // n):
+                assert len(set(samples[epoch * n : (epoch + 1) * n])) == n
+        times = Counter(samples)
+        assert max(times.values()) - min(times[s] for s in times) <= 2 + groups, "with groups, to within an epoch each"
 
 
 @pytest.mark.parametrize("nodes", [pytest.param(8, marks=pytest.mark.long), 64])

@@ -19,16 +19,15 @@ others grow; a bucket that no set is left in has no more steps, and when none is
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
 from megapix import rng
+from megapix.data.mix.turns import Counts, Line, Parts, parts_of
 from megapix.data.order import Order, Positions
-from megapix.data.turns import Counts, Line, Parts, parts_of
 from megapix.errors import InputError
 from megapix.rng import Purpose
 from megapix.shards.index import ShardEntry
@@ -38,8 +37,7 @@ KEY_DIGITS = 15
 """Hexadecimal digits of a set's digest that its order depends on: below 2^63."""
 
 
-@dataclass(frozen=True)
-class Stretch:
+class Stretch(NamedTuple):
     """The weights from a position of the run on."""
 
     position: int
