@@ -15,7 +15,7 @@ from megapix.config import BatchLayout, Config, EvaluationConfig, RepaConfig
 from megapix.config.ds_config import read_knobs
 from megapix.data.locate import Located, locate
 from megapix.data.mix.located import Data, LocatedMix, MixIndex, find, order_of, scheduled
-from megapix.data.mix.order import Stretch
+from megapix.data.mix.resume import other_sets, other_weights
 from megapix.data.mix.stored import MixedFeatures
 from megapix.data.order import take
 from megapix.dist import World
@@ -144,52 +144,14 @@ def resolve(requested: Config, ranks: int, choice: Choice | None = None, classes
         kept = (*kept, f"data.path: {requested.data.path!r} {newer} of {index.samples:,} images")
     changes = config.compare(state.config, resolved, str(folder))
     if state.data_digest != index.digest:
-        raise InputError(_other_data(state, located, str(folder), requested.data.path))
-    changes += _other_weights(state, located)
+        raise InputError(
+            f"{folder} was trained on the data set {state.data_digest[:16]}…, "
+            f"but {requested.data.path!r} is {index.digest[:16]}…; give the same shards, or another --out"
+        )
+    changes += other_weights(state.weights, located, state.counters.position)
     if state.layout.ranks != ranks:
         changes.append(f"ranks: {state.layout.ranks} -> {ranks}")
     return ResolvedRun(resolved, located, layout, choice, validation, changes, kept, teacher, features, standard, text)
-
-
-def _other_data(state: State, located: Data, folder: str, path: str) -> str:
-    """Why a run cannot resume on other data than it began with."""
-    init = f"a run on other sets is one of its own, which begins with its weights: --init {folder} and another --out"
-    now = located.digests if isinstance(located, LocatedMix) else (located.index.digest,)
-    before = state.sets or (state.data_digest,)
-    if len(before) == len(now) == 1 and not state.sets and isinstance(located, Located):
-        return (
-            f"{folder} was trained on the data set {state.data_digest[:16]}…, "
-            f"but {path!r} is {located.index.digest[:16]}…; give the same shards, or another --out"
-        )
-    was = f"a mix of {len(before)} sets" if state.sets else "one set"
-    if before == now and isinstance(located, LocatedMix) == bool(state.sets):
-        return f"{folder} was trained with other classes or captions of the sets than {path!r} says; {init}"
-    if sorted(before) == sorted(now) and state.sets and isinstance(located, LocatedMix):
-        names = dict(zip(now, (one.name for one in located.mixed), strict=True))
-        order = ", ".join(names[digest] for digest in before)
-        return f"{folder} was trained on the sets of {path!r} in another order: {order}; give them so"
-    if isinstance(located, Located):
-        return f"{folder} was trained on {was}, but {path!r} is no mix file; {init}"
-    added = [one.path for one, digest in zip(located.mixed, now, strict=True) if digest not in before]
-    what = f"{added[0]!r} in {path!r} is none of them" if added else f"{path!r} has {len(now)} of them"
-    return f"{folder} was trained on {was}, and {what}; {init}"
-
-
-def _other_weights(state: State, located: Data) -> list[str]:
-    """A line for each set whose weight or limit changes with the position of the resume."""
-    if isinstance(located, Located) or tuple(state.weights) == tuple(located.weights):
-        return []
-    before, now, position = Stretch(*state.weights[-1]), located.weights[-1], state.counters.position
-    lines = []
-    for number, one in enumerate(located.mixed):
-        for key, old, new in (
-            ("weight", before.weights[number] / sum(before.weights), now.weights[number] / sum(now.weights)),
-            ("repeat", before.repeats[number], now.repeats[number]),
-        ):
-            if old != new:
-                was, will = (f"{n:.4g}" if n is not None else "none" for n in (old, new))
-                lines.append(f"{key} of {one.name}: {was} -> {will}, from position {position:,} on")
-    return lines
 
 
 def _with_classes(requested: Config, classes: int) -> tuple[Config, tuple[str, ...]]:
@@ -210,6 +172,11 @@ def _located(requested: Config, choice: Choice | None) -> tuple[Data, Choice]:
     state = choice.saved.state
     if state.data_digest != located.index.digest:
         located = find(requested.data, state.sets or (state.data_digest,), labelled)
+    mixed = state.sets or isinstance(located, LocatedMix)
+    if mixed and state.data_digest != located.index.digest:  # before anything that follows from the sets is compared
+        raise InputError(
+            other_sets(state.sets, state.data_digest, located, str(choice.saved.folder), requested.data.path)
+        )
     return scheduled(located, state.weights, state.counters.position), choice
 
 
