@@ -12,7 +12,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,7 @@ from torch import Tensor
 from megapix.errors import InputError, one_of
 from megapix.files import sha256_of
 
+T = TypeVar("T")
 NAMES = ("effnet_lite0", "inception")
 WEIGHTS_OPTION = "--extractor-weights"
 LITE_SIDE, LITE_MEAN, LITE_STD = 224, 127.0, 128.0
@@ -85,7 +86,7 @@ class EfficientNetLite0:
             features = maps.mean((2, 3))
             return features, self._net._fc(features)
 
-        return _exactly(run)
+        return exactly(run)
 
 
 class Inception:
@@ -129,7 +130,7 @@ class Inception:
         self._net.to(device)
 
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        return _exactly(lambda: self._net(images))
+        return exactly(lambda: self._net(images))
 
 
 def open_extractor(name: str, weights: Path | None, option: str = WEIGHTS_OPTION) -> Extractor:
@@ -157,7 +158,7 @@ def _need(name: str, extra: str, *packages: str) -> None:
             raise InputError(f"extractor {name} needs {package}: pip install 'megapix[{extra}]'")
 
 
-def _exactly(run: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+def exactly(run: Callable[[], T]) -> T:
     """Without TensorFloat-32, which GPUs use in convolutions by default, and with one choice of algorithms."""
     flags = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
     with torch.inference_mode(), flags:

@@ -17,6 +17,7 @@ from megapix.diffusion.condition import Condition
 from megapix.diffusion.flow import Network
 from megapix.diffusion.pictures import to_uint8
 from megapix.diffusion.sampler import generate_as, seeded_noise
+from megapix.encoders.clip import ImageText
 from megapix.encoders.scoring import Extractor
 
 
@@ -61,6 +62,8 @@ class Samples:
     """[B, D]"""
     logits: NDArray[np.float32]
     """[B, K]"""
+    fit: NDArray[np.float32]
+    """Vectors that say how well they fit prompts (`encoders.clip`) [B, E]; E is 0 without such an encoder."""
     finite: bool
     """Whether no pixel was NaN or infinite."""
 
@@ -69,9 +72,10 @@ def generate_images(
     images: Images,
     block: int,
     net: Network,
-    extractor: Extractor,
+    extractor: Extractor | None,
     device: torch.device,
     each_step: Callable[[], None] = lambda: None,
+    clip: ImageText | None = None,
 ) -> Samples:
     """Sample a block and extract its features.
 
@@ -79,6 +83,7 @@ def generate_images(
     generator is always the CPU's.
 
     Args:
+        extractor: None makes features and logits of no numbers.
         each_step: called before each step of the sampler; an exception from it ends the sampling.
     """
     numbers = list(range(block * images.batch, (block + 1) * images.batch))
@@ -87,6 +92,9 @@ def generate_images(
     noise = seeded_noise(images.seed, numbers, images.size, place, images.generator).to(device)
     samples = generate_as(net, noise, condition, images.sampling, each_step)
     finite, pixels = bool(samples.isfinite().all()), to_uint8(samples)
-    features, logits = extractor(torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous().to(device))
+    shown, nothing = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous().to(device), torch.zeros(len(pixels), 0)
+    features, logits = extractor(shown) if extractor else (nothing, nothing)
+    fit = clip.images(shown) if clip else nothing
     kept = len(images.numbers(block))
-    return Samples(pixels[:kept], features[:kept].float().cpu().numpy(), logits[:kept].float().cpu().numpy(), finite)
+    features, logits, fit = (part[:kept].float().cpu() for part in (features, logits, fit))
+    return Samples(pixels[:kept], features.numpy(), logits.numpy(), fit.numpy(), finite)

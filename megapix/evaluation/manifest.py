@@ -18,7 +18,7 @@ from megapix.files import write_atomic
 FORMAT, VERSION = "megapix-score", 1
 PACKAGES = ("megapix", "torch", "numpy", "efficientnet_lite_pytorch", "torch-fidelity", "transformers", "tokenizers")
 """Their versions are recorded, where they are installed."""
-SOURCES = ("weights", "extractor_weights", "reference", "prompts", "text_encoder")
+SOURCES = ("weights", "extractor_weights", "reference", "prompts", "text_encoder", "clip")
 """The members of a manifest that say what a file holds."""
 
 
@@ -70,6 +70,9 @@ class Manifest:
     initial_share: float | None = None
     """Of an EMA, the share that is still the weights that its run began with; the weights' hash has it already."""
 
+    clip: Source = Source("", "")
+    """CLIP or SigLIP, and the hash of its weights and of what goes with them; without a hash where none scores."""
+
     @property
     def key(self) -> str:
         """SHA-256 of everything but paths, and but what follows from the weights."""
@@ -77,6 +80,8 @@ class Manifest:
         del data["initial_share"]
         for name in SOURCES:
             del data[name]["path"]
+        if not self.clip.sha256:  # as before there was one
+            del data["clip"]
         return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 

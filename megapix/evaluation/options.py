@@ -11,7 +11,7 @@ import tyro
 from megapix.config import Sampler
 
 Precision = Literal["fp32", "bf16"]
-PLACES = ("path", "reference", "extractor_weights", "prompts", "encoder", "out", "images", "npz", "repeat")
+PLACES = ("path", "reference", "extractor_weights", "prompts", "encoder", "clip", "out", "images", "npz", "repeat")
 """Options that say where something lies; all others say what is evaluated, and are refused with --repeat."""
 
 
@@ -44,6 +44,9 @@ class EvaluateOptions:
     encoder: str = ""
     """Folder or hub name of the text encoder;
     by default the text features stored in --prompts, or else the run's encoder."""
+    clip: str = ""
+    """For a network that takes text: folder or hub name of a CLIP or SigLIP, which scores how well images fit their
+    prompts. With it --reference may be left out; with --repeat the manifest's."""
     raw: bool = False
     """Use the raw weights instead of the EMA."""
     seed: int | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,6 +17,8 @@ from megapix.conditioning.conditioner import Classes
 from megapix.conditioning.prompts import Prompted, of_prompts
 from megapix.conditioning.text_source import read_prompts
 from megapix.dist import World, agree, gather, on_all_ranks
+from megapix.encoders.clip import ImageText
+from megapix.encoders.clip import load as load_clip
 from megapix.errors import InputError
 from megapix.evaluation.images import Images
 from megapix.evaluation.manifest import Manifest, Scored, Source, read_scores, versions
@@ -27,6 +30,8 @@ from megapix.weights.about import About, Weights
 from megapix.weights.read import load_weights
 
 COUNT, BATCH = 50_000, 64
+NONE = Source("", "")
+"""Of what does not take part."""
 
 
 @dataclass(frozen=True)
@@ -35,11 +40,16 @@ class ResolvedEvaluation:
 
     manifest: Manifest
     weights: Weights
-    standard: Standard
+    standard: Standard | None
+    """What images are compared with; None where these are their prompts alone."""
     out: Path
     images: Images
     recorded: Scored | None
     """What --repeat is compared with."""
+    clip: ImageText | None = None
+    """Scores how well images fit their prompts, if asked for."""
+    prompts: Sequence[str] = ()
+    """Of a network that takes text."""
 
 
 def resolve(options: EvaluateOptions, world: World, device: torch.device) -> ResolvedEvaluation:
@@ -77,18 +87,23 @@ def _resolve(
     then, about = recorded.manifest if recorded else None, weights.about
     takes_text = _takes_text(options, about)
     path = options.reference or (Path(then.reference.path) if then else None)
-    if path is None:
+    if then and not then.reference.sha256:
+        path = None
+    name = options.clip or (then.clip.path if then else "")
+    if path is None and not name:
         raise InputError("--reference is missing: expected statistics by 'data_prep stats', or ADM's .npz file")
     extractor_path = options.extractor_weights
     if extractor_path is None and then and then.extractor_weights.path:
         extractor_path = Path(then.extractor_weights.path)
-    standard = open_standard(path, extractor_path, then.extractor if then else options.extractor)
-    reference, extractor = standard.reference, standard.extractor
-    sources = {
-        "weights": Source(str(Path(about.source).resolve()), weights_sha256(weights.tensors)),
-        "extractor_weights": Source(str(extractor_path.resolve()) if extractor_path else "", extractor.sha256),
-        "reference": Source(str(path.resolve()), standard.sha256),
-    }
+    standard = open_standard(path, extractor_path, then.extractor if then else options.extractor) if path else None
+    sources = {"weights": Source(str(Path(about.source).resolve()), weights_sha256(weights.tensors))}
+    if standard and path:
+        there = str(extractor_path.resolve()) if extractor_path else ""
+        sources["extractor_weights"] = Source(there, standard.extractor.sha256)
+        sources["reference"] = Source(str(path.resolve()), standard.sha256)
+    clip = load_clip(name, "--clip") if name else None
+    if clip:
+        sources["clip"] = Source(str(Path(name).resolve()) if Path(name).is_dir() else name, clip.sha256)
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     if then:
         _require(options, then, sources)
@@ -96,8 +111,9 @@ def _resolve(
     else:
         manifest = Manifest(
             weights=sources["weights"],
-            extractor_weights=sources["extractor_weights"],
-            reference=sources["reference"],
+            extractor_weights=sources.get("extractor_weights", NONE),
+            reference=sources.get("reference", NONE),
+            clip=sources.get("clip", NONE),
             ema=about.ema,
             images_seen=about.images_seen,
             sampling=config.override_sampling(
@@ -114,23 +130,23 @@ def _resolve(
             batch=BATCH if options.batch is None else options.batch,
             seed=options.seed or 0,
             precision=options.precision or "fp32",
-            extractor=extractor.name,
-            data_digest=reference.data_digest,
-            reference_count=reference.moments.count,
+            extractor=standard.extractor.name if standard else "",
+            data_digest=standard.reference.data_digest if standard else "",
+            reference_count=standard.reference.moments.count if standard else 0,
             device=gpu,
             versions=versions(),
             generator=about.generator,
             initial_share=about.initial_share,
         )
     _check(manifest, about)
-    out, subjects = _out(options), manifest.classes
+    out, subjects, prompts = _out(options), manifest.classes, list[str]()
     condition_of = Classes(about.model.num_classes, device).of_subjects
     if takes_text:
-        manifest, prompted = _prompted(options, then, manifest, about, device)
+        manifest, prompted, prompts = _prompted(options, then, manifest, about, device)
         subjects, condition_of = tuple(range(prompted.conditioner.subjects)), prompted.conditioner.of_subjects
     m = manifest
     images = Images(m.count, m.batch, subjects, condition_of, m.seed, m.size, m.sampling, m.generator)
-    return ResolvedEvaluation(manifest, weights, standard, out, images, recorded)
+    return ResolvedEvaluation(manifest, weights, standard, out, images, recorded, clip, prompts)
 
 
 def _require(options: EvaluateOptions, then: Manifest, sources: dict[str, Source]) -> None:
@@ -149,7 +165,7 @@ def _takes_text(options: EvaluateOptions, about: About) -> bool:
         if options.classes is not None:
             raise InputError(f"--classes: {about.source} takes text, not classes (--prompts)")
         return True
-    for option, given in (("--prompts", options.prompts), ("--encoder", options.encoder)):
+    for option, given in (("--prompts", options.prompts), ("--encoder", options.encoder), ("--clip", options.clip)):
         if given:
             raise InputError(f"{option} = {str(given)!r}: {about.source} takes classes, not text (--classes)")
     return False
@@ -157,8 +173,8 @@ def _takes_text(options: EvaluateOptions, about: About) -> bool:
 
 def _prompted(
     options: EvaluateOptions, then: Manifest | None, manifest: Manifest, about: About, device: torch.device
-) -> tuple[Manifest, Prompted]:
-    """The manifest with its members about text, and the prompts' condition."""
+) -> tuple[Manifest, Prompted, list[str]]:
+    """The manifest with its members about text, the prompts' condition, and the prompts."""
     path, name = options.prompts, options.encoder
     if then:
         path, name = path or Path(then.prompts.path), name or then.text_encoder.path
@@ -166,7 +182,7 @@ def _prompted(
         raise InputError(
             f"{about.source} takes text: expected --prompts, a file with one prompt per line, or a shard folder"
         )
-    prompts = read_prompts(path, "--prompts")[: manifest.count]
+    prompts = list(read_prompts(path, "--prompts")[: manifest.count])
     with one_thread() if device.type == "cpu" else nullcontext():  # as images are sampled
         prompted = of_prompts(about, path, prompts, device, name)
     lines = "".join(f"{json.dumps(prompt)}\n" for prompt in prompts)
@@ -180,7 +196,7 @@ def _prompted(
     if then:
         _require(options, then, sources)
     features = {"stored": prompted.stored} | {k: v for k, v in asdict(prompted.recipe).items() if k != "digest"}
-    return replace(manifest, **sources, text_features=features), prompted  # type: ignore[arg-type]
+    return replace(manifest, **sources, text_features=features), prompted, prompts  # type: ignore[arg-type]
 
 
 def _check(manifest: Manifest, about: About) -> None:

@@ -23,7 +23,7 @@ from megapix.evaluation.manifest import Manifest, Scored, read_scores, write_sco
 from megapix.evaluation.options import EvaluateOptions
 from megapix.evaluation.prepare import ResolvedEvaluation, resolve
 from megapix.evaluation.ranks import device_of, join
-from megapix.evaluation.scores import one_thread, score
+from megapix.evaluation.scores import fit, one_thread, score
 from megapix.evaluation.store import Blocks, write_npz
 from megapix.files import write_atomic
 from megapix.resilience import out_of_memory
@@ -109,8 +109,10 @@ def _finished(resolved: ResolvedEvaluation, options: EvaluateOptions, blocks: Bl
 def _warn(resolved: ResolvedEvaluation) -> None:
     """Warn about what makes the scores less reliable than they look."""
     m = resolved.manifest
-    for caution in resolved.standard.cautions("count", m.count):
+    for caution in resolved.standard.cautions("count", m.count) if resolved.standard else ():
         warn(caution)
+    if resolved.clip and (cut := resolved.clip.cut(resolved.prompts)):
+        warn(f"{cut} of {len(resolved.prompts)} prompts have more than --clip's {resolved.clip.tokens} tokens")
     if words := share_in_words(m.initial_share):
         warn(f"{words} ({m.weights.path}); --raw takes the raw weights")
     if resolved.recorded:
@@ -148,10 +150,13 @@ def _sample(resolved: ResolvedEvaluation, blocks: Blocks, mine: list[int], devic
     """Sample this rank's blocks and write their features."""
     m = resolved.manifest
     net = network(resolved.weights, device).to(torch.bfloat16 if m.precision == "bf16" else torch.float32)
-    resolved.standard.extractor.to(device)
+    extractor, clip = resolved.standard.extractor if resolved.standard else None, resolved.clip
+    for encoder in (extractor, clip):
+        if encoder:
+            encoder.to(device)
     with tqdm(total=m.count, initial=blocks.images_done(), unit="img", disable=not world.main, **_bar_style()) as bar:
         for block in mine:
-            samples = generate_images(blocks.images, block, net, resolved.standard.extractor, device)
+            samples = generate_images(blocks.images, block, net, extractor, device, clip=clip)
             if not samples.finite:
                 raise InputError(not_finite(m.weights.path))
             for path, image in zip(blocks.pngs(block), samples.pixels, strict=False):
@@ -159,7 +164,7 @@ def _sample(resolved: ResolvedEvaluation, blocks: Blocks, mine: list[int], devic
             try:
                 if blocks.with_pixels:
                     blocks.write_pixels(block, samples.pixels)
-                blocks.write(block, samples.features, samples.logits)
+                blocks.write(block, samples)
             except OSError as error:
                 raise InputError(f"--out: {str(blocks.folder)!r} cannot be written: {error.strerror}") from error
             if world.main:
@@ -180,7 +185,15 @@ def _meet(world: World, problem: str | None, exhausted: str | None, group: Any) 
 
 def _score(resolved: ResolvedEvaluation, options: EvaluateOptions, blocks: Blocks) -> Scored:
     """Compute the scores from all blocks, and write everything."""
-    scored = Scored(resolved.manifest, score(*blocks.read(), resolved.standard.reference))
+    scores = dict[str, float | None]()
+    if resolved.standard:
+        scores |= score(blocks.read("features"), blocks.read("logits"), resolved.standard.reference)
+    if resolved.clip:
+        subjects = [blocks.images.subject(n) for n in range(blocks.images.count)]
+        with one_thread():
+            texts = resolved.clip.texts(resolved.prompts).cpu().numpy()
+        scores |= fit(blocks.read("fit"), texts, subjects, resolved.clip.name)
+    scored = Scored(resolved.manifest, scores)
     _finished(resolved, options, blocks)  # another evaluation may have written there meanwhile
     if options.npz:
         write_npz(options.npz, blocks)

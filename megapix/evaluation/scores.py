@@ -3,12 +3,14 @@
 Fréchet distance        |μ₁ - μ₂|² + tr(Σ₁ + Σ₂ - 2 (Σ₁^½ Σ₂ Σ₁^½)^½)          Heusel et al. 2017
 inception score         exp of the mean KL divergence p(y|x) ‖ p(y)             Salimans et al. 2016
 KID                     unbiased MMD² under the kernel (x·y / D + 1)³           Bińkowski et al. 2018
+fit                     100 · max(0, cos(image, prompt)), and how often no      Hessel et al. 2021,
+                        other prompt fits an image better                       Park et al. 2021
 precision and recall    share of one set in the k-NN balls of the other, k = 3  Kynkäänniemi et al. 2019
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -49,6 +51,25 @@ def score(features: Features, logits: NDArray[np.float32], reference: Reference)
         by_pairs = (kid(made, real), *precision_recall(made, real)) if count > NEIGHBOURS else (None, None, None)
         distance = frechet_distance(moments(features), reference.moments)
         return dict(zip(names, (distance, *inception_score(logits), *by_pairs), strict=True))
+
+
+def fit(images: Features, texts: Features, subjects: Sequence[int], name: str) -> dict[str, float | None]:
+    """How well images fit their prompts: 'NAME_score', the mean of 100 · max(0, cos) without Hessel's factor 2.5, and
+    'NAME_adherence', the share of images that none of the prompts fits better than their own; None with one prompt.
+
+    Args:
+        images: vectors of length 1 [N, E].
+        texts: those of the prompts [P, E].
+        subjects: each image's prompt.
+    """
+    right, cosines, first = torch.from_numpy(texts).double().T, list[float](), 0
+    for start, rows in zip(range(0, len(images), ROWS), _parts(images), strict=True):
+        every = rows @ right  # [rows, P]
+        own = every.gather(1, torch.tensor(subjects[start : start + ROWS])[:, None])
+        first += int((own >= every.amax(1, keepdim=True)).sum())  # a prompt that is there twice is its own equal
+        cosines += own.flatten().tolist()
+    adherence = first / len(images) if len(texts) > 1 else None
+    return {f"{name}_score": 100.0 * float(np.mean(np.maximum(cosines, 0.0))), f"{name}_adherence": adherence}
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 ranks nor an interruption changes a bit of them.
 
 WORK/manifest.json        what is evaluated; the folder's name holds its hash
-WORK/block-00000000.npz   features and logits of the first block
+WORK/block-00000000.npz   features, logits and the like of the first block
 WORK/pixels-00000000.npy  its images, where --npz asks for them
 
 A block counts once its .npz is there, which is written last. At the end `write_npz` puts all images into one file.
@@ -20,7 +20,7 @@ import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
-from megapix.evaluation.images import Images
+from megapix.evaluation.images import Images, Samples
 from megapix.files import appearing, write_atomic
 
 
@@ -58,10 +58,10 @@ class Blocks:
         """Path of a block's images, a uint8 array [B, H, W, 3]."""
         return self.folder / f"pixels-{block:08d}.npy"
 
-    def write(self, block: int, features: NDArray[np.float32], logits: NDArray[np.float32]) -> None:
+    def write(self, block: int, samples: Samples) -> None:
         """Commit a block; may raise OSError."""
         data = io.BytesIO()
-        np.savez(data, features=features, logits=logits)
+        np.savez(data, features=samples.features, logits=samples.logits, fit=samples.fit)
         write_atomic(self._scores(block), data.getvalue())
 
     def write_pixels(self, block: int, images: NDArray[np.uint8]) -> None:
@@ -70,14 +70,13 @@ class Blocks:
         np.save(data, images)
         write_atomic(self.pixels(block), data.getvalue())
 
-    def read(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Features [N, D] and logits [N, K] of all images in the order of their numbers."""
-        features, logits = [], []
+    def read(self, part: str) -> NDArray[np.float32]:
+        """'features' [N, D], 'logits' [N, K] or 'fit' [N, E] of all images in the order of their numbers."""
+        found = []
         for block in range(self.images.blocks):
             with np.load(self._scores(block), allow_pickle=False) as file:
-                features.append(file["features"])
-                logits.append(file["logits"])
-        return np.concatenate(features), np.concatenate(logits)
+                found.append(file[part])
+        return np.concatenate(found)
 
     def _scores(self, block: int) -> Path:
         return self.folder / f"block-{block:08d}.npz"
