@@ -309,7 +309,7 @@ def _summary(out: Path, index: Index, was_finished: bool, said: Sequence[str] = 
 
     classes = ", ".join(f"{entry.name} {entry.samples}" for entry in index.classes[:8])
     more = f" and {len(index.classes) - 8} more" if len(index.classes) > 8 else ""
-    size = sum(shard.bytes for shard in index.files) / 1e6
+    size = int(index.table.file_bytes.sum()) / 1e6
     _say(
         f"{out} {'was finished already' if was_finished else 'is finished'}: {index.samples:,} "
         f"images of {_size(index.image_policy['size'])} in {len(index.files)} shards, {size:.1f} MB; {classes}{more}"

@@ -4,6 +4,7 @@ the header of safetensors files that are written as a stream."""
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import math
@@ -160,6 +161,17 @@ def sha256_of(path: Path) -> str:
         return digest.hexdigest()
 
     return persist(path, once)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold an exclusive lock on the file `path`, waiting for it. Lock files stay: without one there would be two."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def sync_folder(folder: Path) -> None:

@@ -24,6 +24,9 @@ torch.set_num_threads(1)  # the tests' matrices are small, and several processes
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    cache = tempfile.TemporaryDirectory(prefix="megapix-cache-")
+    config.add_cleanup(cache.cleanup)
+    os.environ["XDG_CACHE_HOME"] = cache.name
     if hidden := os.environ.get(programs.HIDDEN):
         scratch = tempfile.TemporaryDirectory(prefix="megapix-path-")
         config.add_cleanup(scratch.cleanup)

@@ -7,7 +7,7 @@ span two entries, so an interruption does not change which images go through the
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import accumulate, islice
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -116,11 +116,11 @@ def _files(index: Index, grid_of: Any) -> tuple[FeatureFile, ...]:
 
 def _parts(index: Index, places: Sequence[int], batch: int) -> dict[int, list[Part]]:
     """Place of each of these entries -> its samples, up to `batch` at a time."""
-    ends = list(accumulate(entry.samples for entry in index.shards))
+    first = index.table.first.tolist()
     return {
-        place: [(start, min(start + batch, ends[place])) for start in range(first, ends[place], batch)]
+        place: [(start, min(start + batch, end)) for start in range(first[place], end, batch)]
         for place in places
-        for first in [ends[place] - index.shards[place].samples]
+        for end in [first[place + 1]]
     }
 
 

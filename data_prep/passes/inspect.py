@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +30,7 @@ def report(folder: Path) -> Iterator[str]:
     """
     index = read_index(folder)
     check_table(folder, index)
-    policy, total = index.image_policy, sum(shard.bytes for shard in index.files)
+    policy, total = index.image_policy, int(index.table.file_bytes.sum())
     sizes = np.sort(Table(folder, index).columns["size"])
     size = f"{policy['size']} pixels" if policy["size"] else "any size"
     yield f"{folder}: {index.samples:,} images of {size} in {len(index.files)} shards"
@@ -91,8 +90,7 @@ def _captions(folder: Path, index: Index) -> CaptionCounts:
 
 
 def _shard_of(index: Index, sample: int) -> str:
-    ends = accumulate(entry.samples for entry in index.shards)
-    return next(entry.name for entry, end in zip(index.shards, ends, strict=True) if sample < end)
+    return index.shards[int(np.searchsorted(index.table.first, sample, "right")) - 1].name
 
 
 def contact_sheet(folder: Path, out: Path, columns: int, rows: int, access: Access) -> int:

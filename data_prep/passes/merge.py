@@ -134,7 +134,7 @@ def _join(parts: list[Part], out: Path, common: str, base: str) -> Index:
     table, captions = HashedFile(out / TABLE_NAME), HashedFile(out / CAPTIONS_NAME)
     shards: list[ShardEntry] = []
     counts = np.zeros(len(names), np.int64)
-    for bucket in sorted({entry.bucket for part in parts for entry in part.index.shards}):
+    for bucket in sorted({bucket for part in parts for bucket in part.index.bucket_samples}):
         for part, numbers in zip(parts, labels, strict=True):
             for entry, records, text in _entries_of(part, bucket):
                 records["shard"], records["label"] = len(shards), np.array(numbers)[records["label"]]

@@ -72,9 +72,9 @@ def _parts(index: Index, batch: int) -> Iterator[Part]:
     """Ranges of up to `batch` samples; entries of one bucket lie together, and a part never spans two buckets."""
     ends: dict[int, int] = {}
     total = 0
-    for entry in index.shards:
-        total += entry.samples
-        ends[entry.bucket] = total
+    for bucket, samples in index.bucket_samples.items():
+        total += samples
+        ends[bucket] = total
     start = 0
     for end in ends.values():
         while start < end:

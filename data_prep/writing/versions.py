@@ -17,9 +17,10 @@ from data_prep.writing.finish import REJECTED_NAME
 from megapix.files import sync_folder
 from megapix.shards.index import CAPTIONS_NAME, INDEX_NAME, TABLE_NAME, Index, read_index, version_name, write_index
 from megapix.shards.storage import is_url
+from megapix.shards.tables.entries import SHARDS_NAME
 from megapix.shards.text_features import FILES
 
-FILES_KEPT = (TABLE_NAME, CAPTIONS_NAME, REJECTED_NAME, ACCOUNT_NAME, FILES)
+FILES_KEPT = (SHARDS_NAME, TABLE_NAME, CAPTIONS_NAME, REJECTED_NAME, ACCOUNT_NAME, FILES)
 
 
 def keep(out: Path, index: Index) -> Path:

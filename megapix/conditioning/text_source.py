@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from megapix.config import Config, TextConfig
 from megapix.data.batch import Extras
-from megapix.data.locate import Located
+from megapix.data.locate import Located, have_captions
 from megapix.data.mix.located import Data
 from megapix.data.mix.stored import MixedFeatures, MixedText, captioned
 from megapix.data.read import FirstCaptions
@@ -86,7 +86,10 @@ def text_of(requested: Config, data: Data, validation: Located | None) -> TextSo
         return TextSource()
     sets = captioned(data)
     for place, key in (*((each, "data.path") for _, each in sets), (validation, "validation.path")):
-        if place and not (place.folder / CAPTIONS_NAME).stat().st_size:
+        if not place:
+            continue
+        have_captions(place, requested.data)
+        if not (place.folder / CAPTIONS_NAME).stat().st_size:
             alone = isinstance(data, Located) or place is validation
             instead = "" if alone else '; with "captions": "none" in the mix file it has the empty one'
             raise InputError(f"{key} = {str(place.folder)!r} has no captions, and the network takes text{instead}")

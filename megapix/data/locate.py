@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
-
 from megapix.config import DataConfig
+from megapix.data.mirror import access_of as access_of
+from megapix.data.mirror import mirrored
 from megapix.errors import InputError
-from megapix.files import sha256_of, size_of, write_atomic
-from megapix.outage import error_of
+from megapix.files import size_of
 from megapix.shards.image_policy import Policy
-from megapix.shards.index import INDEX_NAME, TABLE_NAME, TAR_BLOCK, Index, missing_shards, read_index, version_name
-from megapix.shards.storage import QUERY, Access, Refused, Remote, is_url, shown
-from megapix.shards.table import Table, check_table, hashes
+from megapix.shards.index import (
+    CAPTIONS_NAME,
+    INDEX_NAME,
+    TABLE_NAME,
+    Index,
+    missing_shards,
+    read_index,
+    version_name,
+)
+from megapix.shards.storage import QUERY, Refused, is_url, shown
+from megapix.shards.table import check_table
+from megapix.shards.tables.entries import SHARDS_NAME
+
+TABLES = (SHARDS_NAME, TABLE_NAME)
+"""Tables of an index that every run reads."""
 
 
 @dataclass(frozen=True)
@@ -24,23 +34,20 @@ class Located:
 
     index: Index
     folder: Path
-    """Local folder with index.json, samples.bin and captions.bin."""
+    """Local folder with index.json and its tables."""
     base: str
     """Folder or URL of the tar files."""
     faults: tuple[str, ...] = ()
     """Local tar files that are missing or of another size, which `data.corrupt_shard` lets pass."""
     newer: str = ""
     """Digest of the newest index, where this is an older version of it."""
+    place: str = ""
+    """Folder or URL where the index lies."""
 
     @property
     def remote(self) -> bool:
         """Whether the tar files lie below a URL."""
         return is_url(self.base)
-
-
-def access_of(config: DataConfig) -> Access:
-    """How patient remote reads are."""
-    return Access(config.timeout, config.outage_minutes)
 
 
 def locate_version(config: DataConfig, digest: str) -> Located:
@@ -58,7 +65,8 @@ def locate_version(config: DataConfig, digest: str) -> Located:
 
 
 def locate(config: DataConfig) -> Located:
-    """Find and check the index of `data.path`; an index below a URL is copied into the cache folder first.
+    """Find and check the index of `data.path`; an index below a URL is copied into the cache folder first. Its captions
+    are neither copied nor checked before `have_captions` asks for them.
 
     The sizes of local tar files are compared with the index. Remote ones are checked when they are read: a whole shard
     by its hash, a range by the sample's CRC.
@@ -72,50 +80,31 @@ def locate(config: DataConfig) -> Located:
             raise InputError(f"data.path = {shown(config.path)!r}: a URL's query would be recorded; set it in {QUERY}")
         if not config.cache:
             raise InputError(f"data.path = {config.path!r} is remote: give a local folder for its index, --data.cache")
-        folder = _mirrored(config)
+        folder = mirrored(config, TABLES)
     index = read_index(folder, config.image_size)
-    check_table(folder, index)
-    _check_records(folder, index)
+    try:
+        check_table(folder, index, captions=False, records=True)
+    except InputError:
+        if not is_url(config.path):
+            raise
+        mirrored(config, TABLES, again=True)  # the copy was damaged, perhaps
+        check_table(folder, index, captions=False, records=True)
+    Policy.from_dict(index.image_policy)
     base = index.tars_at(config.path)
     if is_url(base):
-        return Located(index, folder, base)
+        return Located(index, folder, base, place=config.path)
     faults = missing_shards(Path(base), index)
     if faults and config.corrupt_shard == "stop":
         raise InputError(faults[0])
-    return Located(index, folder, base, tuple(faults))
+    return Located(index, folder, base, tuple(faults), place=config.path)
 
 
-def _check_records(folder: Path, index: Index) -> None:
-    """Check that every record points into its shard and at a class that there is, and the image policy."""
-    table = Table(folder, index).columns
-    entry = np.repeat(np.arange(len(index.shards)), [shard.samples for shard in index.shards])
-    ends = np.array([shard.bytes for shard in index.shards], np.uint64)[entry]
-    # Offsets are unsigned: they are compared by what is left of the shard, so that no sum can wrap around.
-    offsets, sizes = table["offset"], table["size"].astype(np.uint64)
-    wrong = table["shard"] != entry
-    wrong |= (offsets < TAR_BLOCK) | (offsets > ends) | (sizes > ends - np.minimum(offsets, ends))
-    wrong |= (table["label"] < 0) | (table["label"] >= len(index.classes))
-    if wrong.any():
-        raise InputError(
-            f"{folder / TABLE_NAME}: record {int(wrong.argmax())} points outside its shard or at no class; "
-            "prepare the folder again"
-        )
-    Policy.from_dict(index.image_policy)
+def have_captions(located: Located, config: DataConfig) -> None:
+    """Copy the captions of a remote index, and check those of any, once on a node.
 
-
-def _mirrored(config: DataConfig) -> Path:
-    """The local copy of a remote index, table and captions; several processes may make it at the same time."""
-    remote = Remote(config.path, access_of(config))
-    data = remote.read(INDEX_NAME, 0, remote.size(INDEX_NAME))
-    folder = Path(config.cache) / f"index-{hashlib.sha256(data).hexdigest()[:16]}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(folder / INDEX_NAME, data)
-        index = read_index(folder)
-        for name, sha256 in hashes(index).items():
-            path = folder / name
-            if size_of(path) is None or sha256_of(path) != sha256:
-                write_atomic(path, remote.read(name, 0, remote.size(name)))
-    except OSError as error:
-        raise error_of(error, f"data.cache = {config.cache!r}: {error.strerror or error}") from error
-    return folder
+    Raises:
+        InputError: they are missing, or not those of the index. StorageError: they cannot be read now.
+    """
+    if is_url(located.place):
+        mirrored(replace(config, path=located.place), (CAPTIONS_NAME,))
+    check_table(located.folder, located.index)

@@ -54,7 +54,8 @@ from megapix import rng
 from megapix.config import BatchLayout
 from megapix.errors import InputError
 from megapix.rng import Purpose
-from megapix.shards.index import LARGEST_COUNT, ShardEntry
+from megapix.shards.index import LARGEST_COUNT
+from megapix.shards.tables.entries import ShardEntry, Shards
 
 Positions: TypeAlias = NDArray[np.int64]
 Skipped: TypeAlias = Sequence[tuple[int, int]]
@@ -105,7 +106,7 @@ class SampleOrder:
     STREAMS = 1 << 24
     """Permutations that belong to one epoch: number 0 orders the shards, number 1 + w the samples of window w."""
 
-    def __init__(self, seed: int, sizes: Sequence[int], window: int, groups: int = 1) -> None:
+    def __init__(self, seed: int, sizes: Sequence[int] | Positions, window: int, groups: int = 1) -> None:
         self.seed = seed
         self.sizes = np.asarray(sizes, np.int64)
         self.first = np.concatenate([[0], np.cumsum(self.sizes)])
@@ -162,7 +163,7 @@ class Order:
 
     Args:
         seed: the run's seed.
-        shards: entries of the index.
+        shards: entries of the index, in the order of their buckets.
         window: shards in one shuffle window; 0 for all.
         groups: reading groups.
         batch: positions of one step, which hold one bucket.
@@ -170,12 +171,17 @@ class Order:
 
     def __init__(self, seed: int, shards: Sequence[ShardEntry], window: int, groups: int, batch: int) -> None:
         self.batch = batch
-        self.buckets = sorted({shard.bucket for shard in shards})
-        sizes = {b: [shard.samples for shard in shards if shard.bucket == b] for b in self.buckets}
-        self._counts = [sum(sizes[b]) for b in self.buckets]
+        if isinstance(shards, Shards):
+            samples, buckets = shards.samples, shards.buckets
+        else:
+            samples, buckets = np.array([(shard.samples, shard.bucket) for shard in shards], np.int64).T
+        numbers, starts = np.unique(buckets, return_index=True)
+        self.buckets: list[int] = numbers.tolist()
+        sizes = np.split(samples, starts[1:])
+        self._counts = [int(some.sum()) for some in sizes]
         self.first = [sum(self._counts[:n]) for n in range(len(self.buckets))]
         self.orders = [
-            SampleOrder(self._seed(seed, b), sizes[b], window, groups) for b in self.buckets
+            SampleOrder(self._seed(seed, b), some, window, groups) for b, some in zip(self.buckets, sizes, strict=True)
         ]  # the seed alone where there is one bucket: the order of such data does not know of buckets
         self._turn = lru_cache(maxsize=64)(self._find_turn)
 

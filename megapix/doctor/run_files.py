@@ -75,11 +75,8 @@ def _shards(located: Located, requested: Config, world: World) -> Verdict:
     entries = located.index.shards
     reader, decoder = ShardReader(located, requested.data), Decoder(located.index)
     tried = {(world.rank + i * max(1, len(entries) // SHARDS_TRIED)) % len(entries) for i in range(SHARDS_TRIED)}
-    ends, first = [], 0
-    for number, entry in enumerate(entries):
-        if number in tried:
-            ends += [first, first + entry.samples - 1]
-        first += entry.samples
+    first = located.index.table.first
+    ends = [sample for number in sorted(tried) for sample in (int(first[number]), int(first[number + 1]) - 1)]
     for sample in ends:
         encoded = reader.read(sample)
         try:

@@ -3,6 +3,7 @@
 A shard folder holds
 
     shard-000000.tar, shard-000001.tar, …   ordinary WebDataset tar files (USTAR)
+    shards.bin                              the tar files and the entries of the index (`tables/entries.py`)
     samples.bin                             one fixed-size record per sample, in the shards' order (`table.py`)
     captions.bin                            the captions of the samples in the same order (`table.py`)
     index.json                              what is in the folder; written last, so its presence means "complete"
@@ -21,7 +22,7 @@ A sample that `data_prep write` wrote is three tar members, KEY being nine digit
                 {"source": …, "captions": [{"text": …, "weight": …}, …]}
 
 An entry of the index is the samples of one tar file that belong to one bucket; a tar file with several buckets has
-several entries. Entries are in the order of their buckets.
+several entries. Entries are in the order of their buckets. Version 2 has them in index.json itself, and is read, too.
 """
 
 from __future__ import annotations
@@ -31,19 +32,23 @@ import json
 import os
 import re
 import shlex
-from collections import Counter
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from itertools import islice
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 from megapix.errors import InputError
-from megapix.files import read_bytes, size_of, write_atomic
+from megapix.files import read_bytes, sha256_of, size_of, whole_file, write_atomic
 from megapix.shards.storage import tars_of
+from megapix.shards.tables.entries import LARGEST_COUNT as LARGEST_COUNT
+from megapix.shards.tables.entries import SHARDS_NAME, Shards, TarFile, check_name
+from megapix.shards.tables.entries import ShardEntry as ShardEntry
 
 FORMAT = "megapix-shards"
-VERSION = 2
+VERSION, LISTED_VERSION = 3, 2
+"""The second has its entries in index.json. What `Index.digest` hashes is in its form."""
 INDEX_NAME = "index.json"
 IMAGE_ENDINGS = (
     *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".gif", ".bmp", ".tif", ".tiff"),
@@ -66,8 +71,6 @@ CAPTIONS_NAME = "captions.bin"
 VERSIONS_NAME = "versions"
 """Folder of the older versions of an index whose set has grown."""
 TAR_BLOCK = 512
-LARGEST_COUNT = 10**15
-"""What no count of samples, captions, tokens or bytes in a file of ours exceeds."""
 
 
 def shard_name(number: int) -> str:
@@ -92,21 +95,6 @@ def version_name(digest: str) -> str:
 
 
 @dataclass(frozen=True)
-class ShardEntry:
-    """The samples of one tar file that belong to one bucket."""
-
-    name: str
-    """File name, relative to the folder or URL where the shards lie."""
-    samples: int
-    bytes: int
-    """Size of the tar file."""
-    sha256: str
-    """Hash of the tar file."""
-    bucket: int = 0
-    """Place in the list of sizes of the image policy."""
-
-
-@dataclass(frozen=True)
 class ClassEntry:
     """One class of the index; its number is its place in the list."""
 
@@ -123,7 +111,8 @@ class Index:
     """Folder or URL of the tar files, absolute or relative to the index's own (`tars_at`); empty if they lie
     beside the index."""
     classes: tuple[ClassEntry, ...]
-    shards: tuple[ShardEntry, ...]
+    shards: Sequence[ShardEntry]
+    """Its entries; a table (`Shards`), whatever they were given as."""
     table_sha256: str
     """Hash of `samples.bin`."""
     captions_sha256: str
@@ -137,6 +126,18 @@ class Index:
     text: dict[str, Any] | None = None
     """Features of the captions that are stored beside the index (`text_features.py`); None, and no key, if none are."""
 
+    known: tuple[str, str] = field(default=("", ""), compare=False)
+    """`identity` and `digest` as they were when the digest was computed."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shards", Shards.of(self.shards))
+
+    @property
+    def table(self) -> Shards:
+        """The entries as a table, with their columns."""
+        assert isinstance(self.shards, Shards)
+        return self.shards
+
     @property
     def class_names(self) -> tuple[str, ...]:
         """Names of the classes by number."""
@@ -148,39 +149,82 @@ class Index:
         return bool(self.image_policy["applied"] == "preparation")
 
     @property
-    def files(self) -> tuple[ShardEntry, ...]:
-        """One entry for each tar file."""
-        return tuple({entry.name: entry for entry in self.shards}.values())
+    def files(self) -> Sequence[TarFile]:
+        """The tar files."""
+        return self.table.files
 
-    @property
+    @cached_property
     def bucket_samples(self) -> dict[int, int]:
         """Bucket -> its samples, of those that have any, in order."""
-        counts: Counter[int] = Counter()
-        for shard in self.shards:
-            counts[shard.bucket] += shard.samples
-        return dict(counts)
+        return self.table.bucket_samples()
 
     def tars_at(self, place: str | Path) -> str:
         """Folder or URL of the tar files, of an index that lies in that folder or below that URL."""
-        return tars_of(self.base, str(place), self.shards[0].name)
+        return tars_of(self.base, str(place), self.table.file(0).name)
 
-    @property
+    @cached_property
     def digest(self) -> str:
-        """SHA-256 of the index's canonical JSON without `base` and `text`: the identity of a data set, wherever it lies
-        and whatever was computed from it."""
-        return hashlib.sha256(_dump(self, without=("base", "text")).encode()).hexdigest()
+        """The identity of a data set, wherever it lies and whatever was computed from it: SHA-256 of the index's
+        canonical JSON with its entries as a list, without `base` and `text`. It is computed when the index is written,
+        and taken from there as long as `identity` is that of then."""
+        identity, digest = self.known
+        return digest if identity == self.identity else self.computed_digest()
+
+    @cached_property
+    def identity(self) -> str:
+        """SHA-256 of all that the digest is of, quickly: entries count by the hash of their table."""
+        about = self._about() | {"shards": self.table.sha256}
+        return hashlib.sha256(_json(about).encode()).hexdigest()
+
+    def computed_digest(self) -> str:
+        """The digest, from all entries."""
+        digest = hashlib.sha256()
+        before, after = _json(self._about() | {"version": LISTED_VERSION, "shards": []}).split(EMPTY_LIST)
+        for text in chain([before], _listed(self.shards), [after]):
+            digest.update(text.encode())
+        return digest.hexdigest()
+
+    def _about(self) -> dict[str, Any]:
+        """All but the entries, where the set lies and what was computed from it."""
+        kept = {one.name for one in fields(self)} - {"base", "text", "shards", "known", "classes"}
+        classes = [asdict(entry) for entry in self.classes]
+        return {"format": FORMAT, "classes": classes, **{name: getattr(self, name) for name in kept}}
 
 
-def _dump(index: Index, without: tuple[str, ...] = ()) -> str:
-    data = {"format": FORMAT, "version": VERSION, **asdict(index)}
-    if index.text is None:
-        without = (*without, "text")
-    return json.dumps({k: v for k, v in data.items() if k not in without}, indent=1, sort_keys=True) + "\n"
+EMPTY_LIST = '\n "shards": []'
+"""No text of JSON has a line's end in it, so there is one such place."""
+
+
+def _json(data: dict[str, Any]) -> str:
+    return json.dumps(data, indent=1, sort_keys=True) + "\n"
+
+
+def _listed(entries: Iterable[ShardEntry]) -> Iterator[str]:
+    """The entries as `_json` writes a list of them."""
+    yield '\n "shards": ['
+    between = "\n"
+    for e in entries:
+        yield (
+            f'{between}  {{\n   "bucket": {e.bucket},\n   "bytes": {e.bytes},\n   "name": {json.dumps(e.name)},\n'
+            f'   "samples": {e.samples},\n   "sha256": "{e.sha256}"\n  }}'
+        )
+        between = ",\n"
+    yield "\n ]"
 
 
 def write_index(folder: Path, index: Index) -> None:
-    """Write `index.json` atomically (temporary file, fsync, rename). Call it last, after every shard and the table."""
-    write_atomic(folder / INDEX_NAME, _dump(index).encode())
+    """Write `shards.bin`, where it is not there yet, and `index.json`, atomically (temporary file, fsync, rename). Call
+    it last, after every shard and the tables."""
+    table, path = index.table, folder / SHARDS_NAME
+    if size_of(path) != table.size or sha256_of(path) != table.sha256:
+        with whole_file(path) as file:
+            file.writelines(table.blocks())
+    entries = {"files": len(index.files), "entries": len(index.shards), "sha256": table.sha256}
+    data = index._about() | {"version": VERSION, "base": index.base, "shards": entries}
+    data["digest"] = {"of": index.identity, "sha256": index.digest}
+    if index.text is not None:
+        data["text"] = index.text
+    write_atomic(folder / INDEX_NAME, _json(data).encode())
 
 
 def read_index(folder: str | Path, image_size: int = 0) -> Index:
@@ -205,39 +249,65 @@ def read_index(folder: str | Path, image_size: int = 0) -> Index:
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         found = data.get("format") if isinstance(data, dict) else type(data).__name__
         raise InputError(f"{path}: format is {found!r}, expected {FORMAT!r}")
-    if data.get("version") != VERSION:
-        raise InputError(f"{path}: version is {data.get('version')!r}, this release reads version {VERSION}")
+    if data.get("version") not in (LISTED_VERSION, VERSION):
+        raise InputError(
+            f"{path}: version is {data.get('version')!r}, this release reads versions {LISTED_VERSION} and {VERSION}"
+        )
+    listed = data["version"] == LISTED_VERSION
     try:
         index = Index(
             samples=as_count(data["samples"]),
             base=as_text(data["base"]),
             classes=tuple(ClassEntry(as_text(entry["name"]), as_count(entry["samples"])) for entry in data["classes"]),
-            shards=tuple(_shard_entry(entry) for entry in data["shards"]),
+            shards=_listed_entries(data["shards"]) if listed else _table(folder, data["shards"]),
             table_sha256=as_sha256(data["table_sha256"]),
             captions_sha256=as_sha256(data["captions_sha256"]),
             image_policy=dict(data["image_policy"]),
             source=dict(data["source"]),
             rejected=as_count(data["rejected"]),
             text=dict(data["text"]) if "text" in data else None,
+            known=("", "") if listed else (as_sha256(data["digest"]["of"]), as_sha256(data["digest"]["sha256"])),
         )
         if index.image_policy["applied"] not in ("preparation", "loading"):
             raise ValueError(f"image_policy.applied is {index.image_policy['applied']!r}")
         if not isinstance(index.image_policy["buckets"], list):
             raise ValueError(f"image_policy.buckets is {index.image_policy['buckets']!r}")
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise InputError(f"{path}: a key is missing or of the wrong type: {error}") from error
     if not index.classes:
         raise InputError(f"{path}: there are no classes")
-    if index.samples < 1 or index.samples != sum(shard.samples for shard in index.shards):
-        total = sum(shard.samples for shard in index.shards)
-        raise InputError(f"{path}: samples is {index.samples}, but its shards hold {total}; expected the same, above 0")
-    sizes_made = max(1, len(index.image_policy["buckets"]))
-    if (worst := max(shard.bucket for shard in index.shards)) >= sizes_made:
-        raise InputError(f"{path}: a shard has bucket {worst}, but the image policy has {sizes_made}")
-    buckets = [shard.bucket for shard in index.shards]
-    if buckets != sorted(buckets):
-        raise InputError(f"{path}: the shards are not in the order of their buckets")
+    if listed and (fault := entries_fault(folder, index)):
+        raise InputError(fault)
     return index
+
+
+def entries_fault(folder: Path, index: Index) -> str:
+    """What is wrong with the entries of an index, or the digest that it has; empty if nothing is. Looks at them all,
+    once: where they are a list when it is read, and else in `check_table`."""
+    try:
+        index.table.check(index.samples, max(1, len(index.image_policy["buckets"])))
+        if index.known[0] == index.identity and index.known[1] != (found := index.computed_digest()):
+            raise ValueError(f"its digest is {found[:16]}…, but it lists {index.known[1][:16]}…")
+    except ValueError as error:
+        return f"{folder / INDEX_NAME}: {error}"
+    return ""
+
+
+def _table(folder: Path, about: dict[str, Any]) -> Shards:
+    path = folder / SHARDS_NAME
+    if size_of(path) is None:
+        raise InputError(f"{path} is missing, but {folder / INDEX_NAME} needs it")
+    try:
+        table = Shards(path)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: {getattr(error, 'strerror', '') or error}") from error
+    if (len(table.files), len(table)) != (as_count(about["files"]), as_count(about["entries"])):
+        raise InputError(
+            f"{path} has {len(table.files)} tar files and {len(table)} entries, but {folder / INDEX_NAME} lists "
+            f"{about['files']} and {about['entries']}; prepare the folder again"
+        )
+    table.sha256 = as_sha256(about["sha256"])  # checked by `check_table`, once on a node
+    return table
 
 
 def _no_index(folder: Path, size: str) -> str:
@@ -279,11 +349,12 @@ def _names(place: Path) -> Iterator[str]:
         yield from sorted(files)
 
 
+def _listed_entries(data: Any) -> Shards:
+    return Shards.of([_shard_entry(entry) for entry in data])
+
+
 def _shard_entry(data: dict[str, Any]) -> ShardEntry:
-    name = as_text(data["name"])
-    # An index may come from a stranger: its shards lie below its base, and nowhere else.
-    if not name or name.startswith("/") or ".." in name.split("/") or "\\" in name or "\0" in name:
-        raise ValueError(f"shard name {name!r} leads out of the folder")
+    check_name(name := as_text(data["name"]))
     samples, size, bucket = (as_count(data[key]) for key in ("samples", "bytes", "bucket"))
     return ShardEntry(name, samples, size, as_sha256(data["sha256"]), bucket)
 

@@ -7,9 +7,10 @@ end; those of one sample are one text (`captions.py`). All that read them, and w
 
 from __future__ import annotations
 
+import hashlib
 import struct
-from collections.abc import Iterator
-from functools import cached_property
+from collections.abc import Callable, Iterator
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,8 +20,10 @@ from numpy.typing import NDArray
 from megapix.errors import InputError
 from megapix.files import sha256_of, size_of
 from megapix.shards.captions import SEPARATOR, Caption, unpack
-from megapix.shards.index import CAPTIONS_NAME, INDEX_NAME, TABLE_NAME, Index
+from megapix.shards.index import CAPTIONS_NAME, INDEX_NAME, TABLE_NAME, TAR_BLOCK, Index, entries_fault
 from megapix.shards.storage import Local
+from megapix.shards.tables.entries import SHARDS_NAME
+from megapix.shards.tables.stamps import once
 
 CODES = "IIQiIQI"
 """Types of a record's fields, as `struct` and NumPy call them."""
@@ -56,28 +59,76 @@ DTYPE = np.dtype([(name, f"<{code}") for name, code in zip(SampleRecord._fields,
 
 
 def hashes(index: Index) -> dict[str, str]:
-    """SHA-256 of `samples.bin` and `captions.bin` by name, as the index lists them."""
-    return {TABLE_NAME: index.table_sha256, CAPTIONS_NAME: index.captions_sha256}
+    """SHA-256 of the index's tables by name, as it lists them; one of an older version has no `shards.bin`."""
+    own = {SHARDS_NAME: index.table.sha256} if index.table.path else {}
+    return own | {TABLE_NAME: index.table_sha256, CAPTIONS_NAME: index.captions_sha256}
 
 
-def check_table(folder: str | Path, index: Index) -> None:
-    """Check that `samples.bin` and `captions.bin` have the size and hash that the index lists.
+def check_table(folder: str | Path, index: Index, captions: bool = True, records: bool = False) -> None:
+    """Check that the tables of an index have the sizes and hashes that it lists, and what `shards.bin` says; once on
+    a node, until a file changes (`tables/stamps.py`).
+
+    Args:
+        captions: look at `captions.bin`, too.
+        records: check that each record points into its shard and at a class that there is.
 
     Raises:
         InputError: naming the file, with both values. StorageError: one cannot be read now.
     """
+    folder = Path(folder)
     for name, sha256 in hashes(index).items():
-        path = Path(folder) / name
-        if size_of(path) is None:
-            raise InputError(f"{path} is missing, but {Path(folder) / INDEX_NAME} needs it")
-        if (found := sha256_of(path)) != sha256:
-            raise InputError(
-                f"{path} has sha256 {found[:16]}…, but {Path(folder) / INDEX_NAME} lists {sha256[:16]}…: "
-                "the index does not match its shards; prepare the folder again"
+        if name == CAPTIONS_NAME and not captions:
+            continue
+        path, expected, of, check = folder / name, index.samples * RECORD.size, name, partial(_hash, folder / name)
+        if (size := size_of(path)) is None:
+            raise InputError(f"{path} is missing, but {folder / INDEX_NAME} needs it")
+        if name == TABLE_NAME and size != expected:
+            raise InputError(f"{path} has {size} bytes, expected {expected} ({index.samples} samples of {RECORD.size})")
+        if name == SHARDS_NAME:
+            check = partial(_hash_entries, folder, index)
+        elif name == TABLE_NAME and records:
+            of, check = f"records of {name}", partial(_hash_records, folder, index)
+        once(folder, f"{of}: {sha256} {index.identity}", partial(_check, path, sha256, check), [path])
+
+
+def _check(path: Path, sha256: str, read: Callable[[], tuple[str, str]]) -> None:
+    found, fault = read()
+    if found != sha256:
+        raise InputError(
+            f"{path} has sha256 {found[:16]}…, but {path.parent / INDEX_NAME} lists {sha256[:16]}…: "
+            "the index does not match its shards; prepare the folder again"
+        )
+    if fault:
+        raise InputError(fault)
+
+
+def _hash(path: Path) -> tuple[str, str]:
+    return sha256_of(path), ""
+
+
+def _hash_entries(folder: Path, index: Index) -> tuple[str, str]:
+    """The hash of the entries' table, and what is wrong with them."""
+    return sha256_of(folder / SHARDS_NAME), entries_fault(folder, index)
+
+
+def _hash_records(folder: Path, index: Index) -> tuple[str, str]:
+    """The hash of the samples' table, and a record that points outside its shard or at no class, if there is one."""
+    digest, fault = hashlib.sha256(), ""
+    first, bytes_of = index.table.first, index.table.tar_bytes.astype(np.uint64)
+    for start, table in Table(folder, index).blocks():
+        digest.update(table.data)
+        entry = np.searchsorted(first, np.arange(start, start + len(table)), "right") - 1
+        ends = bytes_of[entry]
+        # Offsets are unsigned: they are compared by what is left of the shard, so that no sum can wrap around.
+        offsets, sizes = table["offset"], table["size"].astype(np.uint64)
+        wrong = table["shard"] != entry
+        wrong |= (offsets < TAR_BLOCK) | (offsets > ends) | (sizes > ends - np.minimum(offsets, ends))
+        wrong |= (table["label"] < 0) | (table["label"] >= len(index.classes))
+        if wrong.any() and not fault:
+            fault = (
+                f"{folder / TABLE_NAME}: record {start + int(wrong.argmax())} points outside its shard or at no class"
             )
-    table, expected = Path(folder) / TABLE_NAME, index.samples * RECORD.size
-    if (size := size_of(table)) != expected:
-        raise InputError(f"{table} has {size} bytes, expected {expected} ({index.samples} samples of {RECORD.size})")
+    return digest.hexdigest(), fault and f"{fault}; prepare the folder again"
 
 
 class Table:
@@ -98,9 +149,14 @@ class Table:
 
     def rows(self, start: int = 0, stop: int | None = None) -> Iterator[SampleRecord]:
         """The records of samples start, …, stop - 1; of all from `start` on without `stop`."""
-        chosen = self.columns[start:stop]
-        for at in range(0, len(chosen), PART):
-            yield from (SampleRecord(*fields) for fields in chosen[at : at + PART].tolist())
+        for _, block in self.blocks(start, stop):
+            yield from (SampleRecord(*fields) for fields in block.tolist())
+
+    def blocks(self, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, NDArray[Any]]]:
+        """(number of its first sample, records with the fields of `SampleRecord`) of each block of those samples."""
+        for at in (chosen := range(self._samples)[start:stop])[::PART]:
+            count = min(PART, chosen.stop - at)
+            yield at, np.frombuffer(self._files.read(TABLE_NAME, at * RECORD.size, count * RECORD.size), DTYPE)
 
     @cached_property
     def columns(self) -> NDArray[Any]:
@@ -139,9 +195,12 @@ class Captions:
 
     def texts(self, place: int) -> list[list[str]]:
         """Texts of the captions of each sample of the entry at that place in the index's list; errors as in `of`."""
-        first = sum(entry.samples for entry in self._index.shards[:place])
-        samples = range(first, first + self._index.shards[place].samples)
+        samples = range(*self._first[place : place + 2].tolist())
         return [[caption.text for caption in self.of(sample)] for sample in samples]
+
+    @cached_property
+    def _first(self) -> NDArray[np.int64]:
+        return self._index.table.first
 
     def count(self) -> int:
         """Captions of all samples."""

@@ -26,6 +26,7 @@ from tests.shards.test_images import encoded
 from tests.support.foreign_shards import captions, make
 from tests.support.made_run import checkpoint_of
 from tests.support.small_run import SMALL
+from tests.support.version_2 import make_listed
 
 PNG = encoded(Image.new("RGB", (20, 20)))
 
@@ -99,12 +100,13 @@ def test_the_budget_of_tars(tmp_path: Path, read: Counter[str], capsys: pytest.C
     assert "--max-rejected-tars = 2.0: expected a share, 0 to 1" in capsys.readouterr().err
 
 
-def test_a_set_may_grow_and_shrink(tmp_path: Path, read: Counter[str]) -> None:
+@pytest.mark.parametrize("made_by", ["now", "version 2"])
+def test_a_set_may_grow_and_shrink(tmp_path: Path, read: Counter[str], made_by: str) -> None:
     theirs, out = tars(tmp_path / "theirs"), tmp_path / "index"
     (tmp_path / "later").mkdir()
     later = [(theirs / name).rename(tmp_path / "later" / name) for name in ("00002.tar", "00003.tar")]
     index_of(theirs, out)
-    first = read_index(out)
+    first = read_index(out if made_by == "now" else make_listed(out))
     before = {name: (out / name).read_bytes() for name in ("samples.bin", "captions.bin")}
     for path in later:
         path.rename(theirs / path.name)
@@ -125,10 +127,11 @@ def test_a_set_may_grow_and_shrink(tmp_path: Path, read: Counter[str]) -> None:
     assert captions(out) == [f"picture {n} – ü" for n in range(8, 32)]
 
 
-def test_what_changed_is_found_by_its_time_or_hash(tmp_path: Path, read: Counter[str]) -> None:
+@pytest.mark.parametrize("made_by", ["now", "version 2"])
+def test_what_changed_is_found_by_its_time_or_hash(tmp_path: Path, read: Counter[str], made_by: str) -> None:
     theirs, out = tars(tmp_path / "theirs", 2), tmp_path / "index"
     index_of(theirs, out)
-    about, digest = (theirs / "00000.tar").stat(), read_index(out).digest
+    about, digest = (theirs / "00000.tar").stat(), read_index(out if made_by == "now" else make_listed(out)).digest
     os.utime(theirs / "00000.tar", ns=(1, 1))
     index_of(theirs, out)
     assert read == {"00000.tar": 1, "00001.tar": 1}, "another time, the same hash"

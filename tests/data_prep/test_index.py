@@ -24,6 +24,7 @@ from tests.data_prep.test_sources import add as add_member
 from tests.data_prep.test_write import hashes
 from tests.shards.test_images import encoded
 from tests.support.foreign_shards import Foreign, captions, make
+from tests.support.version_2 import make_listed
 
 
 def run(*arguments: object) -> int:
@@ -272,6 +273,7 @@ def test_a_strangers_index_leads_nowhere_else(tmp_path: Path) -> None:
     """Hashes, names, counts and records are checked before anything is opened by them."""
     make(tmp_path / "theirs", tars=1)
     index_of(tmp_path / "theirs", tmp_path / "index")
+    make_listed(tmp_path / "index")
     path, table = tmp_path / "index" / "index.json", tmp_path / "index" / "samples.bin"
     good, records = json.loads(path.read_text()), table.read_bytes()
     config = DataConfig(path=str(tmp_path / "index"), image_size=16)

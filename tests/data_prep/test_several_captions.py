@@ -30,6 +30,7 @@ from megapix.shards.table import RECORD, Captions
 from tests.data_prep.test_sources import add
 from tests.shards.test_images import encoded
 from tests.support.foreign_shards import captions
+from tests.support.version_2 import make_listed
 
 SEVERAL = {"captions": ["a dog", {"text": "a brown dog – ü", "weight": 0.25}, None, {"text": "dog"}], "url": "…"}
 PACKED = "a dog\x1ea brown dog – ü\x1f0.25\x1edog"
@@ -347,6 +348,8 @@ def test_captions_that_cannot_be_read(ours: Path, tmp_path: Path, capsys: pytest
 def spoil(folder: Path, old: bytes, new: bytes) -> None:
     """Put other bytes into the shards, with an index that lists their hashes."""
     assert len(old) == len(new)
+    if (folder / "shards.bin").exists():
+        make_listed(folder)
     index = json.loads((folder / INDEX_NAME).read_text())
     for entry in index["shards"]:
         path = folder / entry["name"]

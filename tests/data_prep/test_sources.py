@@ -36,6 +36,7 @@ from megapix.errors import InputError
 from megapix.shards.image_policy import Policy
 from megapix.shards.storage import Access
 from tests.support.made_shards import OPTIONS
+from tests.support.version_2 import make_listed
 
 SYNSETS = ("n01440764", "n01443537", "n02085620")
 
@@ -422,7 +423,7 @@ def test_verify_looks_into_the_samples(shards: Path, tmp_path: Path) -> None:
     captions = bytearray((out / "captions.bin").read_bytes())
     captions[0:1] = b"?"
     (out / "captions.bin").write_bytes(captions)
-    index = json.loads((out / "index.json").read_text())
+    index = json.loads((make_listed(out) / "index.json").read_text())
     index["shards"][0]["sha256"] = sha256_of(out / "shard-000000.tar")
     index["captions_sha256"] = sha256_of(out / "captions.bin")
     index["classes"][0]["samples"] += 1

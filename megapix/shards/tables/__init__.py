@@ -1,0 +1,1 @@
+"""The compact tables beside `index.json`, read in place and checked once on each node."""
