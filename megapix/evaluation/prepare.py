@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -195,7 +195,9 @@ def _prompted(
     }
     if then:
         _require(options, then, sources)
-    features = {"stored": prompted.stored} | {k: v for k, v in asdict(prompted.recipe).items() if k != "digest"}
+    features = {"stored": prompted.stored} | {k: v for k, v in prompted.recipe.to_dict().items() if k != "digest"}
+    if about.model.convention != "paper":  # the weights' hash does not know it
+        features["convention"] = about.model.convention
     return replace(manifest, **sources, text_features=features), prompted, prompts  # type: ignore[arg-type]
 
 

@@ -244,7 +244,10 @@ class PixelDiTPipeline:
 
 def settings_to_dict(settings: Settings) -> dict[str, Any]:
     """As JSON has it under KEY."""
-    plain = replace(settings, text=replace(settings.text, encoder=""))  # a path of this machine, maybe
+    encoder = settings.text.encoder
+    if encoder.count("/") != 1 or Path(encoder).exists():  # a path of this machine, and no name on the hub
+        encoder = ""
+    plain = replace(settings, text=replace(settings.text, encoder=encoder))
     found = {of.name: getattr(plain, of.name) for of in fields(plain) if of.name != "source"}
     for name in ("model", "sampling", "text"):
         found[name] = {of.name: getattr(found[name], of.name) for of in fields(found[name])}

@@ -143,4 +143,5 @@ def metadata(weights: Weights, request: Request, row: int, column: int) -> dict[
         "size": list(request.size),
         **asdict(request.sampling),
         **({"generator": a.generator} if a.generator != "torch" else {}),
+        **({"convention": a.model.convention} if a.model.convention != "paper" else {}),
     }
