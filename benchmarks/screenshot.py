@@ -21,9 +21,9 @@ from PIL import Image
 
 from megapix.dist import free_port
 
-SIZE = (1500, 2440)
+SIZE = (1500, 2420)
 """Pixels of the page."""
-COLOURS = 64
+COLOURS = 32
 """Of the picture, so that it stays small."""
 DEADLINE = 120.0
 """Seconds for the server to read the run."""

@@ -19,7 +19,8 @@ ROOT = Path(__file__).resolve().parent.parent
 EVERYBODYS = ("errors", "rng", "files", "dist", "outage", "text", "console", "config")
 """What every package of megapix may import."""
 TRAIN = (
-    "shards encoders data model diffusion conditioning engine checkpoint weights costs resilience monitoring evaluation"
+    "shards encoders data model diffusion conditioning engine checkpoint weights costs resilience trackers monitoring "
+    "evaluation"
 )
 ALLOWED = {
     "errors": "",
@@ -41,7 +42,8 @@ ALLOWED = {
     "conditioning": "shards data encoders weights diffusion",
     "engine": "checkpoint model",
     "resilience": "",
-    "monitoring": "checkpoint costs model engine",
+    "trackers": "",
+    "monitoring": "checkpoint costs model engine trackers",
     "evaluation": "conditioning diffusion weights shards encoders resilience",
     "train": TRAIN,
     "sample": "conditioning diffusion weights",
@@ -59,7 +61,15 @@ ALLOWED = {
 
 The order is that of the sentence: options, shards, data, network, objective, checkpoint, engine, training, tools.
 """
-ONE_DOOR = {"deepspeed": "engine", "transformers": "encoders", "huggingface_hub": "encoders ports", "triton": "model"}
+ONE_DOOR = {
+    "deepspeed": "engine",
+    "transformers": "encoders",
+    "huggingface_hub": "encoders ports",
+    "triton": "model",
+    "wandb": "trackers",
+    "trackio": "trackers",
+    "mlflow": "trackers",
+}
 """Library -> the package that imports it; the hub's client has two, one for encoders and one for weights."""
 MOST_MODULES = 12
 """Modules that a package may have besides its __init__."""

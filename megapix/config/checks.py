@@ -7,7 +7,7 @@ import math
 from typing import Any
 
 from megapix.config.fields import get, leaves
-from megapix.config.operation import SamplingConfig
+from megapix.config.operation import TRACKERS, SamplingConfig
 from megapix.config.options import Config
 from megapix.config.training import ModelConfig, RepaConfig, TextConfig
 from megapix.errors import InputError
@@ -95,6 +95,9 @@ def validate(config: Config) -> None:
     need(config.evaluation.batch >= 1, "evaluation.batch", "at least 1")
     need(config.log.grid_classes >= 1, "log.grid_classes", "at least 1")
     need(config.log.grid_columns >= 1, "log.grid_columns", "at least 1")
+    names = config.log.trackers
+    known = len(set(names)) == len(names) and set(names) <= set(TRACKERS)
+    need(known, "log.tracker", f"{', '.join(map(repr, TRACKERS))}, or several with commas between")
     need(m.text_width > 0 or not config.log.prompts, "log.prompts", "none: the network takes classes")
     need(config.profile >= 0, "profile", "0 (off) or more")
     validate_sampling(config.sampling)

@@ -86,6 +86,10 @@ class HealthConfig:
     """Rollbacks after which the next spike ends the run."""
 
 
+TRACKERS = ("wandb", "trackio", "mlflow")
+"""What `log.tracker` may name (`trackers/`)."""
+
+
 @dataclass(frozen=True)
 class LogConfig:
     """What goes to TensorBoard, and how often."""
@@ -103,6 +107,14 @@ class LogConfig:
     empty takes captions of the validation set, or of the training set without one."""
     grid_columns: int = marks.machine(4)
     """Columns of the grid: samples per class or prompt."""
+    tracker: str = marks.machine("")
+    """Where all this goes beside TensorBoard: 'wandb', 'trackio' or 'mlflow', or several of them with commas between;
+    empty is nowhere (docs/monitoring.md)."""
+
+    @property
+    def trackers(self) -> tuple[str, ...]:
+        """The names in `tracker`."""
+        return tuple(name.strip() for name in self.tracker.split(",") if name.strip())
 
 
 @dataclass(frozen=True)

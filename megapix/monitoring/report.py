@@ -1,4 +1,4 @@
-"""What a run reports: the progress bar, TensorBoard, and the numbers between two rows of scalars."""
+"""What a run reports: the progress bar, TensorBoard, trackers, and the numbers between two rows of scalars."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from megapix.costs import flops
 from megapix.dist import World, gather
 from megapix.monitoring import meters
 from megapix.monitoring.tensorboard import Writer
+from megapix.trackers.tracker import Tracker
 
 
 class Report:
@@ -48,15 +49,18 @@ class Report:
         self._stall, self._first = saver.stall, counters.drawn // layout.total
         self._seen, end = counters.images_seen, int(config.optim.end_at)
         self._bar = tqdm(total=end, initial=self._seen, unit="img", disable=not world.main, **_bar_style())
-        self._board = Writer(Path(config.out) / "tensorboard", self._first, enabled=world.main)
+        folder, names = Path(config.out), config.log.trackers if world.main else ()
+        board = Writer(folder / "tensorboard", self._first, enabled=world.main)
+        self._boards: list[Writer | Tracker] = [board, *(Tracker(name, folder, self._first) for name in names)]
 
     def begin(self, prompts: Sequence[str], happened: str) -> None:
         """Write the configuration, the sample grid's prompts, and what has `happened` before."""
-        self._board.configuration(self._first, configuration.to_dict(self._config))
-        if prompts:
-            self._board.text(self._first, "samples/prompts", "\n".join(f"1. {row}" for row in prompts))
+        for board in self._boards:
+            board.configuration(self._first, configuration.to_dict(self._config))
+            if prompts:
+                board.text(self._first, "samples/prompts", "\n".join(f"1. {row}" for row in prompts))
         if happened:
-            self._board.event(self._first, happened)
+            self.event(self._first, happened)
 
     def add(self, loss: Tensor, t: Tensor, alignment: Tensor | None) -> None:
         """Take a micro batch's losses, times and alignment losses, [B] each; does not wait for the device."""
@@ -102,19 +106,22 @@ class Report:
         row["health/skipped_steps"] = (counters.drawn - counters.images_seen) // self._layout.total
         row["speed/save_stall_s"] = self._saver.stall - self._stall
         self._stall = self._saver.stall
-        self._board.scalars(step, row)
+        self.scalars(step, row)
 
     def scalars(self, step: int, row: Mapping[str, float]) -> None:
         """Write a row of other scalars."""
-        self._board.scalars(step, dict(row))
+        for board in self._boards:
+            board.scalars(step, dict(row))
 
     def image(self, step: int, tag: str, picture: np.ndarray) -> None:
         """Write a picture, uint8 [H, W, 3]."""
-        self._board.image(step, tag, picture)
+        for board in self._boards:
+            board.image(step, tag, picture)
 
     def event(self, step: int, text: str) -> None:
         """Write what has happened."""
-        self._board.event(step, text)
+        for board in self._boards:
+            board.event(step, text)
 
     def advance(self, counters: Counters) -> None:
         """Move the bar to `counters`."""
@@ -126,8 +133,9 @@ class Report:
         self._bar.set_postfix(loss=f"{loss:.4f}", lr=f"{lr:.1e}", refresh=False)
 
     def close(self) -> None:
-        """End TensorBoard's file and the bar."""
-        self._board.close()
+        """End TensorBoard's file, the trackers and the bar."""
+        for board in self._boards:
+            board.close()
         self._bar.close()
 
 

@@ -47,7 +47,7 @@ def page_of(run: RunFacts, now: float) -> str:
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{_text(name)} – megapix</title><style>{css}</style></head><body>
 <h1>{_text(name)}</h1>
-<p class="dim">{_text(run.folder.resolve())}, read {_date(now)}</p>
+<p class="dim">{_text(run.folder)}, read {_date(now)}</p>
 {body}
 <script>{js}</script>
 </body></html>
@@ -87,7 +87,7 @@ def _charts(run: RunFacts) -> list[str]:
 
 def _samples(run: RunFacts) -> str:
     return "".join(
-        _section(f"Samples: {tag.rpartition('/')[2]}", figures(pictures, run.images_of))
+        _section(f"Samples: {tag.rpartition('/')[2]}", figures(pictures, run.images_at))
         for tag, pictures in run.events.images.items()
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from PIL import Image, UnidentifiedImageError
 
@@ -17,17 +17,17 @@ SMALL = 360
 QUALITY = 82
 
 
-def figures(pictures: Mapping[int, bytes], images_of: Mapping[int, int]) -> str:
+def figures(pictures: Mapping[int, bytes], images_at: Callable[[int], int]) -> str:
     """The newest grid, and the way there.
 
     Args:
         pictures: step -> PNG file, not empty.
-        images_of: images seen by step, where they are known.
+        images_at: images seen at a step.
     """
     *before, newest = spread(list(pictures))
-    shown = "".join(_figure(pictures[step], step, images_of, False) for step in before)
+    shown = "".join(_figure(pictures[step], step, images_at, False) for step in before)
     rest = f'<div class="grids">{shown}</div>' if shown else ""
-    return _figure(pictures[newest], newest, images_of, True) + rest
+    return _figure(pictures[newest], newest, images_at, True) + rest
 
 
 def spread(steps: Sequence[int], most: int = MOST) -> list[int]:
@@ -37,8 +37,8 @@ def spread(steps: Sequence[int], most: int = MOST) -> list[int]:
     return [steps[round(n * (len(steps) - 1) / (most - 1))] for n in range(most)]
 
 
-def _figure(png: bytes, step: int, images_of: Mapping[int, int], newest: bool) -> str:
-    seen = f"{images_of[step]:,} images seen" if step in images_of else f"step {step:,}"
+def _figure(png: bytes, step: int, images_at: Callable[[int], int], newest: bool) -> str:
+    seen = f"{images_at(step):,} images seen"
     try:
         data, kind, width = _small(png, LARGEST[newest])
     except (UnidentifiedImageError, OSError):

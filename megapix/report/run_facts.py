@@ -6,7 +6,6 @@ import fcntl
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -77,10 +76,12 @@ class RunFacts:
         last = self.events.last(tags[0]) if tags else None
         return (tags[0].partition("/")[2], last) if last else None
 
-    @cached_property
-    def images_of(self) -> dict[int, int]:
-        """Images seen by step, where they were logged."""
-        return {step: int(point.value) for step, point in self.events.scalars.get("schedule/images_seen", {}).items()}
+    def images_at(self, step: int) -> int:
+        """Images seen at a step: those of the last row up to it, and the steps since then."""
+        rows = self.events.scalars.get("schedule/images_seen", {})
+        last = max((logged for logged in rows if logged <= step), default=None)
+        before = 0 if last is None else int(rows[last].value)
+        return before + (step - (last or 0)) * self.config.optim.global_batch
 
     @property
     def _saved_step(self) -> int:

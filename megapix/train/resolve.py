@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megapix import config
+from megapix import config, trackers
 from megapix.checkpoint.find import Choice, Saved, choose
 from megapix.checkpoint.manifest import State
 from megapix.conditioning.text_source import TextSource, text_of
@@ -102,6 +102,7 @@ def resolve(requested: Config, ranks: int, choice: Choice | None = None, classes
         InputError: the first thing that is wrong.
     """
     config.validate(requested)
+    trackers.check(requested.log.trackers)
     layout = config.batch_layout(requested, ranks)
     read_knobs(requested.machine.ds_config, requested.machine.unproven)
     located, choice = _located(requested, choice)
