@@ -9,7 +9,8 @@ A shard gets its name after its size and hash were checked, so a process that is
 the next one that wants the shard, or room, takes that over. Space is made by removing the shards that were used
 longest ago; a read that has one open finishes with it.
 
-`prefetch` has a thread fetch shards that will be needed soon; what it cannot fetch is left to the read that needs it.
+`prefetch` has threads fetch shards that will be needed soon, several at a time; what they cannot fetch is left to the
+read that needs it.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ from megapix.shards.storage import Remote
 
 POLL = 0.05
 """Seconds between looks for room while other processes fill it."""
+FETCHERS = 4
+"""Shards that a process fetches ahead at the same time."""
 OURS = re.compile(r"[0-9a-f]{64}\.(tar|part)")
 """What may be counted and removed: nothing else in the folder is touched."""
 
@@ -58,7 +61,7 @@ class CachedShards:
         self._wanted: Queue[ShardEntry] = Queue()
         self._pending: set[str] = set()
         """Hashes of the shards in that queue, and of the one being fetched."""
-        self._thread: Thread | None = None
+        self._threads: list[Thread] = []
         folder.mkdir(parents=True, exist_ok=True)
 
     def read(self, shard: ShardEntry, offset: int, size: int) -> bytes:
@@ -94,28 +97,31 @@ class CachedShards:
             if key not in self._pending | self._damaged.keys() and not self._path(shard, "tar").exists():
                 self._pending.add(key)
                 self._wanted.put(shard)
-        if not self._wanted.empty() and self._thread is None:
-            self._thread = Thread(target=self._fetch_ahead, daemon=True)
-            self._thread.start()
+        if not self._wanted.empty() and not self._threads:
+            self._threads = [Thread(target=self._fetch_ahead, daemon=True) for _ in range(FETCHERS)]
+            for thread in self._threads:
+                thread.start()
 
     def _fetch_ahead(self) -> None:
         while True:
             shard = self._wanted.get()
             # It waits for no server, with the shard's lock held: the read that needs the shard will, or fail with the
-            # reason if that still holds.
+            # reason if that still holds. Nor for another process that fetches the shard.
             with suppress(InputError, StorageError, OSError):
-                os.close(self._ready(shard, self._ahead)[0])
+                os.close(self._ready(shard, self._ahead, wait=False)[0])
             self._pending.discard(shard.sha256)
 
     def drop(self, shard: ShardEntry) -> None:
         """Forget a shard whose bytes turned out wrong, so that it is fetched again."""
         self._path(shard, "tar").unlink(missing_ok=True)
 
-    def _ready(self, shard: ShardEntry, remote: Remote) -> tuple[int, bool]:
-        """Open a shard, and say whether it had to be fetched for that."""
+    def _ready(self, shard: ShardEntry, remote: Remote, wait: bool = True) -> tuple[int, bool]:
+        """Open a shard, and say whether it had to be fetched for that; BlockingIOError if another process is at it."""
         if (descriptor := self._from_disk(shard)) is not None:
             return descriptor, False
-        with _locked(self._path(shard, "lock")):
+        with _locked(self._path(shard, "lock"), wait):
+            if shard.sha256 in self._damaged:
+                raise DamagedShard(self._damaged[shard.sha256])
             if (descriptor := self._from_disk(shard)) is not None:  # another process, or thread, was first
                 return descriptor, False
             return self._fetch(shard, remote), True
@@ -202,11 +208,12 @@ def _used_now(descriptor: int) -> None:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock on the file `path`, waiting for it. Lock files stay: without one there would be two."""
+def _locked(path: Path, wait: bool = True) -> Iterator[None]:
+    """Hold an exclusive lock on the file `path`, waiting for it, or BlockingIOError. Lock files stay: without one there
+    would be two."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     finally:
         os.close(descriptor)

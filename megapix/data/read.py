@@ -18,6 +18,7 @@ import numpy as np
 from megapix.config import DataConfig
 from megapix.data.cache import CachedShards, DamagedShard
 from megapix.data.locate import Located, access_of
+from megapix.data.ranges import Ranges
 from megapix.errors import InputError, StorageError
 from megapix.shards.image_policy import Policy, decode_indexed
 from megapix.shards.index import TAR_BLOCK, Index, ShardEntry
@@ -48,10 +49,28 @@ class ShardReader:
         self.table = Table(located.folder, located.index)
         self.cache: CachedShards | None = None
         self._files: Local | Remote = Local(Path(located.base))
+        self._ranges: Ranges | None = None
         if located.remote:
             self._files = Remote(located.base, access_of(config))
             if config.cache and config.cache_gib:
                 self.cache = CachedShards(self._files, Path(config.cache), int(config.cache_gib * 2**30))
+            else:
+                self._ranges = Ranges(self._files)
+
+    @property
+    def room(self) -> bool:
+        """Whether more samples may be asked for before they are needed; of local files none need be."""
+        return self.cache is not None or (self._ranges is not None and self._ranges.room)
+
+    def begin(self, samples: Sequence[int]) -> None:
+        """Begin to fetch what these samples lie in, without waiting, where that is remote."""
+        if not self.located.remote:
+            return
+        found = [self._record(sample) for sample in samples]
+        if self.cache:
+            self.cache.prefetch(shard for _, shard in found)
+        elif self._ranges:
+            self._ranges.begin([(shard.name, record.offset, record.size) for record, shard in found])
 
     def read(self, sample: int) -> Encoded:
         """The sample's bytes, label and bucket.
@@ -70,11 +89,6 @@ class ShardReader:
                 f"{self.where(sample)}: its {record.size} bytes at byte {record.offset} are not those that were indexed"
             )
         return Encoded(data, record.label, shard.bucket)
-
-    def prefetch(self, samples: Sequence[int]) -> None:
-        """Fetch what these samples lie in into the cache, if there is one."""
-        if self.cache:
-            self.cache.prefetch(self._record(sample)[1] for sample in samples)
 
     def take_hits(self) -> tuple[int, int]:
         """Reads since the last call that the cache answered, and that it did not."""
@@ -102,7 +116,7 @@ class ShardReader:
         if self.cache:
             return self.cache.read(shard, offset, size)
         try:
-            return self._files.read(shard.name, offset, size)
+            return (self._ranges or self._files).read(shard.name, offset, size)
         except FileNotFoundError as error:
             raise DamagedShard(f"{self._files.where(shard.name)} is missing") from error
         except OSError as error:  # of this machine: says nothing about the shard

@@ -1,4 +1,5 @@
-"""Processes of the loader: how they start, which signals they do not see, and that none is left behind."""
+"""Processes of the loader: how they start, which signals they do not see, what becomes of one that is killed, and that
+none is left behind."""
 
 from __future__ import annotations
 
@@ -6,28 +7,38 @@ import atexit
 import multiprocessing
 import multiprocessing.connection
 import os
+import pickle
 import signal
 import sys
 import threading
-from collections.abc import Collection
+import traceback
+from collections.abc import Collection, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import count
 from multiprocessing import forkserver, resource_tracker
+from multiprocessing.pool import ExceptionWithTraceback  # type: ignore[attr-defined]
 from multiprocessing.sharedctypes import RawValue
-from pathlib import Path
 from typing import Any
 
 import psutil
 
 from megapix import outage
-from megapix.dist import STOPS, stops_held_back
+from megapix.data import handover
+from megapix.data.assemble import Asked, Assembler
+from megapix.dist import STOPS, stops_held_back, warn
+from megapix.errors import RankLost
 
-LOADED = "megapix.data.loader"
-"""What the server has loaded when it forks a worker."""
+LOADED = "megapix.data.workers"
+"""What the server has loaded when it forks a worker: no torch, which takes seconds and 0.2 GiB of each."""
+PREFETCH = 4
+"""Micro batches that each worker keeps ready."""
+RESTARTS = 3
+"""How often in a row killed workers are started again."""
 DEATH = 2.0
 """Seconds that a worker's end may take to be known after the error that it causes."""
 WAITED = RawValue("d", 0.0)
 """When this rank or a worker of it last waited for storage (`outage.note_waits`)."""
-SEMAPHORES = "megapix"
-"""What the names of a rank's semaphores begin with; its process id follows."""
 QUIET = "ignore:resource_tracker:UserWarning"
 
 
@@ -38,25 +49,12 @@ def start_server() -> None:
     batches are needed until the ranks have agreed on a step to stop at.
     """
     context()
-    _name_semaphores()
     with stops_held_back():
         sys.warnoptions.append(QUIET)  # it would end a lost rank's last words with what it has cleaned up after it
         resource_tracker.ensure_running()  # unblocks SIGTERM once it has started its own process
         sys.warnoptions.remove(QUIET)
         signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
         forkserver.ensure_running()
-
-
-def _name_semaphores() -> None:
-    """Name this process's semaphores after it, and remove those of processes that were killed: nobody else knows them.
-
-    They lie in /dev/shm until their process ends, or for ever.
-    """
-    multiprocessing.current_process()._config["semprefix"] = f"/{SEMAPHORES}-{os.getpid()}"  # type: ignore[attr-defined]
-    for path in Path("/dev/shm").glob(f"sem.{SEMAPHORES}-*"):
-        pid = path.name.split("-")[1]
-        if pid.isdecimal() and not psutil.pid_exists(int(pid)):
-            path.unlink(missing_ok=True)
 
 
 def context() -> Any:
@@ -67,9 +65,124 @@ def context() -> Any:
     return found
 
 
-def begin(clock: Any, _: int) -> None:
-    """In a worker: note its waits in the rank's `clock`, and end when the rank has ended, however it did. torch would
-    look for the parent process, which is the server, and workers and server hold each other's pipe open."""
+@dataclass
+class _Worker:
+    """One process, and what has come from it."""
+
+    process: Any
+    connection: Any
+    received: int
+
+
+class Workers:
+    """Processes that make a rank's micro batches: of n of them each makes every n-th, and keeps PREFETCH ready.
+
+    One that is killed is started again for the batches that have not come: what it makes is a function of positions.
+
+    Args:
+        assembler: makes the batches.
+        asked: the positions of each.
+        number: of the processes.
+        rank: for messages.
+    """
+
+    def __init__(self, assembler: Assembler, asked: Asked, number: int, rank: int) -> None:
+        self._assembler, self._asked, self._number, self._rank = assembler, asked, number, rank
+        self._restarts, self._closed, self._lock = 0, False, threading.Lock()
+        self._workers = [self._started(place, 0) for place in range(number)]
+        end_at_exit()
+
+    def each(self) -> Iterator[Any]:
+        """What they make, in the order in which it was asked for.
+
+        Raises:
+            RankLost: without a batch in between they have been killed more than RESTARTS times.
+            Exception: one of a worker, which no value stands for (`Assembler.each`).
+        """
+        for turn in count():
+            made, error = self._next(turn % self._number)
+            if error is not None:
+                raise error
+            yield made
+
+    def close(self) -> None:
+        """End them."""
+        with self._lock:
+            self._closed = True
+            for worker in self._workers:
+                worker.process.kill()  # they do not see the signal that would ask them
+        for worker in self._workers:
+            worker.process.join()
+
+    def _next(self, place: int) -> Any:
+        while True:
+            worker = self._workers[place]
+            try:
+                made = handover.receive(worker.connection)
+            except (EOFError, OSError) as error:
+                self._start_again(error)
+                continue
+            with suppress(OSError):  # it may just have ended: what it has sent came before
+                worker.connection.send_bytes(b"taken")
+            worker.received += 1
+            self._restarts = 0
+            return made
+
+    def _start_again(self, error: Exception) -> None:
+        """Start those that have been killed once more."""
+        processes = [worker.process for worker in self._workers]
+        with self._lock:
+            if self._closed or not (ends := killed(processes)):
+                raise error
+            self._restarts += 1
+            if self._restarts > RESTARTS:
+                raise RankLost(
+                    f"the data workers of rank {self._rank} are lost, {self._restarts} times in a row: {ends}"
+                ) from error
+            again = f"its workers start again ({self._restarts} of {RESTARTS} in a row)"
+            warn(f"rank {self._rank}: data {ends}; {again}")
+            for place, worker in enumerate(self._workers):
+                if not worker.process.is_alive():
+                    worker.connection.close()
+                    self._workers[place] = self._started(place, worker.received)
+        end_at_exit()
+
+    def _started(self, place: int, received: int) -> _Worker:
+        here, there = multiprocessing.Pipe()
+        work = (self._assembler, self._asked, place + received * self._number, self._number, there, WAITED)
+        process = context().Process(target=_work, args=work, name=f"data worker {place}", daemon=True)
+        process.start()
+        there.close()
+        return _Worker(process, here, received)
+
+
+def _work(assembler: Assembler, asked: Asked, first: int, step: int, connection: Any, clock: Any) -> None:
+    """In a worker: make every `step`-th of the batches that are asked for, from number `first` on."""
+    begin(clock)
+    made = assembler.each(asked.some(first, step))
+    try:
+        for number in count():
+            if number >= PREFETCH:
+                connection.recv_bytes()  # one of them has been taken
+            handover.send(connection, (next(made), None))
+    except Exception as error:
+        with suppress(OSError):  # the rank has ended
+            handover.send(connection, (None, _portable(error)))
+
+
+def _portable(error: Exception) -> Any:
+    """An error as another process can have it, with the traceback of here."""
+    try:
+        found = ExceptionWithTraceback(error, error.__traceback__)
+        pickle.loads(pickle.dumps(found))
+    except Exception:
+        return RuntimeError("".join(traceback.format_exception(error)))
+    return found
+
+
+def begin(clock: Any) -> None:
+    """In a worker: note its waits in the rank's `clock`, and end when the rank has ended, however it did. Workers and
+    server hold each other's pipe open, and the parent process is the server."""
     outage.note_waits(clock)
     rank = multiprocessing.parent_process()
     assert rank

@@ -17,7 +17,7 @@ from megapix.config import BatchLayout, Config
 from megapix.config.ds_config import read_knobs
 from megapix.costs import automatic
 from megapix.costs.automatic import Cards
-from megapix.data.loader import PREFETCH
+from megapix.data.workers import PREFETCH
 from megapix.dist import World, gather
 from megapix.doctor.verdict import Verdict
 from megapix.engine import comm_op, compiler

@@ -19,6 +19,7 @@ import pytest
 from data_prep import cli
 from megapix.config import BatchLayout, DataConfig, replace
 from megapix.data import workers
+from megapix.data.assemble import AHEAD
 from megapix.data.batch import Batch
 from megapix.data.cache import CachedShards
 from megapix.data.loader import batches
@@ -67,7 +68,7 @@ def test_ranges_give_what_local_files_give(web: Nginx, shards: Path, tmp_path: P
     before = len(web.requests())
     assert same(epoch(remote), epoch(config(str(shards))))
     asked = web.requests()[before:]
-    assert len(asked) == 40, "one request per sample"
+    assert len(asked) <= 3 * (5 + AHEAD), "of a micro batch, neighbours are one request: these shards are small"
     assert all(ranges.startswith("bytes=") for _, ranges in asked)
     assert same(epoch(replace(remote, "workers", 2)), epoch(config(str(shards))))
     assert [path.name for path in (tmp_path / "cache").glob("*.tar")] == []
@@ -112,8 +113,7 @@ def test_shards_are_fetched_before_they_are_needed(web: Nginx, shards: Path, tmp
     gone = ShardEntry("gone.tar", 1, 1, "0" * 64)
     cache.prefetch([gone, *index.shards, *index.shards])
     while len(list(tmp_path.glob("*.tar"))) < 3:
-        assert cache._thread is not None
-        assert cache._thread.is_alive(), "a shard that is not there does not end it"
+        assert all(thread.is_alive() for thread in cache._threads), "a shard that is not there does not end it"
     for shard in index.shards:
         assert cache.read(shard, 0, shard.bytes) == (shards / shard.name).read_bytes()
     assert (cache.hits, cache.misses) == (3, 0)

@@ -17,7 +17,7 @@ import torch
 
 from megapix.cli import main as cli
 from megapix.data import loader
-from megapix.data.loader import MicroBatches
+from megapix.data.assemble import Assembler
 from megapix.evaluation import run as evaluation
 from megapix.train import small_evaluation
 from tests.support import failing_calls
@@ -38,10 +38,10 @@ PLACES: dict[str, Place] = failing_calls.PLACES | {
 """Phase -> where it fails."""
 
 
-class Greedy(MicroBatches):
+class Greedy(Assembler):
     """Micro batches that no host has room for."""
 
-    def _batch(self, positions: Any) -> Any:
+    def _arrays(self, positions: Any, samples: Any) -> Any:
         return np.empty(2**58, np.uint8)
 
 
@@ -50,7 +50,7 @@ if __name__ == "__main__":
     if os.environ["RANK"] in ranks and phase == "worker":
         from tests.programs import out_of_memory as importable
 
-        loader.MicroBatches = importable.Greedy  # type: ignore[misc]
+        loader.Assembler = importable.Greedy  # type: ignore[misc]
     elif os.environ["RANK"] in ranks:
         fail(PLACES[phase], torch.OutOfMemoryError(GPU))
     raise SystemExit(cli.main(arguments))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -134,7 +135,10 @@ def test_a_shard_is_whole_in_the_cache_before_it_has_its_name(tmp_path: Path, mo
         def __init__(self) -> None:
             pass
 
-        def read(self, name: str, offset: int, size: int) -> bytes:
+        def begin(self, ranges: object) -> list[Any]:
+            return [None]
+
+        def read(self, name: str, offset: int, size: int, begun: object = None) -> bytes:
             return bytes([7]) * size
 
     disk = DiskCalls(monkeypatch, tmp_path)

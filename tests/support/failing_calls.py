@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from megapix.checkpoint.buffers import HostCopy
-from megapix.data.loader import MicroBatches
+from megapix.data.assemble import Assembler
 from megapix.diffusion import flow
 from megapix.engine.zero2 import Zero2Engine
 from megapix.train import run, sample_grid
@@ -17,7 +17,7 @@ Place = tuple[Any, str, int]
 """A module or class, the name of its function, and which call of it fails."""
 PLACES: dict[str, Place] = {
     "start": (run, "build_network", 1),
-    "data": (MicroBatches, "_batch", 3),
+    "data": (Assembler, "_arrays", 3),
     "backward": (flow, "training_loss", 3),
     "step": (Zero2Engine, "step", 3),
     "save": (HostCopy, "take", 1),

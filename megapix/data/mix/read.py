@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from megapix.config import DataConfig
@@ -28,14 +29,20 @@ class MixReader:
         number, inside = self._mix.place(sample)
         return self._parts[number].where(inside)
 
-    def prefetch(self, samples: list[int]) -> None:
-        """Fetch what these samples lie in into the cache, if there is one."""
+    @property
+    def room(self) -> bool:
+        """Whether more samples may be asked for before they are needed, as of `ShardReader`."""
+        rooms = [part.room for part in self._parts if part.located.remote]
+        return bool(rooms) and all(rooms)
+
+    def begin(self, samples: Sequence[int]) -> None:
+        """Begin to fetch what these samples lie in, without waiting, where that is remote."""
         by_set: dict[int, list[int]] = {}
         for sample in samples:
             number, inside = self._mix.place(sample)
             by_set.setdefault(number, []).append(inside)
         for number, some in by_set.items():
-            self._parts[number].prefetch(some)
+            self._parts[number].begin(some)
 
     def take_hits(self) -> tuple[int, int]:
         """Reads since the last call that the cache answered, and that it did not."""

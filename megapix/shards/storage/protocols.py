@@ -1,0 +1,102 @@
+"""How each protocol is spoken: fsspec's file system for a URL, with time-outs, secrets and certificates."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import netrc
+import os
+import re
+import ssl
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import urlsplit
+
+from megapix.errors import InputError
+from megapix.shards.storage.urls import HEADERS, PROTOCOLS, protocol_of, shown
+
+EXTRAS = {"aiohttp": "http", "s3fs": "s3", "gcsfs": "gs"}
+QUERY = "MEGAPIX_HTTP_QUERY"
+"""Environment variable: what is added to each URL, such as 'sig=…'."""
+HUB = "https://huggingface.co"
+HF = re.compile(r"hf://datasets/(?P<name>[^/@?]+/[^/@?]+)(?:@(?P<revision>[^/?]+))?(?:/(?P<path>[^?]*))?")
+
+
+@dataclass(frozen=True)
+class Access:
+    """How patient remote reads are."""
+
+    timeout: float
+    """Seconds without a byte after which a request is given up, and tried again."""
+    outage_minutes: float
+    """How long a server that is away is waited for."""
+    query: str = field(default_factory=lambda: os.environ.get(QUERY, "").removeprefix("?"), repr=False)
+    """Of signed URLs: a secret that is added to every http request."""
+
+
+def root_of(base: str) -> str:
+    """Where the files of a base are asked for: itself, or for hf:// the hub, or HF_ENDPOINT in its place."""
+    if protocol_of(base) != "hf":
+        return base
+    if not (match := HF.fullmatch(base)):
+        raise InputError(f"{shown(base)!r}: expected hf://datasets/OWNER/NAME[@REVISION]/FOLDER")
+    where = f"{match['name']}/resolve/{match['revision'] or 'main'}/{match['path'] or ''}"
+    return f"{os.environ.get('HF_ENDPOINT', HUB).rstrip('/')}/datasets/{where}".rstrip("/")
+
+
+def _headers(base: str) -> dict[str, str]:
+    """What is sent with every http request: MEGAPIX_HTTP_HEADERS, and HF_TOKEN to the hub. A netrc is aiohttp's."""
+    try:
+        given = json.loads(os.environ.get(HEADERS) or "{}")
+        headers = {str(name): given[name].strip() for name in given}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise InputError(f"{HEADERS}: expected a JSON object of texts, such as '{{\"Authorization\": …}}'") from error
+    host = urlsplit(base).hostname
+    named = "authorization" in {name.lower() for name in headers}
+    if not named and os.environ.get("HF_TOKEN") and host == urlsplit(os.environ.get("HF_ENDPOINT", HUB)).hostname:
+        headers["Authorization"], named = f"Bearer {os.environ['HF_TOKEN'].strip()}", True
+    if named and _in_netrc(host or ""):
+        raise InputError(f"{host}: the netrc has a password, and {HEADERS} or HF_TOKEN another; expected one of them")
+    return headers
+
+
+def _in_netrc(host: str) -> bool:
+    try:
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def filesystem(base: str, timeout: float, encoded: bool, connections: int) -> Any:
+    """fsspec's file system for a URL, with as many connections of one process as are said."""
+    protocol = protocol_of(base)
+    package = PROTOCOLS[protocol]
+    if importlib.util.find_spec(package) is None:
+        raise InputError(f"{base!r} needs {package}: pip install 'megapix[{EXTRAS[package]}]'")
+    import fsspec
+
+    if package == "aiohttp":
+        import aiohttp
+
+        limits = aiohttp.ClientTimeout(total=None, sock_connect=timeout, sock_read=timeout)
+        # http_proxy, https_proxy, no_proxy and a netrc count
+        client = {"timeout": limits, "trust_env": True, "headers": _headers(base)}
+        options = {"client_kwargs": client, "use_listings_cache": False, "encoded": encoded, **_certificates()}
+        return fsspec.filesystem(protocol, **options)
+    if package == "s3fs":
+        patience = {"connect_timeout": timeout, "read_timeout": timeout, "retries": {"max_attempts": 1}}
+        config = {**patience, "max_pool_connections": connections}
+        return fsspec.filesystem(protocol, config_kwargs=config, use_listings_cache=False)
+    return fsspec.filesystem(protocol, requests_timeout=timeout, use_listings_cache=False)
+
+
+def _certificates() -> dict[str, Any]:
+    """How requests are checked, where a variable that curl and `requests` read names certificates; OpenSSL itself reads
+    SSL_CERT_FILE and SSL_CERT_DIR."""
+    path = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE")
+    if not path or os.environ.get("SSL_CERT_FILE"):
+        return {}
+    try:
+        return {"ssl": ssl.create_default_context(cafile=path)}
+    except OSError as error:
+        raise InputError(f"REQUESTS_CA_BUNDLE, CURL_CA_BUNDLE = {path!r}: {error.strerror or error}") from error
