@@ -11,6 +11,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 
 from megapix.shards.storage import Range, Remote
+from megapix.shards.storage.answers import passes
 
 GAP = 64 << 10
 """Bytes between two ranges that are read along: what a connection brings in less time than a further request takes."""
@@ -62,15 +63,15 @@ class Ranges:
         if not self._begun[asked]:
             del self._begun[asked]
         self._bytes -= size
-        failed = request.answer.exception() is not None
-        if request.whole == asked:
+        error = request.answer.exception()
+        if request.whole == asked or (error is not None and passes(error)):
             data = self._remote.read(*asked, request.answer)
-        elif failed or len(request.answer.result()) != request.whole[2]:
+        elif error is not None or len(request.answer.result()) != request.whole[2]:
             data = self._remote.read(*asked)  # a neighbour may be beyond the file's end: each has an error of its own
         else:
             start = offset - request.whole[1]
             data = request.answer.result()[start : start + size]
-        if failed:  # and now the server is back
+        if error is not None:  # and now the server is back
             self._again()
         return data
 
