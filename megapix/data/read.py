@@ -18,12 +18,12 @@ import numpy as np
 from megapix.config import DataConfig
 from megapix.data.cache import CachedShards, DamagedShard
 from megapix.data.locate import Located, access_of
-from megapix.data.ranges import Ranges
 from megapix.errors import InputError, StorageError
 from megapix.shards.image_policy import Policy, decode_indexed
 from megapix.shards.index import TAR_BLOCK, Index, ShardEntry
 from megapix.shards.pixels import Pixels
 from megapix.shards.storage import Local, Remote
+from megapix.shards.storage.ranges import Ranges
 from megapix.shards.table import Captions, SampleRecord, Table
 
 

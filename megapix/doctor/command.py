@@ -46,7 +46,7 @@ def examine(requested: Config, world: World, classes_given: bool = True) -> int:
         op,
         tried("compiler", lambda: software.compilation(requested)),
         gpus,
-        tried("shared memory", lambda: software.shared_memory(requested, layout, here)),
+        tried("shared memory", lambda: software.shared_memory(here)),
         tried("run folder", lambda: run_files.run_folder(requested.out, world)),
         tried("disk", lambda: run_files.disk(requested, parameters)),
         tried("shards", lambda: run_files.shards(requested, world)),

@@ -7,22 +7,18 @@ import platform
 import shutil
 import sysconfig
 import time
-from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
-from megapix.config import BatchLayout, Config
+from megapix.config import Config
 from megapix.config.ds_config import read_knobs
 from megapix.costs import automatic
 from megapix.costs.automatic import Cards
-from megapix.data.workers import PREFETCH
 from megapix.dist import World, gather
 from megapix.doctor.verdict import Verdict
 from megapix.engine import comm_op, compiler
-from megapix.errors import InputError
-from megapix.shards.image_features import read_manifest
 
 SHM = Path("/dev/shm")
 OP_SHM = 66 * 2**20
@@ -96,18 +92,13 @@ def compilation(config: Config) -> Verdict:
     return Verdict("compiler", "warn", f"{lacking}; without, machine.compile = {setting!r} compiles no block: slower")
 
 
-def shared_memory(config: Config, layout: BatchLayout, ranks_here: int) -> Verdict:
-    """/dev/shm holds the op's buffers and the batches on their way from the loader's workers."""
-    features = 0
-    with suppress(InputError):  # the check of the command reports it
-        stored = read_manifest(config.repa.features) if config.repa.features else None
-        features = max(map(stored.row_bytes, stored.files), default=0) if stored else 0
-    batches = config.data.workers * PREFETCH * layout.micro * (3 * config.data.image_size**2 + features)
-    need = ranks_here * (batches + (0 if torch.cuda.is_available() else OP_SHM))
+def shared_memory(ranks_here: int) -> Verdict:
+    """/dev/shm holds the op's buffers. Batches do not lie there: the loader's workers hand over memory without a name."""
+    need = 0 if torch.cuda.is_available() else ranks_here * OP_SHM
     free = shutil.disk_usage(SHM).free
     detail = f"{free / 2**20:,.0f} MiB free in {SHM}, {need / 2**20:,.0f} MiB needed for {ranks_here} of the ranks"
     if free < need:
-        return Verdict("shared memory", "fail", f"{detail} (docker: --shm-size; or fewer data.workers)")
+        return Verdict("shared memory", "fail", f"{detail} (docker: --shm-size)")
     return Verdict("shared memory", "ok", detail)
 
 

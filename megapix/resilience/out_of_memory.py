@@ -22,9 +22,8 @@ GPU_SAYS = re.compile(
     r"|CU(?:BLAS|DNN|SPARSE|SOLVER)_STATUS_ALLOC_FAILED|Cuda failure \d* ?'out of memory'"
 )
 """How torch's allocator, the driver, CUDA's libraries and NCCL (in this order) say that a GPU is full."""
-HOST_SAYS = re.compile(r"DefaultCPUAllocator: (?:can't allocate|not enough) memory|Caught (?:_Array)?MemoryError in ")
-"""How torch says that malloc has failed (c10/core/impl/alloc_cpu.cpp), and that a worker of the loader has raised what
-Python and NumPy raise."""
+HOST_SAYS = re.compile(r"DefaultCPUAllocator: (?:can't allocate|not enough) memory")
+"""How torch says that malloc has failed (c10/core/impl/alloc_cpu.cpp)."""
 LONGEST = 200
 """Characters that are kept of words that nothing was found in."""
 

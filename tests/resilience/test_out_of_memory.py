@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader
 
 from megapix import config
 from megapix.cli import main as cli
@@ -129,19 +128,6 @@ def raised(work: Callable[[], object]) -> Exception:
     raise AssertionError("it must fail")
 
 
-class Greedy(torch.utils.data.Dataset[int]):
-    def __getitem__(self, _: int) -> int:
-        np.empty(2**58, np.uint8)
-        return 0
-
-    def __len__(self) -> int:
-        return 2
-
-
-def from_a_worker() -> object:
-    return list(DataLoader(Greedy(), num_workers=1))
-
-
 def wrapped() -> object:
     """As torch.compile does."""
     error = RuntimeError("backend='inductor' raised")
@@ -194,12 +180,6 @@ def caught(error: Exception) -> Callable[[], object]:
 )
 def test_what_is_a_lack_of_memory(work: Callable[[], object], expected: Lack | None) -> None:
     assert lack(raised(work)) == expected
-
-
-def test_a_loaders_worker() -> None:
-    found = lack(raised(from_a_worker))
-    assert found
-    assert (found.gpu, found.what) == (False, "256. PiB asked")
 
 
 def test_other_errors_pass() -> None:

@@ -33,7 +33,6 @@ from megapix.data import loader
 from megapix.data.batch import Extras, ReadTimes
 from megapix.data.loader import MicroBatches
 from megapix.data.locate import locate
-from megapix.doctor import software
 from megapix.encoders.image import Encoder, load
 from megapix.errors import InputError
 from megapix.rng import Purpose
@@ -219,14 +218,6 @@ def test_features_that_changed_are_found(shards_32: Path, stored: Path, tmp_path
     reader.read(15, False)
     with pytest.raises(InputError, match=r"features-000000.*the features of sample 15 are not those that were written"):
         reader.read(15, True)
-
-
-def test_the_preflight_counts_them_in_shared_memory(stored: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(software, "OP_SHM", 0)
-    asked = replace(SMALL, data=replace(SMALL.data, workers=2, image_size=SIZE), repa=RepaConfig(features=str(stored)))
-    micro = 4096
-    need = 2 * loader.PREFETCH * micro * (3 * SIZE**2 + 2 * 2 * image_encoders.WIDTH * 4) / 2**20
-    assert f"{need:,.0f} MiB needed" in software.shared_memory(asked, BatchLayout(micro, 1, 1), 1).detail
 
 
 # ---------------------------------------------------------------------------------------------------------------------

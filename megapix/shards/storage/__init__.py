@@ -18,7 +18,7 @@ from pathlib import Path
 from megapix.shards.storage.answers import Refused
 from megapix.shards.storage.local import Local
 from megapix.shards.storage.protocols import QUERY, Access
-from megapix.shards.storage.remote import PART, Range, Remote
+from megapix.shards.storage.remote import PART, Remote
 from megapix.shards.storage.urls import HEADERS, is_url, protocol_of, shown, tars_of
 
 __all__ = [
@@ -27,7 +27,6 @@ __all__ = [
     "QUERY",
     "Access",
     "Local",
-    "Range",
     "Refused",
     "Remote",
     "Storage",

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
-from megapix.shards.storage import Range, Remote
 from megapix.shards.storage.answers import passes
+from megapix.shards.storage.remote import Range, Remote
 
 GAP = 64 << 10
 """Bytes between two ranges that are read along: what a connection brings in less time than a further request takes."""
