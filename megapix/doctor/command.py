@@ -7,7 +7,7 @@ import socket
 import torch
 
 from megapix import config
-from megapix.config import BatchLayout, Config
+from megapix.config import Config
 from megapix.config.ds_config import read_knobs
 from megapix.dist import World, gather, on_all_ranks
 from megapix.doctor import network, run_files, software
@@ -30,7 +30,7 @@ def examine(requested: Config, world: World, classes_given: bool = True) -> int:
     if met.status == "fail":
         print(table([Findings(world.rank, socket.gethostname(), [met])]), flush=True)
         return 1
-    layout = on_all_ranks(world, lambda: _layout(requested, world))
+    on_all_ranks(world, lambda: _check(requested, world))
     with torch.device("meta"):
         parameters = sum(p.numel() for p in build(requested.model).parameters())
 
@@ -73,10 +73,10 @@ def examine(requested: Config, world: World, classes_given: bool = True) -> int:
     return 1 if status == "fail" else 0
 
 
-def _layout(requested: Config, world: World) -> BatchLayout:
+def _check(requested: Config, world: World) -> None:
     config.validate(requested)
     read_knobs(requested.machine.ds_config, requested.machine.unproven)
-    return config.batch_layout(requested, world.size)
+    config.batch_layout(requested, world.size)
 
 
 _SUMMARY = {

@@ -93,7 +93,7 @@ def compilation(config: Config) -> Verdict:
 
 
 def shared_memory(ranks_here: int) -> Verdict:
-    """/dev/shm holds the op's buffers. Batches do not lie there: the loader's workers hand over memory without a name."""
+    """/dev/shm holds the op's buffers. Batches do not lie there: workers hand over memory without a name."""
     need = 0 if torch.cuda.is_available() else ranks_here * OP_SHM
     free = shutil.disk_usage(SHM).free
     detail = f"{free / 2**20:,.0f} MiB free in {SHM}, {need / 2**20:,.0f} MiB needed for {ranks_here} of the ranks"
