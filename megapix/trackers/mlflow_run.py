@@ -31,7 +31,7 @@ class MlflowRun:
             return
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "megapix")
         found = self._client.get_experiment_by_name(name)
-        experiment = found.experiment_id if found else self._client.create_experiment(name)
+        experiment = found.experiment_id if found else self._client.create_experiment(name, artifact_location=_beside())
         self.id = self._client.create_run(experiment, run_name=run.name).info.run_id
         params = [Param(key, str(value)[:6000]) for key, value in _flat(config)]
         for first in range(0, len(params), AT_ONCE):
@@ -55,6 +55,12 @@ class MlflowRun:
     def finish(self) -> None:
         """End the run."""
         self._client.set_terminated(self.id)
+
+
+def _beside() -> str | None:
+    """Where artifacts of a local database go: beside it, and not, as MLflow has it, into the working directory."""
+    kind, _, path = os.environ.get("MLFLOW_TRACKING_URI", "").partition(":///")
+    return (Path(path).resolve().parent / "mlruns").as_uri() if kind == "sqlite" and path else None
 
 
 def _flat(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

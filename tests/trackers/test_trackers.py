@@ -73,6 +73,7 @@ def of_mlflow(run: Path, folder: Path) -> tuple[set[str], dict[str, list[tuple[i
     runs = client.search_runs([client.get_experiment_by_name("megapix").experiment_id])
     (only,) = runs
     assert only.info.status == "FINISHED"
+    assert only.info.artifact_uri.startswith((folder / "mlruns").as_uri())
     assert only.data.params["optim.global_batch"] == str(STEP_BATCH)
     of_tag = {tag: client.get_metric_history(only.info.run_id, tag) for tag in only.data.metrics}
     values = {tag: [(m.step, m.value) for m in history] for tag, history in of_tag.items()}
