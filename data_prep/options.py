@@ -121,6 +121,8 @@ class ShardOptions(ImageOptions):
     """Samples in one tar file."""
     seed: int = 0
     """Seed of the order in which samples are laid into shards."""
+    rehash: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Compare the hash of every shard that is there, whatever its size and time of modification say."""
     retry_rejected: tyro.conf.FlagCreatePairsOff[bool] = False
     """Write the shards that miss rejected samples again."""
     dry_run: tyro.conf.FlagCreatePairsOff[bool] = False

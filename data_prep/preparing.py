@@ -78,7 +78,7 @@ def write_shards(command: Write | Demo) -> int:
     for some, out in folders:
         args = some, out, options, command.workers, command.max_rejected, command.retry_rejected
         try:
-            made.append((out, *write(*args, of=len(source.items), part=part)))
+            made.append((out, *write(*args, of=len(source.items), part=part, rehash=command.rehash)))
         except PartDone as done:
             waiting.append(str(done))
     if part.whole:

@@ -165,6 +165,11 @@ def load(out: Path, part: Part) -> Receipt | None:
     return _load(_path(out, part))
 
 
+def written_at(out: Path, part: Part) -> int:
+    """When the receipt of a part was written: its time of modification in ns; OSError."""
+    return _path(out, part).stat().st_mtime_ns
+
+
 def by_name(out: Path) -> None:
     """Give receipts of indexed tar files their names: those of an older version went by the place in the list.
 

@@ -6,6 +6,7 @@ without its shard means that the shard must be written again.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import tarfile
@@ -29,34 +30,40 @@ TRANSCODED = "transcoded to PNG"
 """Counted where --format original cannot keep the bytes."""
 
 
-def write_shard(reader: Reader, out: Path, options: Options, retry_rejected: bool, job: Job) -> Outcome:
+def write_shard(reader: Reader, out: Path, options: Options, retry_rejected: bool, rehash: bool, job: Job) -> Outcome:
     """Write one shard, or find it finished. A sample that cannot be used is left out and listed.
 
     The bytes depend on reader, options and job alone.
 
+    Args:
+        rehash: compare the hash of a shard that is there, whatever its size and time of modification say.
+
     Raises:
         InputError: the shard is there, but differs from its receipt.
     """
-    made = _finished(out, job)
+    made = _finished(out, job, rehash)
     if made is None or (retry_rejected and made.rejected):
         made = _write(reader, out, options, job)
     return Outcome(len(job.items), made.rejected)
 
 
-def _finished(out: Path, job: Job) -> Receipt | None:
+def _finished(out: Path, job: Job, rehash: bool) -> Receipt | None:
+    """Its receipt, if the shard is there. One that has its size, and has not changed since, is not hashed."""
     there = receipt.load(out, job.number)
     for entry in there.entries if there else ():
         shard = out / entry.name
         if not shard.is_file():
             return None
-        if shard.stat().st_size != entry.bytes or sha256_of(shard) != entry.sha256:
+        found = shard.stat()
+        newer = found.st_mtime_ns > receipt.written_at(out, job.number)
+        if found.st_size != entry.bytes or ((newer or rehash) and sha256_of(shard) != entry.sha256):
             raise InputError(f"{shard} differs from what was written; delete it to have it written again")
+        if newer and there:
+            there.save(out, job.number)  # which is newer then
     return there
 
 
 def _write(reader: Reader, out: Path, options: Options, job: Job) -> Receipt:
-    from webdataset import TarWriter
-
     name = shard_name(job.number)
     temporary = temporary_of(out / name)
     kept: list[tuple[Item, int]] = []
@@ -65,7 +72,7 @@ def _write(reader: Reader, out: Path, options: Options, job: Job) -> Receipt:
     notes: Counter[str] = Counter()
     try:
         with open(temporary, "wb") as file:
-            with TarWriter(file, user="megapix", group="megapix", mtime=0, encoder=False) as tar:
+            with tarfile.open(fileobj=file, mode="w|") as tar:
                 for number, item in enumerate(job.items, job.first):
                     try:
                         image, extension, noted = _render(reader, item, options, job.bucket)
@@ -77,14 +84,10 @@ def _write(reader: Reader, out: Path, options: Options, job: Job) -> Receipt:
                         continue
                     kept.append((item, zlib.crc32(image)))
                     notes.update(noted)
-                    tar.write(
-                        {
-                            "__key__": sample_key(number),
-                            extension: image,
-                            "cls": str(item.label).encode(),
-                            "json": json.dumps(_about(item, options.keep), ensure_ascii=False).encode(),
-                        }
-                    )
+                    about = json.dumps(_about(item, options.keep), ensure_ascii=False).encode()
+                    members = {extension: image, "cls": str(item.label).encode(), "json": about}
+                    for kind, data in sorted(members.items()):
+                        _add(tar, f"{sample_key(number)}.{kind}", data)
             file.flush()
             os.fsync(file.fileno())
     except OSError:
@@ -99,6 +102,14 @@ def _write(reader: Reader, out: Path, options: Options, job: Job) -> Receipt:
     else:
         temporary.unlink()
     return made
+
+
+def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    """Add a member, as webdataset's writer does, which loads torch."""
+    member = tarfile.TarInfo(name)
+    member.size, member.mode, member.mtime = len(data), 0o444, 0
+    member.uname = member.gname = "megapix"
+    tar.addfile(member, io.BytesIO(data))
 
 
 def _about(item: Item, keep: tuple[str, ...]) -> dict[str, Any]:

@@ -46,6 +46,7 @@ def write(
     progress: bool = True,
     of: int = 0,
     part: Part = WHOLE,
+    rehash: bool = False,
 ) -> tuple[Index, bool]:
     """Write `source` into the folder `out`, or resume it; return the index, and whether it was finished already.
 
@@ -55,6 +56,7 @@ def write(
         retry_rejected: write shards with rejected samples again.
         of: samples that the share is of; 0 for those of `source`, which may be a part of a set alone.
         part: the share of the shards that this process writes.
+        rehash: compare the hash of every shard that is there, whatever its size and time of modification say.
 
     Raises:
         PartDone: this part is written, and others are not.
@@ -63,7 +65,7 @@ def write(
     """
     from tqdm import tqdm
 
-    load_in_workers("data_prep.writing.shard", "webdataset")  # which loads torch, and takes seconds
+    load_in_workers("data_prep.writing.shard")
     options.check()
     options = replace(
         options,
@@ -78,7 +80,7 @@ def write(
     try:
         _settle(out, plan, source)
         with alone_in(out, part):
-            if there := begin(out, retry_rejected, part):
+            if there := begin(out, retry_rejected, part, rehash):
                 return there, True
             parts = join(out, part, "write", {"max_rejected": max_rejected})
             if options.filters.duplicates:
@@ -104,7 +106,7 @@ def write(
             }
             if parts:
                 parts.agree(WHOLE_NAME, whole)
-            work = partial(write_shard, source.reader, out, options, retry_rejected)
+            work = partial(write_shard, source.reader, out, options, retry_rejected, rehash)
             mine = planning.jobs(items, options, buckets, part)
             with tqdm(total=len(items) // part.of, unit="img", disable=not progress, mininterval=0.5) as bar:
                 for _, outcome in in_processes(work, mine, workers):
@@ -164,11 +166,13 @@ def _settle(out: Path, plan: dict[str, Any], source: Source) -> None:
         raise
 
 
-def begin(out: Path, retry_rejected: bool, part: Part = WHOLE) -> Index | None:
+def begin(out: Path, retry_rejected: bool, part: Part = WHOLE, rehash: bool = False) -> Index | None:
     """The index of a folder that is finished and whole; else make it ready for work."""
     if (index := finished_in(out)) and not (retry_rejected and index.rejected):
-        return index
-    (out / INDEX_NAME).unlink(missing_ok=True)
+        if not rehash:
+            return index
+    else:
+        (out / INDEX_NAME).unlink(missing_ok=True)
     (out / RECEIPTS).mkdir(exist_ok=True)
     if part.whole:
         clear(out)

@@ -5,15 +5,21 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
+import tarfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import webdataset
 
 from data_prep.listing.reading import Reading
 from data_prep.lists import tar_lists
 from data_prep.sources import open_source
+from data_prep.writing import shard
+from data_prep.writing import write as writing
 from megapix.shards.index import read_index
 from tests.data_prep.test_growing import cut, tars
 from tests.data_prep.test_index import run
@@ -145,3 +151,64 @@ def test_nothing_is_kept_in_a_strangers_folder(tmp_path: Path, capsys: pytest.Ca
     assert "holds 'thesis.doc', which is not ours" in capsys.readouterr().err
     assert write(tmp_path / "theirs", tmp_path / "dry", "--dry-run") == 0
     assert [path.name for path in tmp_path.rglob("*") if path.name in (".lists", "dry")] == []
+
+
+@pytest.fixture
+def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the shards whose bytes were hashed, of those that were there already."""
+    found: list[str] = []
+    sha256_of = shard.sha256_of
+
+    def counting(path: Path) -> str:
+        if path.name.startswith("shard"):
+            found.append(path.name)
+        return sha256_of(path)
+
+    monkeypatch.setattr(shard, "sha256_of", counting)
+    monkeypatch.setattr(writing, "in_processes", lambda work, jobs, workers: ((job, work(job)) for job in jobs))
+    return found
+
+
+def test_finished_shards_are_hashed_only_if_asked_or_touched(
+    tmp_path: Path, hashed: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    theirs, out = tars(tmp_path / "theirs"), tmp_path / "out"
+    assert write(theirs, out) == 0
+    before = made(out)
+    (out / "index.json").unlink()
+    (out / "shard-000003.tar").unlink()
+    assert write(theirs, out) == 0
+    assert (made(out), hashed) == (before, [])
+    os.utime(out / "shard-000001.tar")
+    for _ in range(2):
+        (out / "index.json").unlink()
+        assert write(theirs, out) == 0
+        assert (made(out), hashed) == (before, ["shard-000001.tar"]), "it is known from now on"
+    assert write(theirs, out, "--rehash") == 0
+    assert hashed[1:] == [f"shard-{n:06d}.tar" for n in range(7)]
+    assert made(out) == before
+    spoiled, about = out / "shard-000004.tar", (out / "shard-000004.tar").stat()
+    data = bytearray(spoiled.read_bytes())
+    data[700] ^= 1
+    spoiled.write_bytes(data)
+    os.utime(spoiled, ns=(about.st_atime_ns, about.st_mtime_ns))
+    assert write(theirs, out) == 0
+    assert write(theirs, out, "--rehash") == 2
+    assert "shard-000004.tar differs from what was written; delete it" in capsys.readouterr().err
+    assert (out / "index.json").is_file()
+
+
+def test_shards_are_those_of_webdatasets_writer(tmp_path: Path) -> None:
+    members = {"jpg": b"\xff\xd8 no picture", "cls": b"7", "json": '{"caption": "grün"}'.encode()}
+    options = {"user": "megapix", "group": "megapix", "mtime": 0, "encoder": False}
+    with open(tmp_path / "theirs.tar", "wb") as file, webdataset.TarWriter(file, **options) as tar:
+        tar.write({"__key__": "000000007", **members})
+    with open(tmp_path / "ours.tar", "wb") as file, tarfile.open(fileobj=file, mode="w|") as ours:
+        for kind, data in sorted(members.items()):
+            shard._add(ours, f"000000007.{kind}", data)
+    assert (tmp_path / "ours.tar").read_bytes() == (tmp_path / "theirs.tar").read_bytes()
+
+
+def test_writing_loads_no_torch() -> None:
+    code = "import sys, data_prep.writing.shard, data_prep.writing.write; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

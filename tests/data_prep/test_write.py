@@ -285,7 +285,7 @@ def test_an_old_shard_never_stands_beside_a_new_receipt(
     (out / ".receipts" / "000000.json").unlink()
     monkeypatch.setattr(shard, "os", SimpleNamespace(fsync=os.fsync, replace=crash))
     with pytest.raises(KeyboardInterrupt):
-        shard.write_shard(source.reader, out, OPTIONS, False, job)
+        shard.write_shard(source.reader, out, OPTIONS, False, False, job)
     monkeypatch.undo()
     assert (out / ".receipts" / "000000.json").exists()
     assert not (out / "shard-000000.tar").exists()
