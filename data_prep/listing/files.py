@@ -3,25 +3,40 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, TypeVar
 
 from data_prep.listing.base import Entries, is_image
 
+T = TypeVar("T")
 _walks: dict[Path, tuple[list[str], Entries]] | None = None
 """What the walks of a folder have found, while they are remembered."""
+_parsed: dict[Path, Any] | None = None
+"""What was read from files, for as long."""
 
 
 @contextmanager
 def each_walked_once() -> Iterator[None]:
-    """Within it `files_below` walks a folder once, however many kinds of sources look whether it is theirs."""
-    global _walks
-    _walks = {}
+    """Within it `files_below` walks a folder once, and `parsed_once` reads a file once, however many kinds of sources
+    look whether it is theirs."""
+    global _walks, _parsed
+    _walks, _parsed = {}, {}
     try:
         yield
     finally:
-        _walks = None
+        _walks = _parsed = None
+
+
+def parsed_once(path: Path, parse: Callable[[Path], T]) -> T:
+    """What `parse` makes of a file; its errors."""
+    if _parsed is None:
+        return parse(path)
+    if path not in _parsed:
+        _parsed[path] = parse(path)
+    found: T = _parsed[path]
+    return found
 
 
 def files_below(folder: Path, entries: Entries) -> list[str]:

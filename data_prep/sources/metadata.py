@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from data_prep.listing.base import SHOWN_EXTENSIONS, Entries, Item, as_utf8, ending, is_image
 from data_prep.listing.captions import CAPTION_COLUMNS, captions_in, captions_of, trimmed
 from data_prep.listing.classes import Label, NoClass, label_of, settle
-from data_prep.listing.files import files_below
+from data_prep.listing.files import files_below, parsed_once
 from data_prep.listing.reading import PLAIN, Reading, about_of
 from data_prep.listing.splits import of_split
 from data_prep.sources.image_folder import FileReader
@@ -41,7 +41,7 @@ class Metadata:
     def recognises(path: Path) -> bool:
         """Whether there is a metadata file that names images."""
         names = files_below(path, Entries()) if path.is_dir() else []
-        return any(image_column(read(path / name).columns) for name in names if is_metadata(name))
+        return any(image_column(parsed_once(path / name, read).columns) for name in names if is_metadata(name))
 
     @classmethod
     def open(cls, root: Path, reading: Reading = PLAIN) -> Metadata:
@@ -53,7 +53,7 @@ class Metadata:
         """
         entries, where = Entries(), f"source {str(root)!r}"
         names = files_below(root, entries) if root.is_dir() else []
-        tables = {name: read(root / name) for name in names if is_metadata(name)}
+        tables = {name: parsed_once(root / name, read) for name in names if is_metadata(name)}
         named = {name: table for name, table in tables.items() if image_column(table.columns)}
         if not named:
             raise InputError(f"{where} holds no {', '.join(NAMES)} with a column {FILE_NAME!r}{_columns(tables)}")

@@ -11,7 +11,7 @@ import pytest
 from data_prep.listing.captions import parse_keys
 from data_prep.listing.reading import Reading
 from data_prep.passes.verify import verify
-from data_prep.sources import open_source
+from data_prep.sources import metadata, open_source
 from data_prep.sources.image_text import ImageText
 from data_prep.sources.metadata import Metadata
 from data_prep.sources.parquet import Parquet
@@ -295,3 +295,14 @@ def test_an_index_reads_the_tables(tmp_path: Path) -> None:
     assert run("index", path, "--out", tmp_path / "index", "--size", 16, "--workers", 1) == 0
     assert captions(tmp_path / "index") == OF_TABLE
     assert list(verify(tmp_path / "index", 1, Access(30.0, 5), progress=False)) == []
+
+
+def test_a_metadata_file_is_parsed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.png").write_bytes(png(0))
+    (tmp_path / "metadata.csv").write_text("file_name,text\na.png,a dog\n")
+    seen: list[Path] = []
+    read = metadata.read
+    monkeypatch.setattr(metadata, "read", lambda path: (seen.append(path), read(path))[1])
+    for times in (1, 2):
+        assert [item.caption for item in open_source(tmp_path).items] == ["a dog"]
+        assert len(seen) == times
