@@ -34,7 +34,7 @@ from typing import Any
 BATCH = 32
 DISTINCT = 300
 """Different pictures; the samples are these again and again."""
-A_SHARD = 1_000
+SHARDS = 20
 LOADERS = ("ours", "ours cache", "webdataset", "Streaming")
 
 
@@ -60,7 +60,10 @@ def make(root: Path, size: int, samples: int) -> None:
             path.write_bytes(pictures[number])
         else:
             os.link(first, path)
-    source, options = ImageFolder.open(root / "folder"), Options(Policy.make("untouched", 0), "original", 95, A_SHARD)
+    source, options = (
+        ImageFolder.open(root / "folder"),
+        Options(Policy.make("untouched", 0), "original", 95, samples // SHARDS),
+    )
     write(source, root / "raw", options, workers=2, progress=False)
     _as_prepared(root / "raw", root / "shards", size)
     shutil.rmtree(root / "folder")

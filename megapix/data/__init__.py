@@ -4,14 +4,15 @@ Stage by stage, in worker processes (or, with workers = 0, in the training proce
 
     order.micro_batches    positions of this rank's next micro batches, from the run's position on
     order.Order            position -> sample number, by the epoch's permutation
-    read.ShardReader       sample number -> encoded image and label: one read per sample, its CRC checked; of shards
-                           below a URL one request, or from whole shards that `cache` keeps on a local disk
+    read.ShardReader       sample number -> encoded image and label: one read per sample, its CRC checked; below a URL
+                           ranges that are asked for ahead, or whole shards that `cache` keeps on a local disk
     read.Decoder           -> uint8 image [3, H, W]; another sample's, by (seed, position), if this one is damaged
     flip                   mirrored where (seed, position) says so
     FeatureReader          sample number, mirrored or not -> REPA's features, where they were computed before
     captions.choose        a caption of the sample, by (seed, position), or its features (TextFeatureReader)
-    loader.MicroBatches    positions -> `batch.Batch`, all of the above
-    loader.batches         the endless micro batches of a rank, read ahead by `workers`
+    assemble.Assembler     positions -> `arrays.Arrays`, all of the above, in workers without torch
+    workers.Workers        processes that do so in turn and hand over (`handover`) what they have made, in order
+    loader.batches         the endless micro batches of a rank, in tensors: `batch.Batch`
 
 Before the first of them `locate` finds the index, makes a local copy of a remote one, and checks it against its files.
 

@@ -32,6 +32,7 @@ def send(connection: Connection, value: Any) -> None:
             raw, start = buffer.raw(), -(-end // ALIGNED) * ALIGNED
             end = start + _write(memory, raw, start)
             places.append((start, end))
+        os.ftruncate(memory, end)  # an empty array at the end has a place, too
         connection.send_bytes(pickle.dumps((data, places)))
         send_handle(connection, memory, None)
     finally:
