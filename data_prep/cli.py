@@ -27,7 +27,7 @@ from data_prep.options import (
     Write,
 )
 from data_prep.parts.folder import PartDone
-from data_prep.preparing import access_of, finish_parts, make_index, merge_parts, write_shards
+from data_prep.preparing import access_of, finish_parts, make_index, merge_parts, part_of, write_shards
 from megapix import __version__, console
 from megapix.errors import InputError, StorageError, one_of
 
@@ -172,6 +172,7 @@ def _features(command: MakeFeatures) -> int:
         command.batch,
         command.workers,
         access_of(command),
+        part=part_of(command),
     )
     samples, size = sum(file.samples for file in made.files), sum(map(made.bytes_of, made.files)) / 1e6
     print(
@@ -195,7 +196,7 @@ def _embed_text(command: EmbedText) -> int:
         dtype=c.dtype,
         padding=c.padding,
     )
-    made, was_finished, first_cut = embed_text(c.shards, c.encoder, recipe, c.batch, c.replace)
+    made, was_finished, first_cut = embed_text(c.shards, c.encoder, recipe, c.batch, c.replace, part=part_of(c))
     if first_cut:
         print(f"data_prep: {first_cut}")
     captions, tokens, cut = (sum(getattr(file, key) for file in made.files) for key in ("captions", "tokens", "cut"))

@@ -263,7 +263,7 @@ class Stats(RemoteOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MakeFeatures(RemoteOptions):
+class MakeFeatures(RemoteOptions, PartOptions):
     """A frozen encoder's features of every image, for `megapix train --repa.features`. On a GPU where there is one.
 
     The same command resumes after an interruption: a file that is finished is not computed again.
@@ -286,7 +286,7 @@ class MakeFeatures(RemoteOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EmbedText:
+class EmbedText(PartOptions):
     """A frozen text encoder's features of every caption, stored with the shards. On a GPU where there is one.
 
     The same command resumes after an interruption: a file that is finished is not computed again.

@@ -191,6 +191,7 @@ def finish_parts(command: Finish) -> int:
     """Put together what parts have made; returns the exit code."""
     from data_prep.parts import indexed
     from data_prep.parts.folder import parts_of
+    from data_prep.passes import image_features, text_features
     from data_prep.writing import write
     from data_prep.writing.held_out import folder_beside
     from megapix.shards.index import read_index
@@ -207,6 +208,12 @@ def finish_parts(command: Finish) -> int:
                 held = folder_beside(parts.out)
                 _summary(held, read_index(held), False)
             _summary(parts.out, made, False)
+        case "features":
+            made_features = parts.finish(image_features.close)
+            _say(f"{parts.out} is finished: features in {len(made_features.files)} files")
+        case "embed-text":
+            made_text = parts.finish(text_features.close)
+            _say(f"{parts.out} is finished: text features in {len(made_text.all_files)} files")
     return 0
 
 

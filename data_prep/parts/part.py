@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
+from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from megapix.errors import InputError
@@ -39,6 +41,15 @@ class Part(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.number}/{self.of}"
+
+
+def clear_own(folder: Path, pattern: str, part: Part) -> None:
+    """Remove the files of a killed process, which are numbered by their jobs; those of other parts stay: these may be
+    at work."""
+    for leftover in folder.glob(pattern):
+        found = re.search(r"-(\d{6,})\.", leftover.name)
+        if part.whole or (found and int(found[1]) % part.of == part.number):
+            leftover.unlink(missing_ok=True)
 
 
 WHOLE = Part(0, 1)

@@ -6,7 +6,9 @@ span two entries, so an interruption does not change which images go through the
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import astuple
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,9 +16,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.passes.decoded import Part, in_order, open_sized
+from data_prep.parts import gpus
+from data_prep.parts.folder import Parts, join
+from data_prep.parts.part import WHOLE, clear_own
+from data_prep.parts.part import Part as Share
+from data_prep.passes.decoded import Part, Shards, in_order, open_sized
 from data_prep.writing import plan as planning
 from data_prep.writing.pool import alone_in, check_workers
+from data_prep.writing.write import WHOLE_NAME
 from megapix.errors import InputError
 from megapix.shards.feature_file import file_name
 from megapix.shards.image_features import (
@@ -46,6 +53,7 @@ def features(
     workers: int,
     access: Access,
     progress: bool = True,
+    part: Share = WHOLE,
 ) -> tuple[Features, bool]:
     """Compute the features that are missing in `out`; return all, and whether they were finished already.
 
@@ -54,8 +62,10 @@ def features(
         dtype: what it computes in, and what its features are stored in.
         flip: of the mirror images, too.
         batch: images that go through the encoder together.
+        part: the share of the files that this process computes, on all GPUs of its machine.
 
     Raises:
+        PartDone: this part is finished, and others are not.
         InputError: bad options, no such index or encoder, an image that cannot be read or decoded, an `out` of other
             features or something else, or one that cannot be written.
     """
@@ -67,33 +77,96 @@ def features(
     check_workers(workers)
     if batch < 1:
         raise InputError(f"--batch = {batch}: expected at least 1")
-    shards = open_sized(folder, access)
+    shards, places = open_sized(folder, access), gpus.devices()
     net = encoder.load(name, dtype, batch, "--encoder")
-    net.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     index = shards.index
     files = _files(index, encoder.grid_of)
     whole = Features(out, name, net.digest, index.digest, net.width, dtype, flip, files)
     plan = {"kind": "features", "encoder_digest": whole.digest, "data_digest": whole.data_digest}
     try:
         planning.settle(out, plan | {"width": whole.width, "dtype": dtype, "flip": flip})
-        with alone_in(out):
-            for leftover in out.glob(".*.tmp"):
-                leftover.unlink()
-            missing = [place for place, file in enumerate(files) if whole.fault(file)]
-            if not missing and _finished(whole):
+        with alone_in(out, part):
+            if _finished(whole) and not any(map(whole.fault, files)):
                 return whole, True
+            parts = join(out, part, "features", {})
+            if parts:
+                found = {"encoder": name, "digest": net.digest, "data": whole.data_digest, "width": net.width}
+                parts.agree(
+                    WHOLE_NAME,
+                    found | {"dtype": dtype, "flip": flip, "files": list(map(astuple, files))},
+                    free=("encoder",),
+                )
+            clear_own(out, ".*.tmp", part)
             (out / MANIFEST_NAME).unlink(missing_ok=True)
-            parts = _parts(index, missing, batch)
-            images = in_order(shards, [part for some in parts.values() for part in some], workers)
-            absent = sum(files[place].samples for place in missing)
-            initial = index.samples - absent
-            with tqdm(total=index.samples, initial=initial, unit="img", disable=not progress, mininterval=0.5) as bar:
-                for place, some in parts.items():
-                    write_file(whole, files[place], _computed(net, whole, islice(images, len(some)), bar))
+            mine = list(part.mine(range(len(files))))
+            missing = [place for place in mine if whole.fault(files[place])]
+            absent, total = (sum(files[place].samples for place in some) for some in (missing, mine))
+            with tqdm(total=total, initial=total - absent, unit="img", disable=not progress, mininterval=0.5) as bar:
+                if len(places) == 1:
+                    net.to(torch.device(places[0]))
+                    _fill(whole, shards, net, batch, workers, missing, bar.update)
+                else:
+                    work = partial(_fill_on, whole, shards, batch, max(1, workers // len(places)))
+                    gpus.on_each(work, missing, places, bar.update)
+            if parts:
+                return parts.leave({}, close), False
             write_manifest(whole)
     except OSError as error:
         raise InputError(f"cannot write {str(error.filename or out)!r}: {error.strerror or error}") from error
     return whole, False
+
+
+def close(parts: Parts) -> Features:
+    """Put the files of all parts together: write the manifest.
+
+    Raises:
+        InputError: a file is not as its part has written it.
+    """
+    found = parts.read(WHOLE_NAME)
+    files = tuple(FeatureFile(*file) for file in found["files"])
+    of = found["encoder"], found["digest"], found["data"], found["width"], found["dtype"], found["flip"]
+    whole = Features(parts.out, *of, files)
+    for place, file in enumerate(files):
+        if fault := whole.fault(file):
+            raise InputError(f"{fault}; give its part again: --part {place % parts.count}/{parts.count}")
+    clear_own(parts.out, ".*.tmp", WHOLE)
+    write_manifest(whole)
+    return whole
+
+
+def _fill_on(
+    whole: Features,
+    shards: Shards,
+    batch: int,
+    workers: int,
+    device: str,
+    missing: Sequence[int],
+    update: Callable[[int], object],
+) -> None:
+    """As `_fill`, in a process of its own."""
+    import torch
+
+    from megapix.encoders import image as encoder
+
+    net = encoder.load(whole.encoder, whole.dtype, batch, "--encoder")
+    net.to(torch.device(device))
+    _fill(whole, shards, net, batch, workers, missing, update)
+
+
+def _fill(
+    whole: Features,
+    shards: Shards,
+    net: Encoder,
+    batch: int,
+    workers: int,
+    missing: Sequence[int],
+    update: Callable[[int], object],
+) -> None:
+    """Compute the missing files, by their places."""
+    parts = _parts(shards.index, missing, batch)
+    images = in_order(shards, [part for some in parts.values() for part in some], workers)
+    for place, some in parts.items():
+        write_file(whole, whole.files[place], _computed(net, whole, islice(images, len(some)), update))
 
 
 def _finished(whole: Features) -> bool:
@@ -125,7 +198,7 @@ def _parts(index: Index, places: Sequence[int], batch: int) -> dict[int, list[Pa
 
 
 def _computed(
-    net: Encoder, whole: Features, images: Iterator[tuple[Part, NDArray[np.uint8]]], bar: Any
+    net: Encoder, whole: Features, images: Iterator[tuple[Part, NDArray[np.uint8]]], update: Callable[[int], object]
 ) -> Iterator[NDArray[Any]]:
     """Features [B, forms, rows, columns, width] of each part's images."""
     import torch
@@ -136,4 +209,4 @@ def _computed(
         forms = torch.stack([net(shown.flip(-1) if form else shown) for form in range(whole.forms)], 1)
         stored = forms.bfloat16().view(torch.int16) if whole.dtype == "bf16" else forms
         yield stored.cpu().numpy()
-        bar.update(stop - start)
+        update(stop - start)

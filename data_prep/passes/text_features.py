@@ -7,12 +7,17 @@ together, nor a byte.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from data_prep.parts import gpus
+from data_prep.parts.folder import Parts, join
+from data_prep.parts.part import WHOLE, Part, clear_own
 from data_prep.writing.pool import alone_in
+from data_prep.writing.write import WHOLE_NAME
 from megapix.errors import InputError
 from megapix.shards.feature_file import file_name
 from megapix.shards.index import INDEX_NAME, Index, read_index, write_index
@@ -42,7 +47,7 @@ FLAGS = {"digest": "the digest of --encoder", "width": "the width of --encoder"}
 
 
 def embed_text(
-    folder: Path, name: str, recipe: Recipe, batch: int, overwrite: bool, progress: bool = True
+    folder: Path, name: str, recipe: Recipe, batch: int, overwrite: bool, progress: bool = True, part: Part = WHOLE
 ) -> tuple[TextFeatures, bool, str | None]:
     """Compute the features that are missing; return all, whether they were finished already, and a line about the
     first caption that was cut in this call.
@@ -52,8 +57,10 @@ def embed_text(
         recipe: how to make them; without digest and width.
         batch: captions that go through the encoder together.
         overwrite: remove features of other recipes or data sets that are stored there.
+        part: the share of the files that this process computes, on all GPUs of its machine.
 
     Raises:
+        PartDone: this part is finished, and others are not.
         InputError: bad options, no such index or encoder, captions that cannot be read, or features of another recipe
             or data set, which are to stay.
         OSError: the folder cannot be written.
@@ -69,35 +76,100 @@ def embed_text(
     if not 0 < recipe.scale < float("inf"):
         raise InputError(f"--scale = {recipe.scale}: expected above 0")
     read_index(folder)  # before the encoder, which takes longer to load
-    net = load(name, recipe, batch, "--encoder")
-    net.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    with alone_in(folder):
+    net, places = load(name, recipe, batch, "--encoder"), gpus.devices()
+    recipe = net.recipe
+    with alone_in(folder, part):
         index = read_index(folder)
         check_table(folder, index)
-        data_digest = index.digest
-        for pattern in (FILES, INDEX_NAME):
-            for leftover in folder.glob(f".{pattern}.*.tmp"):
-                leftover.unlink()
-        index, done = _there(folder, index, net.recipe, overwrite)
-        names = [*(file_name("text", place) for place in range(len(index.shards))), EMPTY_NAME]
+        names = _names(index)
+        listed = _listed(folder, index)
+        if listed is not None and listed.recipe == recipe and not any(map(listed.fault, listed.all_files)):
+            return listed, True, None  # the encoder may lie elsewhere now
+        parts = join(folder, part, "embed-text", {})
+        if parts:
+            parts.agree(
+                WHOLE_NAME, {"encoder": name, "recipe": asdict(recipe), "data": index.digest}, free=("encoder",)
+            )
+        for pattern in (FILES, INDEX_NAME) if part.whole else ():
+            clear_own(folder, f".{pattern}.*.tmp", part)
+        index, done = _there(folder, index, recipe, overwrite)
         captions = Captions(folder, index)
+        missing = [place for place in part.mine(range(len(names))) if names[place] not in done]
         total, initial = 1 + captions.count(), sum(file.captions for file in done.values())
         with tqdm(total=total, initial=initial, unit="cap", disable=not progress, mininterval=0.5) as bar:
-            for place, file in enumerate(names):
-                if file not in done:
-                    samples = [[""]] if file == EMPTY_NAME else captions.texts(place)
-                    rows = _rows(net, [text for some in samples for text in some], batch, bar)
-                    done[file] = write_file(folder, net.recipe, data_digest, file, list(map(len, samples)), rows)
-        *files, empty = (done[file] for file in names)
-        whole = TextFeatures(folder, name, net.recipe, data_digest, tuple(files), empty)
-        listed = _listed(folder, index)
-        if listed is not None and replace(listed, encoder=name) == whole:  # the encoder may lie elsewhere now
-            return listed, True, None
-        write_index(folder, replace(index, text=manifest(whole)))
-    return whole, False, net.first_cut
+            if len(places) == 1:
+                net.to(torch.device(places[0]))
+                cut = [_fill(folder, index, net, batch, missing, bar.update)]
+            else:
+                cut = gpus.on_each(partial(_fill_on, folder, name, recipe, batch), missing, places, bar.update)
+        made = parts.leave({}, close) if parts else _put_together(folder, name, recipe)
+    return made, False, next(filter(None, cut), None)
 
 
-def _rows(net: TextEncoder, captions: Sequence[str], batch: int, bar: Any) -> Iterator[Row]:
+def close(parts: Parts) -> TextFeatures:
+    """Put the files of all parts together: list them in the index.
+
+    Raises:
+        InputError: a file is not as its part has written it.
+    """
+    found = parts.read(WHOLE_NAME)
+    return _put_together(parts.out, found["encoder"], Recipe.from_dict(found["recipe"]), parts.count)
+
+
+def _put_together(folder: Path, name: str, recipe: Recipe, of: int = 1) -> TextFeatures:
+    index, files = read_index(folder), list[TextFile]()
+    for place, file in enumerate(_names(index)):
+        try:
+            *about, found = found_file(folder / file)
+        except (OSError, ValueError) as error:
+            raise InputError(f"{folder / file}: {error}; give its part again: --part {place % of}/{of}") from error
+        if about != [recipe, index.digest]:
+            raise InputError(f"{folder / file} has other features; give its part again: --part {place % of}/{of}")
+        files.append(found)
+    for pattern in (FILES, INDEX_NAME):
+        clear_own(folder, f".{pattern}.*.tmp", WHOLE)
+    whole = TextFeatures(folder, name, recipe, index.digest, tuple(files[:-1]), files[-1])
+    write_index(folder, replace(index, text=manifest(whole)))
+    return whole
+
+
+def _names(index: Index) -> list[str]:
+    """Names of all files, that of the empty caption last."""
+    return [*(file_name("text", place) for place in range(len(index.shards))), EMPTY_NAME]
+
+
+def _fill_on(
+    folder: Path,
+    name: str,
+    recipe: Recipe,
+    batch: int,
+    device: str,
+    missing: Sequence[int],
+    update: Callable[[int], object],
+) -> str | None:
+    """As `_fill`, in a process of its own."""
+    import torch
+
+    from megapix.encoders.text import load
+
+    net = load(name, recipe, batch, "--encoder")
+    net.to(torch.device(device))
+    return _fill(folder, read_index(folder), net, batch, missing, update)
+
+
+def _fill(
+    folder: Path, index: Index, net: TextEncoder, batch: int, missing: Sequence[int], update: Callable[[int], object]
+) -> str | None:
+    """Compute the missing files, by their places; returns a line about the first caption that was cut."""
+    names, captions, digest = _names(index), Captions(folder, index), index.digest
+    for place in missing:
+        samples = [[""]] if names[place] == EMPTY_NAME else captions.texts(place)
+        rows = _rows(net, [text for some in samples for text in some], batch, update)
+        write_file(folder, net.recipe, digest, names[place], list(map(len, samples)), rows)
+    return net.first_cut
+
+
+def _rows(net: TextEncoder, captions: Sequence[str], batch: int, update: Callable[[int], object]) -> Iterator[Row]:
     """Features of the captions in order, as they are stored."""
     import torch
 
@@ -105,7 +177,7 @@ def _rows(net: TextEncoder, captions: Sequence[str], batch: int, bar: Any) -> It
         some = captions[at : at + ROUND * batch]
         for features, cut in net.each(some):
             yield Row(features.bfloat16().view(torch.int16).cpu().numpy(), cut)
-        bar.update(len(some))
+        update(len(some))
 
 
 def _there(folder: Path, index: Index, recipe: Recipe, overwrite: bool) -> tuple[Index, dict[str, TextFile]]:

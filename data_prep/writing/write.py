@@ -19,7 +19,7 @@ from data_prep.listing.archives import UNPACKED
 from data_prep.listing.base import Entries, Source, as_utf8
 from data_prep.listing.classes import Classes
 from data_prep.parts.folder import Parts, join
-from data_prep.parts.part import WHOLE, Part
+from data_prep.parts.part import WHOLE, Part, clear_own
 from data_prep.writing import plan as planning
 from data_prep.writing.finish import finish
 from data_prep.writing.plan import Options
@@ -28,7 +28,7 @@ from data_prep.writing.receipt import RECEIPTS, Rejected
 from data_prep.writing.shard import write_shard
 from data_prep.writing.survey import Rare, buckets_of
 from megapix.errors import InputError
-from megapix.shards.index import INDEX_NAME, Index, missing_shards, read_index, shard_number
+from megapix.shards.index import INDEX_NAME, Index, missing_shards, read_index
 from megapix.shards.mix import alike
 from megapix.shards.table import check_table
 
@@ -177,9 +177,7 @@ def begin(out: Path, retry_rejected: bool, part: Part = WHOLE, rehash: bool = Fa
     if part.whole:
         clear(out)
     else:  # the rest may be at work of other parts
-        for leftover in out.glob(".shard-*.tmp"):
-            if (number := shard_number(leftover.name[1:])) is not None and number % part.of == part.number:
-                leftover.unlink(missing_ok=True)
+        clear_own(out, ".shard-*.tmp", part)
     return None
 
 

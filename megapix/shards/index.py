@@ -78,12 +78,6 @@ def shard_name(number: int) -> str:
     return f"shard-{number:06d}.tar"
 
 
-def shard_number(name: str) -> int | None:
-    """Number of a shard by its file name, or by one that begins with it; None for another file."""
-    found = re.match(r"shard-(\d{6,})\.tar\b", name)
-    return int(found[1]) if found else None
-
-
 def sample_key(number: int) -> str:
     """WebDataset key of sample `number` (counted from 0): nine ASCII digits, no dots."""
     return f"{number:09d}"

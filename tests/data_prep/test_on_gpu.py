@@ -41,7 +41,7 @@ def test_statistics(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         return (tmp_path / name).read_bytes()
 
     expected = made("cpu.npz")
-    with FakeCuda(monkeypatch.setattr) as cuda:
+    with FakeCuda(monkeypatch.setattr, ("one",)) as cuda:
         assert made("gpu.npz") == expected
     images = [copy for copy in cuda.copies if copy.target == "cuda:0" and len(copy.shape) == 4]
     assert sum(copy.shape[0] for copy in images) == 40
@@ -55,7 +55,7 @@ def test_features_of_images(shards: Path, tmp_path: Path, monkeypatch: pytest.Mo
         return files(tmp_path / name)
 
     expected = made("cpu")
-    with FakeCuda(monkeypatch.setattr) as cuda:
+    with FakeCuda(monkeypatch.setattr, ("one",)) as cuda:
         assert made("gpu") == expected
     images = [copy for copy in cuda.copies if copy.target == "cuda:0" and len(copy.shape) == 4 and copy.shape[1] == 3]
     assert sum(copy.shape[0] for copy in images if copy.shape[-1] == 16) == 40
@@ -66,7 +66,7 @@ def test_features_of_captions(
     text_shards: Path, text_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = files(text_shards)
-    with FakeCuda(monkeypatch.setattr) as cuda:
+    with FakeCuda(monkeypatch.setattr, ("one",)) as cuda:
         out = Path(shutil.copytree(text_shards, tmp_path / "gpu"))
         for path in out.glob("text-*.safetensors"):
             path.unlink()

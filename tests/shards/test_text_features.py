@@ -233,7 +233,7 @@ def test_the_commands_defaults_are_the_presets(monkeypatch: pytest.MonkeyPatch) 
     """What it writes without an option but for the encoder is what a run of the preset wants."""
     wanted, asked = recipe_of(preset("t2i-512").text), list[Recipe]()
 
-    def embed(folder: Path, name: str, recipe: Recipe, batch: int, overwrite: bool) -> None:
+    def embed(folder: Path, name: str, recipe: Recipe, batch: int, overwrite: bool, **_: Any) -> None:
         asked.append(recipe)
         raise InputError("seen")
 
