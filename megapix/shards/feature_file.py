@@ -83,7 +83,7 @@ class EntryFiles:
 
     def __init__(self, folder: Path, samples: Iterable[int], command: str) -> None:
         self._files, self._command = Local(folder), command
-        self._first = np.cumsum([0, *samples])
+        self._first = np.concatenate([[0], np.cumsum(np.fromiter(samples, np.int64))])
 
     def find(self, sample: int) -> tuple[int, int]:
         """(place of the entry that holds a sample, its number in there)."""

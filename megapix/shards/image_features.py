@@ -240,7 +240,6 @@ class FeatureReader:
     def __init__(self, features: Features) -> None:
         self.features = features
         self._files = EntryFiles(features.folder, (file.samples for file in features.files), "data_prep features")
-        self._starts = [len(features.header(file)) for file in features.files]
 
     def read(self, sample: int, mirrored: bool) -> NDArray[Any]:
         """Features of a sample or of its mirror image: [rows, columns, width], float32, or bf16's bit patterns (int16).
@@ -249,7 +248,7 @@ class FeatureReader:
             InputError: they cannot be read, or are not those that were written.
         """
         f, (place, row) = self.features, self._files.find(sample)
-        file, crcs = f.files[place], self._starts[place]
+        crcs = len(f.header(file := f.files[place]))
         row, size = row * f.forms + int(mirrored), f.row_bytes(file)
         crc = int.from_bytes(self._files.read(file.name, crcs + row * CRC.itemsize, CRC.itemsize), "little")
         start = crcs + file.samples * f.forms * CRC.itemsize + row * size

@@ -15,7 +15,7 @@ data set's digest, and the files. This key is no part of `Index.digest`: a data 
                                          padding: there each caption has max_tokens (`Recipe.padding`)
 
 Samples are in the order of the index, and captions in that of `megapix.shards.captions.unpack`. The first three are the
-tables, whose CRC-32 stands in index.json; a process maps them once, and then one read gives a caption's features.
+tables, whose CRC-32 stands in index.json; a process checks them once, and then few reads give a caption's features.
 
 NumPy and no torch: bf16 numbers are bit patterns, int16.
 """

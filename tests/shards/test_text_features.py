@@ -30,8 +30,10 @@ from megapix.data.locate import locate
 from megapix.encoders.text import TextEncoder, load
 from megapix.errors import InputError
 from megapix.shards.captions import Caption, pack
+from megapix.shards.feature_file import file_name
 from megapix.shards.image_policy import Policy
 from megapix.shards.index import CAPTIONS_NAME, INDEX_NAME, TABLE_NAME, read_index, write_index
+from megapix.shards.storage import MAX_OPEN
 from megapix.shards.table import RECORD, Captions, SampleRecord
 from megapix.shards.text_feature_reader import TextFeatureReader
 from megapix.shards.text_features import EMPTY_NAME, Row, TextFeatures, manifest, read_text_features, write_file
@@ -586,6 +588,26 @@ def test_a_file_that_is_cut_while_it_is_used(copy: Path) -> None:
     os.truncate(copy / FIRST, 1000)
     with pytest.raises(InputError, match=rf"{FIRST} has 1000 bytes, expected"):
         reader.read(0, 0)
+
+
+def test_any_number_of_files_takes_a_bounded_number_of_descriptors_and_maps(tmp_path: Path) -> None:
+    """They would run out: 1024 descriptors or 65530 maps are common limits. Read forth and back."""
+    count, digest = MAX_OPEN + 30, "0" * 64
+    recipe = replace(RECIPE, digest=digest, width=4)
+    bits = np.arange(4 * 3 * count, dtype=np.int16).reshape(count, 3, 4)
+    files = [
+        write_file(tmp_path, recipe, digest, file_name("text", n), [1, 1], [Row(rows[:1], False), Row(rows[1:], False)])
+        for n, rows in enumerate(bits)
+    ]
+    empty = write_file(tmp_path, recipe, digest, EMPTY_NAME, [1], [Row(bits[0], False)])
+    reader = TextFeatureReader(TextFeatures(tmp_path, "x", recipe, digest, tuple(files), empty))
+    before = [len(os.listdir("/proc/self/fd")), Path("/proc/self/maps").read_text().count(str(tmp_path))]
+    for sample in [*range(2 * count), *reversed(range(2 * count))]:
+        rows = bits[sample // 2]
+        assert (reader.read(sample, 0) == (rows[1:] if sample % 2 else rows[:1])).all()
+    after = [len(os.listdir("/proc/self/fd")), Path("/proc/self/maps").read_text().count(str(tmp_path))]
+    assert after[0] <= before[0] + MAX_OPEN < before[0] + count
+    assert after[1] == before[1] == 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------

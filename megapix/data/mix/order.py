@@ -154,9 +154,9 @@ class MixOrder:
         keys = np.array([int(digest[:KEY_DIGITS], 16) for digest, _ in sets], np.int64)
         seeds = rng.bits(seed, Purpose.SET, keys).tolist()
         self._orders = [Order(s, shards, window, groups, batch) for s, (_, shards) in zip(seeds, sets, strict=True)]
-        self.totals = [sum(shard.samples for shard in shards) for _, shards in sets]
+        self.totals = [sum(map(order.samples_in, order.buckets)) for order in self._orders]
         self.first = np.cumsum([0, *self.totals])[:-1]
-        self.buckets = sorted({shard.bucket for _, shards in sets for shard in shards})
+        self.buckets = sorted({bucket for order in self._orders for bucket in order.buckets})
         self._buckets = [
             _Bucket([order.samples_in(bucket) for order in self._orders], self.totals, groups)
             for bucket in self.buckets
