@@ -11,7 +11,10 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from data_prep.options import COMMANDS
+from data_prep.parts.part import parse_part
 from megapix.cli.parse import parse_run
+from megapix.console import parse
 from megapix.dist import World
 from megapix.resilience.stopping import EXIT_STOPPED
 from megapix.resilience.watchdog import EXIT_LOST
@@ -67,6 +70,19 @@ def test_the_indexed_job(tmp_path: Path) -> None:
     environment = {"JOB_COMPLETION_INDEX": "1"}
     out = started(tmp_path, arguments_of(pod, **environment), **environment)
     assert " --no_ssh --node_rank 1 --master_addr megapix-0.megapix --master_port 29500 " in out
+
+
+def test_the_job_that_prepares() -> None:
+    """Each pod does a part of its own, of as many as there are pods."""
+    (job,) = documents("prepare-job.yaml")
+    kubernetes_validate.validate(job, KUBERNETES, strict=True)
+    (container,) = job["spec"]["template"]["spec"]["containers"]
+    assert container["command"] == ["data_prep"]
+    assert job["spec"]["parallelism"] <= job["spec"]["completions"]
+    for index in range(job["spec"]["completions"]):
+        command = parse(COMMANDS[container["args"][0]], container["args"][1:], "data_prep write")
+        part = parse_part(command.part, {"JOB_COMPLETION_INDEX": str(index)})
+        assert part == (index, job["spec"]["completions"])
 
 
 def test_the_pytorchjob(tmp_path: Path) -> None:
