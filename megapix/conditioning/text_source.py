@@ -20,6 +20,7 @@ from megapix.errors import InputError
 from megapix.files import read_bytes, size_of
 from megapix.shards.image_features import Features
 from megapix.shards.index import CAPTIONS_NAME, INDEX_NAME, read_index
+from megapix.shards.mix.file import FORMAT, is_mix
 from megapix.shards.table import check_table
 from megapix.shards.text_features import TextFeatures, read_text_features
 from megapix.shards.text_recipe import recipe_of
@@ -172,6 +173,8 @@ def read_prompts(path: Path, option: str) -> Sequence[str]:
                 raise InputError(f"{shown} has no captions")
             return FirstCaptions(path, index)
         lines = tuple(line.strip() for line in read_text(read_bytes(path)).split("\n") if line.strip())
+        if is_mix(str(path)) and FORMAT in "".join(lines[:5]):
+            raise InputError(f"{shown} is a mix file: expected a text file of prompts, or one shard folder")
     except (OSError, ValueError) as error:
         raise InputError(
             f"{shown}: cannot be read: {error}; expected a file of UTF-8 text, one prompt per line, or a shard folder"

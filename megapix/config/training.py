@@ -78,7 +78,8 @@ class DataConfig:
     """The shards and how they are read."""
 
     path: str = marks.machine("")
-    """Shard folder or index made by data_prep (it holds index.json); a local folder, or an http(s), s3 or gs URL."""
+    """Shard folder or index made by data_prep (it holds index.json); a local folder, or an http(s), s3 or gs URL. Or a
+    mix file of several (`data_prep mix`)."""
     image_size: int = marks.identity(256)
     """Height and width of the training images in pixels, with aspect buckets the square root of their area;
     must be the index's own."""

@@ -36,6 +36,10 @@ CHARTS = {
         "save stall, s": ["^speed/save_stall_s$"],
         "reading and decoding, worker ms per image": ["^data/(read|decode)_ms$"],
     },
+    "mix": {
+        "share of each set": ["^data/share/"],
+        "epochs of each set": ["^data/epoch/"],
+    },
     "memory": {"peak, GiB": ["^memory/"]},
 }
 """Group -> chart -> tags, as regular expressions."""

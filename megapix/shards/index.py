@@ -41,6 +41,7 @@ from typing import Any
 
 from megapix.errors import InputError
 from megapix.files import read_bytes, sha256_of, size_of, whole_file, write_atomic
+from megapix.shards.mix.file import is_mix
 from megapix.shards.storage import tars_of
 from megapix.shards.tables.entries import LARGEST_COUNT as LARGEST_COUNT
 from megapix.shards.tables.entries import SHARDS_NAME, Shards, TarFile, check_name
@@ -308,6 +309,8 @@ def _no_index(folder: Path, size: str) -> str:
     """What lies at `folder` in place of an index, and the command that makes one of it."""
     if not folder.exists():
         return f"shard folder {str(folder)!r} does not exist; make one with 'data_prep write SOURCE OUT {size}'"
+    if is_mix(str(folder)):
+        return f"{str(folder)!r} is a mix file: expected one shard folder; give its sets one by one"
     without = f"shard folder {str(folder)!r} has no {INDEX_NAME}: "
     if (folder / "plan.json").is_file():
         return f"{without}its preparation did not finish; run the same 'data_prep' command again"
