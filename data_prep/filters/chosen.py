@@ -15,6 +15,7 @@ from data_prep.filters.survey import UNREADABLE, survey
 from data_prep.listing.base import Item, Reader
 from data_prep.lists.items import Some
 from data_prep.parts.part import WHOLE, Part
+from data_prep.writing.held_out import Side
 from megapix.shards.image_policy import Policy
 
 
@@ -53,14 +54,23 @@ def by_pixels(
     filters: Filters,
     policy: Policy,
     workers: int,
-    out: Path | None = None,
+    kept: Path | None = None,
     progress: bool = True,
     part: Part = WHOLE,
+    side: Side | None = None,
 ) -> tuple[Sequence[Item], Counter[str], int]:
     """The items that no filter takes for their size or as duplicates, option -> how many it took, and how many of those
-    that are left cannot be read."""
-    verdicts = survey(reader, items, filters, policy, workers, out, progress, part)
+    that are left cannot be read.
+
+    Args:
+        kept: as `survey`.
+        side: the folder whose items are wanted, of all that are looked at and may be the same.
+    """
+    verdicts = survey(reader, items, filters, policy, workers, kept, progress, part)
     options = filters.options
+    if side:
+        own = np.fromiter((side.has(item.name) for item in items), np.bool_, len(items))
+        items, verdicts = Some(items, np.flatnonzero(own)), verdicts[own]
     left = Some(items, np.flatnonzero((verdicts == 0) | (verdicts == UNREADABLE)))
     taken = Counter({option: int((verdicts == number).sum()) for number, option in enumerate(options, 1)})
     return left, +taken, int((verdicts == UNREADABLE).sum())

@@ -20,6 +20,7 @@ from data_prep.listing.img2dataset import Rows, beside
 from data_prep.listing.reading import Reading
 from data_prep.listing.tar_samples import samples_of
 from data_prep.listing.tar_set import tars_of_split
+from data_prep.writing.held_out import OneSide
 from data_prep.writing.plan import Options
 from data_prep.writing.pool import in_processes
 from megapix.errors import InputError
@@ -56,7 +57,10 @@ def of_source(source: Source, options: Options, workers: int) -> Counted:
     filters = options.filters
     left, taken = by_metadata(source.items, filters, options.keep)
     if filters.sizes or filters.duplicates:
-        left, others, unreadable = by_pixels(source.reader, left, filters, options.policy, workers)
+        looked, side = (left, None) if not isinstance(source, OneSide) else (source.source.items, source.side)
+        if side:
+            looked, _ = by_metadata(looked, filters, options.keep)
+        left, others, unreadable = by_pixels(source.reader, looked, filters, options.policy, workers, side=side)
         taken += others
     else:
         unreadable = sum(bool(item.fault) for item in left)

@@ -20,7 +20,6 @@ from data_prep.filters.rules import Filters
 from data_prep.listing.base import Item, Reader
 from data_prep.parts.part import WHOLE, Part
 from data_prep.writing.pool import in_processes
-from data_prep.writing.receipt import RECEIPTS
 from megapix.files import write_atomic
 from megapix.shards.image_policy import Policy
 from megapix.shards.pixels import decode, size_of
@@ -75,20 +74,22 @@ def survey(
     filters: Filters,
     policy: Policy,
     workers: int,
-    out: Path | None = None,
+    kept: Path | None = None,
     progress: bool = True,
     part: Part = WHOLE,
 ) -> Verdicts:
     """The verdict on each item.
 
     Args:
-        out: folder whose receipts keep what was seen; None keeps nothing.
+        kept: folder that keeps what was seen, and is made; None keeps nothing.
         part: the share that this process looks at first; it takes the rest from the others as far as they have got.
     """
     from tqdm import tqdm
 
     seen: dict[int, bytes] = {}
-    work = partial(_look_at, reader, filters, policy, out)
+    if kept:
+        kept.mkdir(exist_ok=True)
+    work = partial(_look_at, reader, filters, policy, kept)
     with tqdm(total=len(items), unit="img", desc="filters", disable=not progress, mininterval=0.5) as bar:
         for some, records in in_processes(work, _parts(items, part), workers):
             seen[some.number] = records
@@ -105,8 +106,8 @@ def _parts(items: Sequence[Item], part: Part) -> Iterator[_Some]:
         yield _Some(number, tuple(items[number * PART : (number + 1) * PART]))
 
 
-def _look_at(reader: Reader, filters: Filters, policy: Policy, out: Path | None, some: _Some) -> bytes:
-    path = out / RECEIPTS / f"filters-{some.number:06d}.bin" if out else None
+def _look_at(reader: Reader, filters: Filters, policy: Policy, kept: Path | None, some: _Some) -> bytes:
+    path = kept / f"filters-{some.number:06d}.bin" if kept else None
     if path and path.is_file() and path.stat().st_size == len(some.items) * _width(filters):
         return path.read_bytes()
     records = b"".join(record_of(*_of_item(reader, filters, policy, item), filters) for item in some.items)

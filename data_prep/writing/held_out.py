@@ -13,10 +13,12 @@ from typing import Any
 
 from data_prep.listing.base import Entries, Item, Reader, Source
 from data_prep.lists.items import Some
+from data_prep.writing.receipt import RECEIPTS
 from megapix.errors import InputError
 
 PLACES = 1 << 64
 SUFFIX = "-held-out"
+SEEN = "both"
 
 
 def folder_beside(out: Path) -> Path:
@@ -116,6 +118,9 @@ class OneSide:
     items: Sequence[Item]
     about: dict[str, Any]
     entries: Entries
+    side: Side
+    seen: Path
+    """Folder that keeps what was seen of the images of both folders, where duplicates are looked for among all."""
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -144,5 +149,7 @@ def folders_of(source: Source, out: Path, hold: HoldOut | None) -> list[tuple[So
         others = len(source.items) - len(items) + len(source.entries.unreadable) - len(unreadable)
         entries = replace(source.entries, passed=source.entries.passed | {side.others: others}, unreadable=unreadable)
         about = source.about | hold.recorded() | side.recorded
-        found.append((OneSide(source, items, about, entries), folder_beside(out) if side.held else out))
+        seen = folder_beside(out) / RECEIPTS / SEEN
+        one = OneSide(source, items, about, entries, side, seen)
+        found.append((one, folder_beside(out) if side.held else out))
     return found

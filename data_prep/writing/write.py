@@ -22,6 +22,7 @@ from data_prep.parts.folder import Parts, join
 from data_prep.parts.part import WHOLE, Part, clear_own
 from data_prep.writing import plan as planning
 from data_prep.writing.finish import finish
+from data_prep.writing.held_out import OneSide
 from data_prep.writing.plan import Options
 from data_prep.writing.pool import Budget, alone_in, check_workers, in_processes, load_in_workers
 from data_prep.writing.receipt import RECEIPTS, Rejected
@@ -32,6 +33,8 @@ from megapix.shards.index import INDEX_NAME, Index, missing_shards, read_index
 from megapix.shards.mix import alike
 from megapix.shards.table import check_table
 
+ACROSS = "dedupe_in"
+"""Key of the plan that says where duplicates are looked for, if that is not the folder alone."""
 WHOLE_NAME = "whole.json"
 """What all parts know of the whole, beside the receipts."""
 
@@ -76,6 +79,11 @@ def write(
     check_workers(workers)
     _check_faults(source, max_rejected)
     plan = planning.describe(source, options)
+    both = source if isinstance(source, OneSide) and options.filters.duplicates else None
+    if both and (ACROSS in (begun := planning.begun(out)) or not begun):
+        plan[ACROSS] = "both folders"
+    else:  # a folder that an older version began has no duplicates within it
+        both = None
     items, taken = by_metadata(source.items, options.filters, options.keep)
     try:
         _settle(out, plan, source)
@@ -84,9 +92,11 @@ def write(
                 return there, True
             parts = join(out, part, "write", {"max_rejected": max_rejected})
             if options.filters.duplicates:
-                items, others, _ = by_pixels(
-                    source.reader, items, options.filters, options.policy, workers, out, progress, part
-                )
+                looked, kept = items, out / RECEIPTS
+                if both:
+                    looked, kept = by_metadata(both.source.items, options.filters, options.keep)[0], both.seen
+                how = source.reader, looked, options.filters, options.policy, workers, kept, progress, part
+                items, others, _ = by_pixels(*how, both.side if both else None)
                 taken += others
             buckets, rare = None, Rare()
             if len(options.policy.buckets) > 1:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from data_prep.listing.base import Entries
 from data_prep.listing.reading import Reading
@@ -18,7 +19,9 @@ from data_prep.writing.held_out import place_of
 from megapix.errors import InputError
 from megapix.shards.index import read_index
 from tests.data_prep.test_labels import adds_up, tar
+from tests.data_prep.test_metadata import tar_of
 from tests.data_prep.test_several_captions import png, refused, run
+from tests.shards.test_images import encoded
 from tests.support.foreign_shards import captions
 
 
@@ -311,3 +314,30 @@ def test_bad_hold_outs(thirty: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
 def test_places_of_names() -> None:
     for name in ("a/00.png", "ü", ""):
         assert place_of(name) == expected_place(name)
+
+
+@pytest.mark.parametrize("command", ["write", "index"])
+def test_no_duplicate_stands_on_both_sides(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """30 names of 5 pictures each: one of each stays, in one folder or the other."""
+    pictures = [encoded(Image.new("RGB", (20, 20), (40 * n, 9, 9))) for n in range(5)]
+    theirs, out = tmp_path / "theirs", tmp_path / "out"
+    tar_of(
+        theirs, {f"{n:03d}.{end}": (pictures[n % 5], b"0")[end == "cls"] for n in range(30) for end in ("png", "cls")}
+    )
+    options = ["--size", 16, "--workers", 1, "--hold-out", 0.4, "--dedupe", "exact"]
+    arguments = [theirs, out] if command == "write" else [theirs, "--out", out]
+    assert run(command, *arguments, *options) == 0
+    folders = (out, tmp_path / "out-held-out")
+    counts = [json.loads((folder / "entries.json").read_text()) for folder in folders]
+    assert sum(count["used"] for count in counts) == 5
+    assert all(count["used"] for count in counts)
+    assert run(command, *arguments, *options) == 0
+    assert capsys.readouterr().out.count("was finished already") == 2
+    if command == "write":
+        assert [count["filtered"]["--dedupe exact"] + count["used"] for count in counts] == [
+            30 - counts[0]["passed"]["held out"],
+            30 - counts[1]["passed"]["not held out"],
+        ]
+        assert run("write", theirs, tmp_path / "dry", *options, "--dry-run") == 0
+        words = [line.split() for line in capsys.readouterr().out.splitlines()]
+        assert [int(line[-1]) for line in words if line[0] == "left"] == [count["used"] for count in counts[::-1]]
