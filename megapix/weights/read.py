@@ -89,6 +89,23 @@ def about(path: str | Path, ema: bool | None = None) -> About:
     return about_saved(find(path, World(), hashed=False), ema is not False)
 
 
+def check_whole(path: str | Path, ema: bool | None = None) -> None:
+    """Check that the weights at `path` are those of the network that their `About` says, by names and shapes alone.
+
+    Raises:
+        InputError: as `load_model`, but for damage within the numbers.
+    """
+    path, known = Path(path), about(path, ema)
+    with torch.device("meta"):
+        expected = shapes_of(own(build(known.model).state_dict()))
+    if file := exported_file(path):
+        with _opened(file, ema) as (opened, _):
+            found = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+    else:
+        found = own(find(path, World(), hashed=False).state.layout.shapes)
+    check_shapes(expected, found, known.source)
+
+
 def assign(net: PixelDiT, weights: Weights) -> None:
     """Copy `weights` into `net`; a projector keeps what it has.
 

@@ -53,6 +53,7 @@ def check(c: Config) -> None:
             different.append(f"text.{key} is {before!r} there and {after!r} here")
     if different:
         raise InputError(f"init = {c.init!r} is another network: {'; '.join(different)}")
+    weights.check_whole(c.init, kind(c))
 
 
 def with_classes(initial: Weights, own: Tensor, classes: tuple[str, ...]) -> tuple[Weights, str]:

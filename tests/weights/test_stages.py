@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 
-from megapix import config
 from megapix.checkpoint import vectors
 from megapix.cli import main as cli
 from megapix.engine.network import build_network
@@ -86,6 +86,10 @@ def test_another_network_is_still_refused(own_shards: Path, tmp_path: Path, caps
     line = refused([*arguments(own_shards, tmp_path / "run", "--init", str(file)), "--dry-run"], capsys)
     assert "is another network: model.width is 64 there and 32 here" in line
     assert "num_classes" not in line
+    tensors = written(file, ("a",) * 5)
+    metadata = safe_open(file, framework="pt").metadata()
+    vectors.write(file, {name: (tuple(t.shape), [t]) for name, t in tensors.items() if name != TABLE}, metadata)
+    line = refused([*arguments(own_shards, tmp_path / "run", "--init", str(file)), "--dry-run"], capsys)
+    assert f"misses {TABLE}" in line
     written(file, ("a",) * 5)
     assert cli.main([*arguments(own_shards, tmp_path / "run", "--init", str(file)), "--dry-run"]) == 0
-    assert config.get(SMALL, "model.num_classes") == 3
