@@ -26,10 +26,12 @@ from data_prep.options import (
     Verify,
     Write,
 )
-from data_prep.parts.folder import PartDone
-from data_prep.preparing import access_of, finish_parts, make_index, merge_parts, part_of, write_shards
+from data_prep.parts.folder import PartDone, join
+from data_prep.preparing import access_of, finish_parts, make_index, merge_parts, part_of, report_faults, write_shards
 from megapix import __version__, console
 from megapix.errors import InputError, StorageError, one_of
+from megapix.files import check_writable
+from megapix.shards.index import read_index
 
 if TYPE_CHECKING:
     pass
@@ -101,14 +103,23 @@ def _interrupt(_signal: int, _frame: FrameType | None) -> None:
 
 
 def _verify(command: Verify) -> int:
-    from data_prep.passes.verify import verify
+    from data_prep.passes.verify import close, verify, write_report
 
-    faults = 0
-    for fault in verify(command.folder, command.workers, access_of(command)):
+    part, out, parts = part_of(command), command.out, None
+    if out:
+        check_writable("--out", out)
+        parts = join(out, part, "verify", {"shards": read_index(command.folder).digest[:16]})
+    elif not part.whole:
+        raise InputError(f"--part {part}: expected --out FILE, in which the faults of all parts come together")
+    faults = []
+    for fault in verify(command.folder, command.workers, access_of(command), part=part):
         print(f"data_prep: fault: {fault}", file=sys.stderr)
-        faults += 1
-    print(f"data_prep: {command.folder}: {f'{faults} faults' if faults else 'everything is as the index says'}")
-    return 2 if faults else 0
+        faults.append(fault)
+    if parts:
+        faults = parts.leave({"faults": faults}, close)
+    elif out:
+        write_report(out, faults)
+    return report_faults(str(command.folder), faults)
 
 
 def _mix(command: Mix) -> int:

@@ -218,11 +218,13 @@ class Mix:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Verify(RemoteOptions):
+class Verify(RemoteOptions, PartOptions):
     """Read a whole shard folder and compare it with its index: sizes, hashes, members, records, classes, decoding."""
 
     folder: Folder
     """Shard folder."""
+    out: Path | None = None
+    """File for the faults, a line each; parts need one, in which all of theirs come together."""
     workers: int = CPUS
     """Processes."""
 

@@ -191,7 +191,7 @@ def finish_parts(command: Finish) -> int:
     """Put together what parts have made; returns the exit code."""
     from data_prep.parts import indexed
     from data_prep.parts.folder import parts_of
-    from data_prep.passes import image_features, text_features
+    from data_prep.passes import image_features, text_features, verify
     from data_prep.writing import write
     from data_prep.writing.held_out import folder_beside
     from megapix.shards.index import read_index
@@ -211,10 +211,18 @@ def finish_parts(command: Finish) -> int:
         case "features":
             made_features = parts.finish(image_features.close)
             _say(f"{parts.out} is finished: features in {len(made_features.files)} files")
+        case "verify":
+            return report_faults(str(parts.out), parts.finish(verify.close))
         case "embed-text":
             made_text = parts.finish(text_features.close)
             _say(f"{parts.out} is finished: text features in {len(made_text.all_files)} files")
     return 0
+
+
+def report_faults(shown: str, faults: Sequence[str]) -> int:
+    """Print how many faults there are; returns the exit code."""
+    _say(f"{shown}: {f'{len(faults)} faults' if faults else 'everything is as the index says'}")
+    return 2 if faults else 0
 
 
 def _reading(command: Write | MakeIndex, columns: Sequence[str]) -> Reading:

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from data_prep.parts.part import WHOLE, Part
 from megapix.errors import InputError
 from megapix.shards.index import Index
 from megapix.shards.table import Captions
@@ -14,8 +15,8 @@ from megapix.shards.text_feature_reader import TextFeatureReader
 from megapix.shards.text_features import TextFeatures, listed_text_features
 
 
-def text_faults(folder: Path, index: Index, progress: bool = True) -> Iterator[str]:
-    """Yield every fault of the features: sizes, headers, tables, captions of each sample, CRCs. Reads everything."""
+def text_faults(folder: Path, index: Index, progress: bool = True, part: Part = WHOLE) -> Iterator[str]:
+    """Yield every fault of a part's files of features: sizes, headers, tables, captions of each sample, CRCs."""
     from tqdm import tqdm
 
     try:
@@ -32,6 +33,8 @@ def text_faults(folder: Path, index: Index, progress: bool = True) -> Iterator[s
             is_empty = place == len(features.files)
             reads = [reader.empty] if is_empty else _reads(folder, index, features, reader, place, first)
             first += file.samples
+            if place % part.of != part.number:
+                continue
             faults = [features.fault(file)] if features.fault(file) else map(_fault, reads)
             yield from filter(None, faults)
             bar.update(file.captions)

@@ -18,12 +18,14 @@ from data_prep.listing.classes import from_record, numbered
 from data_prep.listing.reading import Reading, as_indexed
 from data_prep.listing.tar_samples import TarSample, samples_of
 from data_prep.listing.tars import members
+from data_prep.parts.folder import Parts
+from data_prep.parts.part import WHOLE, Part
 from data_prep.passes.merge import part_of
 from data_prep.passes.text_feature_report import text_faults
 from data_prep.writing.index import INDEX_KIND, local_copy, rows_beside
 from data_prep.writing.pool import check_workers, in_processes
 from megapix.errors import InputError
-from megapix.files import sha256_of
+from megapix.files import sha256_of, write_atomic
 from megapix.shards.captions import unpack
 from megapix.shards.image_policy import Policy, decode_indexed
 from megapix.shards.index import CAPTIONS_NAME, TABLE_NAME, Index, ShardEntry, read_index
@@ -34,8 +36,11 @@ Rows = tuple[ShardEntry, int, int]
 """An entry, its place in the index's list, and the number of its first sample."""
 
 
-def verify(folder: Path, workers: int, access: Access, progress: bool = True) -> Iterator[str]:
+def verify(folder: Path, workers: int, access: Access, progress: bool = True, part: Part = WHOLE) -> Iterator[str]:
     """Yield every fault found: sizes, hashes and members of shards, records, classes, captions, decoding.
+
+    Args:
+        part: the share of the tar files and features that is read; what is of the whole index is of the first.
 
     Raises:
         InputError: the index itself cannot be read, or a remote shard cannot be reached.
@@ -47,7 +52,7 @@ def verify(folder: Path, workers: int, access: Access, progress: bool = True) ->
     try:
         check_table(folder, index)
     except InputError as error:
-        yield str(error)
+        yield from [str(error)] if not part.number else ()
         return
     Policy.from_dict(index.image_policy)
     files: dict[str, list[Rows]] = {}
@@ -55,18 +60,36 @@ def verify(folder: Path, workers: int, access: Access, progress: bool = True) ->
     for place, entry in enumerate(index.shards):
         files.setdefault(entry.name, []).append((entry, place, first))
         first += entry.samples
+    if not part.number:
+        yield from _class_faults(folder, index)
+    jobs = list(part.mine(files.values()))
+    total = sum(entry.samples for rows in jobs for entry, _, _ in rows)
+    with tqdm(total=total, unit="img", disable=not progress, mininterval=0.5) as bar:
+        for rows, faults in in_processes(partial(_verify_file, folder, index, access), jobs, workers):
+            bar.update(sum(entry.samples for entry, _, _ in rows))
+            yield from faults
+    yield from text_faults(folder, index, progress, part)
+
+
+def close(parts: Parts) -> list[str]:
+    """Write the faults that all parts have found; return them."""
+    faults = [fault for counted in parts.counts() for fault in counted["faults"]]
+    return write_report(parts.out, faults)
+
+
+def write_report(out: Path, faults: list[str]) -> list[str]:
+    """Write faults to a file, a line each, in the order of their letters; return them so."""
+    write_atomic(out, "".join(f"{fault}\n" for fault in sorted(faults)).encode("utf-8", "backslashreplace"))
+    return sorted(faults)
+
+
+def _class_faults(folder: Path, index: Index) -> Iterator[str]:
     counts = Counter(record.label for record in Table(folder, index).rows())
     for label, listed in enumerate(index.classes):
         if counts.pop(label, 0) != listed.samples:
             yield f"class {listed.name!r} has another number of samples than the {listed.samples} that the index lists"
     if counts:
         yield f"{TABLE_NAME} has samples of class {min(counts)}, but there are {len(index.classes)} classes"
-    with tqdm(total=index.samples, unit="img", disable=not progress, mininterval=0.5) as bar:
-        jobs = list(files.values())
-        for rows, faults in in_processes(partial(_verify_file, folder, index, access), jobs, workers):
-            bar.update(sum(entry.samples for entry, _, _ in rows))
-            yield from faults
-    yield from text_faults(folder, index, progress)
 
 
 def _verify_file(folder: Path, index: Index, access: Access, rows: list[Rows]) -> list[str]:

@@ -64,6 +64,24 @@ def test_features_of_captions(
     assert hashes(parts) == hashes(one)
 
 
+def test_faults_of_all_parts(text_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shards = Path(shutil.copytree(text_shards, tmp_path / "shards"))
+    for tar in sorted(shards.glob("*.tar")):
+        data = bytearray(tar.read_bytes())
+        data[700] ^= 1
+        tar.write_bytes(data)
+    (shards / "text-000001.safetensors").unlink()
+    command = ("verify", shards, "--workers", 1)
+    assert run(*command, "--out", tmp_path / "one.txt") == 2
+    assert run(*command, "--part", "1/3") == 2
+    assert "expected --out FILE" in capsys.readouterr().err
+    codes = [run(*command, "--out", tmp_path / "parts.txt", "--part", f"{number}/3") for number in (2, 0, 1)]
+    assert codes == [0, 0, 2]
+    assert (tmp_path / "parts.txt").read_bytes() == (tmp_path / "one.txt").read_bytes()
+    assert len((tmp_path / "one.txt").read_text().splitlines()) == 1 + len(list(shards.glob("*.tar")))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one.txt", "parts.txt", "shards"]
+
+
 @pytest.mark.long
 def test_all_devices_of_a_machine(
     shards: Path, image_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

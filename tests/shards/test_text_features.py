@@ -33,7 +33,7 @@ from megapix.shards.captions import Caption, pack
 from megapix.shards.feature_file import file_name
 from megapix.shards.image_policy import Policy
 from megapix.shards.index import CAPTIONS_NAME, INDEX_NAME, TABLE_NAME, read_index, write_index
-from megapix.shards.storage import MAX_OPEN
+from megapix.shards.storage.local import MAX_OPEN
 from megapix.shards.table import RECORD, Captions, SampleRecord
 from megapix.shards.text_feature_reader import TextFeatureReader
 from megapix.shards.text_features import EMPTY_NAME, Row, TextFeatures, manifest, read_text_features, write_file
