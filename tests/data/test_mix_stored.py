@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -106,6 +107,18 @@ def test_text_features_of_each_set(pairs: Callable[..., DataConfig]) -> None:
         assert torch.equal(batch.text[0][0].view(torch.int16), torch.from_numpy(expected.copy()))
     with pytest.raises(InputError, match=r"other' holds no text features: give text.encoder, or store them"):
         text_of(asked, find(pairs()), None)
+
+
+def test_a_set_without_captions_is_refused(tmp_path: Path) -> None:
+    """Or it shows the empty one, where the mix file says so."""
+    captioned, plain = OLD / "text", again(OLD / "text", tmp_path / "plain")
+    (plain / "captions.bin").write_bytes(b"")
+    index = json.loads((plain / INDEX_NAME).read_text())
+    (plain / INDEX_NAME).write_text(json.dumps(index | {"captions_sha256": hashlib.sha256(b"").hexdigest()}))
+    data = find(mixed(tmp_path / "mix.json", {"path": str(captioned)}, {"path": str(plain)}))
+    asked = configuration.replace(SMALL, "model.text_width", 24)
+    with pytest.raises(InputError, match=r"plain' has no captions.*with \"captions\": \"none\" in the mix file"):
+        text_of(asked, data, None)
 
 
 def test_image_features_of_each_set(tmp_path: Path) -> None:
