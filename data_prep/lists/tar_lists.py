@@ -124,7 +124,7 @@ def _made(tars: Sequence[Path], reading: Reading) -> Iterator[_Made]:
     if len(tars) < 2 or reading.workers < 2 or sum(tar.stat().st_size for tar in tars) <= AT_ONCE:
         yield from map(work, tars)
         return
-    load_in_workers("data_prep.lists.tar_lists", "data_prep.writing.shard")
+    load_in_workers("data_prep.lists.tar_lists", "data_prep.writing.shard", "webdataset")
     found: dict[Path, _Made] = {}
     waiting = iter(tars)
     following = next(waiting)

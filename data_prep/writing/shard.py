@@ -6,7 +6,6 @@ without its shard means that the shard must be written again.
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import tarfile
@@ -64,6 +63,8 @@ def _finished(out: Path, job: Job, rehash: bool) -> Receipt | None:
 
 
 def _write(reader: Reader, out: Path, options: Options, job: Job) -> Receipt:
+    from webdataset import TarWriter
+
     name = shard_name(job.number)
     temporary = temporary_of(out / name)
     kept: list[tuple[Item, int]] = []
@@ -72,7 +73,7 @@ def _write(reader: Reader, out: Path, options: Options, job: Job) -> Receipt:
     notes: Counter[str] = Counter()
     try:
         with open(temporary, "wb") as file:
-            with tarfile.open(fileobj=file, mode="w|") as tar:
+            with TarWriter(file, user="megapix", group="megapix", mtime=0, encoder=False) as tar:
                 for number, item in enumerate(job.items, job.first):
                     try:
                         image, extension, noted = _render(reader, item, options, job.bucket)
@@ -86,8 +87,7 @@ def _write(reader: Reader, out: Path, options: Options, job: Job) -> Receipt:
                     notes.update(noted)
                     about = json.dumps(_about(item, options.keep), ensure_ascii=False).encode()
                     members = {extension: image, "cls": str(item.label).encode(), "json": about}
-                    for kind, data in sorted(members.items()):
-                        _add(tar, f"{sample_key(number)}.{kind}", data)
+                    tar.write({"__key__": sample_key(number), **members})
             file.flush()
             os.fsync(file.fileno())
     except OSError:
@@ -102,14 +102,6 @@ def _write(reader: Reader, out: Path, options: Options, job: Job) -> Receipt:
     else:
         temporary.unlink()
     return made
-
-
-def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
-    """Add a member, as webdataset's writer does, which loads torch."""
-    member = tarfile.TarInfo(name)
-    member.size, member.mode, member.mtime = len(data), 0o444, 0
-    member.uname = member.gname = "megapix"
-    tar.addfile(member, io.BytesIO(data))
 
 
 def _about(item: Item, keep: tuple[str, ...]) -> dict[str, Any]:

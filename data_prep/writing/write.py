@@ -68,7 +68,7 @@ def write(
     """
     from tqdm import tqdm
 
-    load_in_workers("data_prep.writing.shard")
+    load_in_workers("data_prep.writing.shard", "webdataset")
     options.check()
     options = replace(
         options,

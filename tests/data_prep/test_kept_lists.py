@@ -5,15 +5,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
-import tarfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import webdataset
 
 from data_prep.listing.reading import Reading
 from data_prep.lists import tar_lists
@@ -196,19 +192,3 @@ def test_finished_shards_are_hashed_only_if_asked_or_touched(
     assert write(theirs, out, "--rehash") == 2
     assert "shard-000004.tar differs from what was written; delete it" in capsys.readouterr().err
     assert (out / "index.json").is_file()
-
-
-def test_shards_are_those_of_webdatasets_writer(tmp_path: Path) -> None:
-    members = {"jpg": b"\xff\xd8 no picture", "cls": b"7", "json": '{"caption": "grün"}'.encode()}
-    options = {"user": "megapix", "group": "megapix", "mtime": 0, "encoder": False}
-    with open(tmp_path / "theirs.tar", "wb") as file, webdataset.TarWriter(file, **options) as tar:
-        tar.write({"__key__": "000000007", **members})
-    with open(tmp_path / "ours.tar", "wb") as file, tarfile.open(fileobj=file, mode="w|") as ours:
-        for kind, data in sorted(members.items()):
-            shard._add(ours, f"000000007.{kind}", data)
-    assert (tmp_path / "ours.tar").read_bytes() == (tmp_path / "theirs.tar").read_bytes()
-
-
-def test_writing_loads_no_torch() -> None:
-    code = "import sys, data_prep.writing.shard, data_prep.writing.write; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
