@@ -114,7 +114,7 @@ def test_a_tar_that_is_lost_leaves_finished_shards(
     assert write(theirs, out) == 0
     assert reason in capsys.readouterr().out
     now = made(out)
-    finished = [name for name in whole if name.startswith("shard") and name not in gone]
+    finished = [name for name in whole if name.startswith("shard-") and name not in gone]
     assert {name: now[name] for name in finished} == {name: whole[name] for name in finished}
     rejected = [json.loads(line) for line in (out / "rejected.jsonl").read_text().splitlines()]
     assert rejected
