@@ -31,6 +31,8 @@ from megapix.errors import RankLost
 
 LOADED = "megapix.data.workers"
 """What the server has loaded when it forks a worker: no torch, which takes seconds and 0.2 GiB of each."""
+REMOTE = ("aiohttp", "fsspec.implementations.http")
+"""And for data that lie on a server: half a second of each worker's first batch."""
 PREFETCH = 4
 """Micro batches that each worker keeps ready."""
 RESTARTS = 3
@@ -42,13 +44,13 @@ WAITED = RawValue("d", 0.0)
 QUIET = "ignore:resource_tracker:UserWarning"
 
 
-def start_server() -> None:
+def start_server(remote: bool = False) -> None:
     """Start the process that workers are forked from, so that it loads the loader while the network is built.
 
     They end with their rank, however it ends. Server and workers never see the signals that ask a run to stop: the
     batches are needed until the ranks have agreed on a step to stop at.
     """
-    context()
+    context(remote)
     with stops_held_back():
         sys.warnoptions.append(QUIET)  # it would end a lost rank's last words with what it has cleaned up after it
         resource_tracker.ensure_running()  # unblocks SIGTERM once it has started its own process
@@ -57,11 +59,11 @@ def start_server() -> None:
         forkserver.ensure_running()
 
 
-def context() -> Any:
-    """Workers are forked from a clean server process, which has loaded the loader once: a fork of the trainer itself
-    would copy its threads' locks."""
+def context(remote: bool = False) -> Any:
+    """Workers are forked from a clean server process, which has loaded the loader once, and for remote data what speaks
+    with servers: a fork of the trainer itself would copy its threads' locks."""
     found = multiprocessing.get_context("forkserver")
-    found.set_forkserver_preload([LOADED])
+    found.set_forkserver_preload([LOADED, *(REMOTE if remote else ())])
     return found
 
 
@@ -150,7 +152,7 @@ class Workers:
     def _started(self, place: int, received: int) -> _Worker:
         here, there = multiprocessing.Pipe()
         work = (self._assembler, self._asked, place + received * self._number, self._number, there, WAITED)
-        process = context().Process(target=_work, args=work, name=f"data worker {place}", daemon=True)
+        process = context(self._assembler.located.remote).Process(target=_work, args=work, name=f"data worker {place}", daemon=True)
         process.start()
         there.close()
         return _Worker(process, here, received)

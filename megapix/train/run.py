@@ -102,7 +102,7 @@ def build(
     """
     c, folder, saved = resolved.config, Path(resolved.config.out), resolved.saved
     if c.data.workers:
-        workers.start_server()
+        workers.start_server(resolved.located.remote)
     if resolved.teacher:
         resolved.teacher.to(device)
     resolved.text.to(device)

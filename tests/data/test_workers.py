@@ -19,6 +19,21 @@ def test_workers_load_no_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@pytest.mark.parametrize("remote", [False, True])
+def test_the_server_loads_what_remote_data_need(remote: bool) -> None:
+    """Once, and not each worker."""
+    child = "import sys; sys.exit(7 * ('aiohttp' in sys.modules))"
+    code = f"""
+from megapix.data import workers
+if __name__ == "__main__":
+    worker = workers.context({remote}).Process(target=exec, args=({child!r},))
+    worker.start()
+    worker.join()
+    raise SystemExit(worker.exitcode)
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 7 * remote
+
+
 def test_arrays_are_handed_over() -> None:
     """Of odd sizes and none, in memory that is nobody else's; values without arrays too."""
     here, there = multiprocessing.Pipe()

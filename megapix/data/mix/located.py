@@ -58,6 +58,11 @@ class LocatedMix:
     """The schedule of the run; until there is one, the file's own weights from 0 on."""
 
     @property
+    def remote(self) -> bool:
+        """Whether the tar files of some set lie below a URL."""
+        return any(one.remote for one in self.sets)
+
+    @property
     def faults(self) -> tuple[str, ...]:
         """Those of the sets."""
         return tuple(fault for one in self.sets for fault in one.faults)
