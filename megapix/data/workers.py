@@ -152,7 +152,9 @@ class Workers:
     def _started(self, place: int, received: int) -> _Worker:
         here, there = multiprocessing.Pipe()
         work = (self._assembler, self._asked, place + received * self._number, self._number, there, WAITED)
-        process = context(self._assembler.located.remote).Process(target=_work, args=work, name=f"data worker {place}", daemon=True)
+        process = context(self._assembler.located.remote).Process(
+            target=_work, args=work, name=f"data worker {place}", daemon=True
+        )
         process.start()
         there.close()
         return _Worker(process, here, received)
