@@ -24,9 +24,12 @@ torch.set_num_threads(1)  # the tests' matrices are small, and several processes
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    built = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "torch_extensions"
     cache = tempfile.TemporaryDirectory(prefix="megapix-cache-")
     config.add_cleanup(cache.cleanup)
     os.environ["XDG_CACHE_HOME"] = cache.name
+    built.mkdir(parents=True, exist_ok=True)
+    (Path(cache.name) / "torch_extensions").symlink_to(built.resolve())  # DeepSpeed's op takes a minute to build
     if hidden := os.environ.get(programs.HIDDEN):
         scratch = tempfile.TemporaryDirectory(prefix="megapix-path-")
         config.add_cleanup(scratch.cleanup)
