@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megapix.cli.parse import _read_config
+from megapix.cli import config_file
 from megapix.conditioning.text_source import read_prompts
 from megapix.config.ds_config import read_knobs
 from megapix.errors import InputError
@@ -31,12 +31,12 @@ def test_a_configuration_with_a_mark(tmp_path: Path) -> None:
     written = '{"model": {"width": 48}}\r\n'
     for encoding in ("utf-8-sig", "utf-16"):
         (tmp_path / "c.json").write_bytes(written.encode(encoding))
-        assert _read_config(tmp_path / "c.json").model.width == 48
+        assert config_file.read(tmp_path / "c.json")["model"] == {"width": 48}
         (tmp_path / "ds.json").write_bytes('{"zero_optimization": {"stage": 2}}'.encode(encoding))
         assert read_knobs(str(tmp_path / "ds.json"))["zero_optimization"] == {"stage": 2}
     (tmp_path / "c.json").write_bytes(written.encode("utf-16-le"))
     with pytest.raises(InputError, match=r"c.json: cannot be read as JSON: it holds zero bytes"):
-        _read_config(tmp_path / "c.json")
+        config_file.read(tmp_path / "c.json")
 
 
 def test_deepspeeds_environment_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -89,7 +89,7 @@ BAD = {
     "empty shards": Bad(lambda c, s, o: (s / "index.json").unlink(), ("has no index.json", "run the same")),
     "shard missing": Bad(lambda c, s, o: (s / "shard-000001.tar").unlink(), ("shard-000001.tar is missing",)),
     "shard cut": Bad(cut_shard, ("shard-000001.tar has", "the index does not match its shards")),
-    "table changed": Bad(lambda c, s, o: (s / "samples.bin").write_bytes(bytes(960)), ("samples.bin has sha256",)),
+    "table changed": Bad(lambda c, s, o: (s / "samples.bin").write_bytes(bytes(40 * 36)), ("samples.bin has sha256",)),
     "class count": Bad(option("model.num-classes", "5"), ("model.num_classes = 5", "holds 3 classes")),
     "image size": Bad(option("data.image-size", "32"), ("data.image_size = 32", "are 16 pixels")),
     "patch size": Bad(option("model.patch-size", "5"), ("data.image_size = 16", "not divisible", "patch_size = 5")),

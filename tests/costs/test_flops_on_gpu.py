@@ -15,7 +15,7 @@ RUN = config.preset("xl-256")
 @pytest.mark.parametrize(("index", "peak"), [(0, 756.0), (1, 312.0), (2, None), (3, None)])
 def test_a_gpus_own_peak_in_bf16(index: int, peak: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the name of the rank's own GPU; none is better than a wrong one."""
-    names = "NVIDIA H100 PCIe", "NVIDIA A100-SXM4-80GB", "NVIDIA GeForce RTX 4090", "NVIDIA H100 PCIe MIG 1g.10gb"
+    names = "NVIDIA H100 PCIe", "NVIDIA A100-SXM4-80GB", "NVIDIA GeForce RTX 3090", "NVIDIA H100 PCIe MIG 1g.10gb"
     FakeCuda(monkeypatch.setattr, names)
     device = torch.device("cuda", index)
     assert RUN.precision == "bf16"

@@ -354,10 +354,10 @@ def test_a_survey_is_not_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     filters, policy = Filters(duplicates=Duplicates()), Policy.make("crop", 8)
     (tmp_path / ".receipts").mkdir()
-    part = survey._Part(0, tuple(Item(str(n), 0, "") for n in range(6)))
-    first = survey._look_at(Counting(), filters, policy, tmp_path, part)
+    some = survey._Some(0, tuple(Item(str(n), 0, "") for n in range(6)))
+    first = survey._look_at(Counting(), filters, policy, tmp_path, some)
     assert Counting.reads == 6
-    assert survey._look_at(Counting(), filters, policy, tmp_path, part) == first
+    assert survey._look_at(Counting(), filters, policy, tmp_path, some) == first
     assert Counting.reads == 6
     assert survey.resolved(first, filters).tolist() == [0, 0, 0, 0, 1, 1]
 
@@ -413,13 +413,14 @@ def test_parquet_columns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_another_score_is_another_source(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """What a filter reads belongs to the plan: a score that has changed is refused, and not mixed in."""
+    """What a filter reads belongs to the plan: a score that has changed is refused, and not mixed in. Here the tar file
+    counts as another one."""
     for value in (6.5, 6.6):
         images = {"00": (PHOTO, "a field", {"score": value})}
         source = tars(tmp_path / f"tars-{value}", images)
         code = run("write", source, tmp_path / "out", "--size", 16, "--keep", "score", "--max-rejected", 0.5)
         assert code == (0 if value == 6.5 else 2)
-    assert "another list of samples" in capsys.readouterr().err
+    assert "00000.tar': has changed: it holds other samples" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -82,7 +82,9 @@ def test_options_exist(document: str, command: str) -> None:
     elif program.endswith("data_prep"):
         console.parse(COMMANDS[words[0]], words[1:], "data_prep")
         return
-    name, arguments = words[0], words[1:]
+    if ">" in words:
+        words = words[: words.index(">")]
+    name, arguments = words[0], [word for word in words[1:] if word != "--print-config"]
     if name in OF_MEGAPIX:
         console.parse(OF_MEGAPIX[name], arguments, f"megapix {name}")
         return

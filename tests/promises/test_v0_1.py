@@ -29,6 +29,7 @@ from megapix.shards.statistics import read_reference
 from tests.support import golden
 from tests.support.launch import ROOT, succeed
 from tests.support.small_run import flat_vectors, saved, scalars
+from tests.support.version_2 import make_listed
 
 DATA = ROOT / "tests" / "data"
 GOLDEN: dict[str, Any] = {path.stem: json.loads(path.read_text()) for path in (DATA / "golden").glob("*.json")}
@@ -158,6 +159,7 @@ def test_an_old_index_is_made_from_its_receipts(name: str, old: Path) -> None:
         tar.write_bytes(bytes(tar.stat().st_size))
     command = ["index", str(old / "tars"), "--out", str(old / name), *INDEXES[name], "--workers", "1"]
     assert data_prep.cli.main(command) == 0
+    make_listed(old / name)
     after = [(old / name / file).read_bytes() for file in made]
     assert after[0].replace(str(old).encode(), b"/tmp/megapix-0.1.0") == before[0]
     assert after[1:] == before[1:]

@@ -30,6 +30,7 @@ from megapix.checkpoint.folder import latest
 from megapix.cli import main as cli
 from megapix.config import BatchLayout, DataConfig, RepaConfig
 from megapix.data import loader
+from megapix.data.assemble import Assembler
 from megapix.data.batch import Extras, ReadTimes
 from megapix.data.loader import MicroBatches
 from megapix.data.locate import locate
@@ -86,7 +87,7 @@ def reading(shards: Path, **changes: object) -> DataConfig:
 def clean(shards: Path) -> Tensor:
     """Every image of one bucket as the loader decodes it, in the index's order: uint8 [N, 3, H, W]."""
     c = reading(shards)
-    data = MicroBatches(locate(c), c, 0, 1)
+    data = Assembler(locate(c), c, 0, 1)
     return torch.stack([torch.from_numpy(data._image(sample, ReadTimes())[0]) for sample in range(SAMPLES)])
 
 
