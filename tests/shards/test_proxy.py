@@ -8,7 +8,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from urllib.parse import urlparse
 
@@ -17,6 +17,7 @@ import pytest
 from megapix.errors import InputError, StorageError
 from megapix.shards.storage import Access, Remote
 from tests.support.programs import needs
+from tests.support.servers import ManyAtOnce
 
 pytest.importorskip("aiohttp")
 
@@ -45,7 +46,7 @@ def answering(context: ssl.SSLContext | None = None) -> Iterator[tuple[int, list
             self.end_headers()
             self.wfile.write(data)
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = ManyAtOnce(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
     if context:
         server.socket = context.wrap_socket(server.socket, server_side=True)

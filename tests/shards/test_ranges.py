@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ import pytest
 from megapix.shards.storage import Access, Refused, Remote
 from megapix.shards.storage import ranges as module
 from megapix.shards.storage.ranges import GAP, LONGEST, Ranges, joined
+from tests.support.servers import ManyAtOnce
 
 DATA = np.random.default_rng(0).bytes(1_000_003)
 TOGETHER = 7
@@ -63,7 +64,7 @@ def server() -> Iterator[tuple[Server, str]]:
             self.end_headers()
             self.wfile.write(part)
 
-    found = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    found = ManyAtOnce(("127.0.0.1", 0), Handler)
     found.daemon_threads = True
     threading.Thread(target=found.serve_forever, daemon=True).start()
     yield state, f"http://127.0.0.1:{found.server_address[1]}"

@@ -10,7 +10,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -25,6 +25,7 @@ from megapix.shards.index import read_index
 from megapix.shards.storage import Access, Refused, Remote, shown
 from tests.data_prep.test_index import index_of
 from tests.support.foreign_shards import make
+from tests.support.servers import ManyAtOnce
 
 pytest.importorskip("aiohttp")
 
@@ -89,7 +90,7 @@ def guarded(root: Path, header: str = "", signature: str = "") -> Iterator[tuple
             if body:
                 self.wfile.write(data)
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = ManyAtOnce(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:

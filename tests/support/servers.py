@@ -47,6 +47,12 @@ def _wait_for(url: str, process: subprocess.Popen[bytes]) -> None:
     raise RuntimeError(f"the server ended with code {process.returncode}")
 
 
+class ManyAtOnce(ThreadingHTTPServer):
+    """With room for as many connections at once as a process of ours opens; Python's own has 5."""
+
+    request_queue_size = 128
+
+
 @dataclass
 class Nginx:
     """A running nginx."""
@@ -159,7 +165,7 @@ def faulty(root: Path, faults: Faults) -> Iterator[str]:
             else:
                 self.wfile.write(part)
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = ManyAtOnce(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
