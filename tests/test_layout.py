@@ -47,7 +47,7 @@ ALLOWED = {
     "evaluation": "conditioning diffusion weights shards encoders resilience",
     "train": TRAIN,
     "sample": "conditioning diffusion weights",
-    "ports": "checkpoint diffusion encoders model shards weights",
+    "ports": "checkpoint diffusion encoders model monitoring shards weights",
     "parity": "engine model diffusion",
     "launch": "",
     "doctor": f"train {TRAIN}".replace(" evaluation", ""),

@@ -6,10 +6,10 @@ seen is kept among the receipts, so an interrupted command looks at no image twi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,9 +18,9 @@ from data_prep.filters.duplicates import duplicates_of
 from data_prep.filters.fingerprints import fingerprint, length_of
 from data_prep.filters.rules import Filters
 from data_prep.listing.base import Item, Reader
+from data_prep.parts.chunks import Chunk, chunks, seen
 from data_prep.parts.part import WHOLE, Part
 from data_prep.writing.pool import in_processes
-from megapix.files import write_atomic
 from megapix.shards.image_policy import Policy
 from megapix.shards.pixels import decode, size_of
 
@@ -28,13 +28,6 @@ Verdicts: TypeAlias = NDArray[np.uint8]
 """uint8 [N]: 0 where a sample stays, the number of the option in `Filters.options`, from 1, or UNREADABLE."""
 UNREADABLE = 255
 """Of an image that cannot be read: writing will reject it."""
-PART = 1000
-"""Samples that a process looks at in one go."""
-
-
-class _Some(NamedTuple):
-    number: int
-    items: tuple[Item, ...]
 
 
 def look(data: bytes, filters: Filters, policy: Policy) -> tuple[int, bytes]:
@@ -86,34 +79,28 @@ def survey(
     """
     from tqdm import tqdm
 
-    seen: dict[int, bytes] = {}
+    found: dict[int, bytes] = {}
     if kept:
         kept.mkdir(exist_ok=True)
     work = partial(_look_at, reader, filters, policy, kept)
     with tqdm(total=len(items), unit="img", desc="filters", disable=not progress, mininterval=0.5) as bar:
-        for some, records in in_processes(work, _parts(items, part), workers):
-            seen[some.number] = records
-            bar.update(len(some.items))
-    return resolved(b"".join(seen[number] for number in sorted(seen)), filters)
+        for chunk, records in in_processes(work, chunks(items, part), workers):
+            found[chunk.number] = records
+            bar.update(len(chunk.items))
+    return resolved(b"".join(found[number] for number in sorted(found)), filters)
 
 
 def _width(filters: Filters) -> int:
     return 1 + (length_of(filters.duplicates) if filters.duplicates else 0)
 
 
-def _parts(items: Sequence[Item], part: Part) -> Iterator[_Some]:
-    for number in part.mine_first(-(-len(items) // PART)):
-        yield _Some(number, tuple(items[number * PART : (number + 1) * PART]))
+def _look_at(reader: Reader, filters: Filters, policy: Policy, kept: Path | None, chunk: Chunk) -> bytes:
+    records = partial(_records, reader, filters, policy, chunk)
+    return seen(kept, "filters", chunk, _width(filters), records) if kept else records()
 
 
-def _look_at(reader: Reader, filters: Filters, policy: Policy, kept: Path | None, some: _Some) -> bytes:
-    path = kept / f"filters-{some.number:06d}.bin" if kept else None
-    if path and path.is_file() and path.stat().st_size == len(some.items) * _width(filters):
-        return path.read_bytes()
-    records = b"".join(record_of(*_of_item(reader, filters, policy, item), filters) for item in some.items)
-    if path:
-        write_atomic(path, records)
-    return records
+def _records(reader: Reader, filters: Filters, policy: Policy, chunk: Chunk) -> bytes:
+    return b"".join(record_of(*_of_item(reader, filters, policy, item), filters) for item in chunk.items)
 
 
 def _of_item(reader: Reader, filters: Filters, policy: Policy, item: Item) -> tuple[int, bytes]:

@@ -149,7 +149,7 @@ def parts_of(out: Path) -> Parts | None:
     Raises:
         InputError: what lies there is damaged.
     """
-    folder = out / PARTS if out.is_dir() else out.with_name(f".{out.name}{PARTS}")
+    folder = _folder_of(out)
     try:
         there = json.loads((folder / BEGUN).read_bytes())
         return Parts(out, there["command"], there["parts"], there["options"], folder, there["round"])
@@ -179,7 +179,7 @@ def join(out: Path, part: Part, command: str, options: Mapping[str, Any]) -> Par
         return None
     mine = {"command": command, "parts": part.of, "options": json.loads(json.dumps(options))}
     if there is None:
-        folder = out / PARTS if out.is_dir() else out.with_name(f".{out.name}{PARTS}")
+        folder = _folder_of(out)
         folder.mkdir(parents=True, exist_ok=True)
         write_new(folder / BEGUN, _dump(mine | {"round": secrets.token_hex(4)}))
         there = parts_of(out)
@@ -200,6 +200,10 @@ def join(out: Path, part: Part, command: str, options: Mapping[str, Any]) -> Par
             )
     (there.folder / there.round).mkdir(exist_ok=True)
     return replace(there, part=part)
+
+
+def _folder_of(out: Path) -> Path:
+    return out / PARTS if out.is_dir() else out.with_name(f".{out.name}{PARTS}")
 
 
 def _done(number: int) -> str:

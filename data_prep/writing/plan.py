@@ -22,13 +22,12 @@ from data_prep.filters.rules import NO_FILTERS, Filters
 from data_prep.listing.archives import UNPACKED
 from data_prep.listing.base import Item, Source
 from data_prep.lists.order import Order, check_unique
-from data_prep.lists.tar_lists import LISTS
+from data_prep.lists.tar_lists import LISTS, PLAN_NAME
 from data_prep.parts.part import WHOLE, Part
 from megapix.errors import InputError
 from megapix.files import write_atomic, write_new
 from megapix.shards.image_policy import Policy
 
-PLAN_NAME = "plan.json"
 VERSION_KEY = "policy_version"
 """Key of the plan for the policy's version; no key for 1."""
 LIST_KEYS = ("classes", "samples", "list_sha256")

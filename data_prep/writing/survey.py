@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from data_prep.listing.base import Item, Reader
+from data_prep.parts.chunks import Chunk, chunks, seen
 from data_prep.parts.part import WHOLE, Part
 from data_prep.writing.pool import in_processes
 from data_prep.writing.receipt import RECEIPTS
@@ -18,8 +19,8 @@ from megapix.files import write_atomic
 from megapix.shards.image_policy import Policy
 
 SURVEY_NAME = "buckets.bin"
-PART = 1000
-"""Samples that a process looks at in one go."""
+CODE = "H"
+"""A bucket in that file, as `array` calls its type."""
 
 
 def buckets_of(
@@ -39,14 +40,14 @@ def buckets_of(
     from tqdm import tqdm
 
     path = out / SURVEY_NAME
-    buckets = array("H", bytes(2 * len(items)))
+    buckets = array(CODE, bytes(2 * len(items)))
     if path.is_file() and path.stat().st_size == len(buckets) * buckets.itemsize:
-        return array("H", path.read_bytes())
+        return array(CODE, path.read_bytes())
     with tqdm(total=len(buckets), unit="img", desc="sizes", disable=not progress, mininterval=0.5) as bar:
-        work = partial(_buckets, reader, policy, out)
-        for (first, some), found in in_processes(work, _parts(items, part), workers):
-            buckets[first : first + len(some)] = array("H", found)
-            bar.update(len(some))
+        work = partial(_kept, reader, policy, out / RECEIPTS)
+        for chunk, found in in_processes(work, chunks(items, part), workers):
+            buckets[chunk.first : chunk.first + len(chunk.items)] = array(CODE, found)
+            bar.update(len(chunk.items))
     write_atomic(path, buckets.tobytes())
     return buckets
 
@@ -80,21 +81,16 @@ class Rare:
         return {"bucket_min": self.least, "merged": moved}
 
 
-def _parts(items: Sequence[Item], part: Part) -> Iterator[tuple[int, tuple[Item, ...]]]:
-    for number in part.mine_first(-(-len(items) // PART)):
-        yield number * PART, tuple(items[number * PART : (number + 1) * PART])
+def _kept(reader: Reader, policy: Policy, kept: Path, chunk: Chunk) -> bytes:
+    """The buckets of a chunk as they lie in `buckets.bin`."""
+    return seen(kept, "buckets", chunk, array(CODE).itemsize, partial(_buckets, reader, policy, chunk))
 
 
-def _buckets(reader: Reader, policy: Policy, out: Path, some: tuple[int, tuple[Item, ...]]) -> bytes:
-    """As they lie in `buckets.bin`; kept among the receipts, so that nobody looks at an image twice."""
-    first, items = some
-    path, found = out / RECEIPTS / f"buckets-{first // PART:06d}.bin", array("H")
-    if path.is_file() and path.stat().st_size == len(items) * found.itemsize:
-        return path.read_bytes()
-    for item in items:
+def _buckets(reader: Reader, policy: Policy, chunk: Chunk) -> bytes:
+    found = array(CODE)
+    for item in chunk.items:
         try:
             found.append(policy.bucket_of(*policy.size_of(reader.read(item, policy.size))))
         except (OSError, ValueError):
             found.append(0)
-    write_atomic(path, found.tobytes())
     return found.tobytes()

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megapix.config import Config, TextConfig
-from megapix.data.batch import Extras
+from megapix.data.arrays import Extras
 from megapix.data.locate import Located, have_captions
 from megapix.data.mix.located import Data
 from megapix.data.mix.stored import MixedFeatures, MixedText, captioned

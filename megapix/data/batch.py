@@ -15,8 +15,6 @@ from megapix.data import arrays
 from megapix.data.arrays import Arrays, Extras, ReadTimes
 from megapix.data.order import Positions
 
-__all__ = ["Batch", "Extras", "ReadTimes", "padded"]
-
 
 @dataclass
 class Batch:

@@ -19,14 +19,15 @@ import fcntl
 import os
 import re
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from queue import Queue
 from threading import Thread
 
 from megapix.errors import InputError, StorageError
+from megapix.files import locked
 from megapix.outage import FULL, error_of, persist
 from megapix.shards.index import ShardEntry
 from megapix.shards.storage import Remote
@@ -119,7 +120,7 @@ class CachedShards:
         """Open a shard, and say whether it had to be fetched for that; BlockingIOError if another process is at it."""
         if (descriptor := self._from_disk(shard)) is not None:
             return descriptor, False
-        with _locked(self._path(shard, "lock"), wait):
+        with locked(self._path(shard, "lock"), wait):
             if shard.sha256 in self._damaged:
                 raise DamagedShard(self._damaged[shard.sha256])
             if (descriptor := self._from_disk(shard)) is not None:  # another process, or thread, was first
@@ -166,7 +167,7 @@ class CachedShards:
                 f"data.cache_gib = {self.limit / 2**30:g}: shard {shard.name} alone has {shard.bytes / 2**30:.3g} GiB"
             )
         while True:
-            with _locked(self.folder / ".room.lock"):
+            with locked(self.folder / ".room.lock"):
                 part.unlink(missing_ok=True)  # of a process that died
                 if self._make_room(shard.bytes):
                     with open(part, "wb") as file:
@@ -205,18 +206,6 @@ def _used_now(descriptor: int) -> None:
     """Note the time of use to the nanosecond; the file system's own clock has ticks of some milliseconds."""
     now = time.time_ns()
     os.utime(descriptor, ns=(now, now))
-
-
-@contextmanager
-def _locked(path: Path, wait: bool = True) -> Iterator[None]:
-    """Hold an exclusive lock on the file `path`, waiting for it, or BlockingIOError. Lock files stay: without one there
-    would be two."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _abandoned(lock: Path) -> bool:

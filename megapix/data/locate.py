@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megapix.config import DataConfig
-from megapix.data.mirror import access_of as access_of
 from megapix.data.mirror import mirrored
 from megapix.errors import InputError
 from megapix.files import size_of

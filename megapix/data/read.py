@@ -17,7 +17,8 @@ import numpy as np
 
 from megapix.config import DataConfig
 from megapix.data.cache import CachedShards, DamagedShard
-from megapix.data.locate import Located, access_of
+from megapix.data.locate import Located
+from megapix.data.mirror import access_of
 from megapix.errors import InputError, StorageError
 from megapix.shards.image_policy import Policy, decode_indexed
 from megapix.shards.index import TAR_BLOCK, Index, ShardEntry

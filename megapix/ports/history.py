@@ -5,19 +5,17 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
 from PIL import Image, ImageDraw
 
 from megapix.checkpoint.find import Saved
+from megapix.monitoring.events import Point, read_events
 
 CURVES = ("loss/train", "validation/loss_ema")
 COLOURS = ((30, 100, 200), (220, 110, 20))
 WIDTH, HEIGHT, EDGE = 720, 320, 44
 """Of the picture of curves, in pixels."""
-MOST = 100_000
-"""Rows of a curve that are read."""
+GRID = "samples/ema"
 
 
 @dataclass(frozen=True)
@@ -44,31 +42,20 @@ def history_of(saved: Saved) -> History:
         f"{c.seed}; {state.rollbacks} rollbacks.",
     }
     pictures: dict[str, bytes] = {}
-    events = _events(saved.folder.parent.parent / "tensorboard")
-    if curves := {tag: _rows(events, tag) for tag in CURVES if events and tag in events.Tags()["scalars"]}:
+    events = read_events(saved.folder.parent.parent / "tensorboard")
+    if curves := {tag: _rows(points) for tag in CURVES if (points := events.scalars.get(tag))}:
         pictures["curves.png"] = drawn(curves)
         sections["Curves"] = "![loss](curves.png)\n\n" + ", ".join(
             f"`{tag}`: {rows[-1][1]:.4g} at the end" for tag, rows in curves.items()
         )
-    if events and "samples/ema" in events.Tags()["images"]:
-        pictures["samples.png"] = events.Images("samples/ema")[-1].encoded_image_string
+    if grids := events.images.get(GRID):
+        pictures["samples.png"] = grids[max(grids)]
         sections["Samples"] = "Of the EMA, from the run's last grid.\n\n![samples](samples.png)"
     return History(sections, pictures)
 
 
-def _events(folder: Path) -> Any:
-    """What TensorBoard reads of a run; None without."""
-    if not any(folder.glob("events*")):
-        return None
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(folder), size_guidance={"scalars": MOST, "images": 1})
-    events.Reload()
-    return events
-
-
-def _rows(events: Any, tag: str) -> list[tuple[float, float]]:
-    return [(row.step, row.value) for row in events.Scalars(tag)]
+def _rows(points: Mapping[int, Point]) -> list[tuple[float, float]]:
+    return [(step, point.value) for step, point in points.items()]
 
 
 def drawn(curves: Mapping[str, Sequence[tuple[float, float]]]) -> bytes:

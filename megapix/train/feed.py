@@ -8,7 +8,8 @@ from dataclasses import replace
 from functools import partial
 
 from megapix.data import loader
-from megapix.data.batch import Batch, ReadTimes
+from megapix.data.arrays import ReadTimes
+from megapix.data.batch import Batch
 from megapix.data.mix.located import LocatedMix, order_of, with_weights
 from megapix.data.mix.order import MixOrder
 from megapix.diffusion import flow, repa

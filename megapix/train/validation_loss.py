@@ -12,7 +12,7 @@ from torch import Tensor
 from megapix import rng
 from megapix.conditioning.conditioner import Conditioner
 from megapix.config import Config
-from megapix.data.batch import Extras
+from megapix.data.arrays import Extras
 from megapix.data.loader import MicroBatches
 from megapix.data.locate import Located
 from megapix.diffusion import flow, noise

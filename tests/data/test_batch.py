@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from megapix.data.batch import Batch, ReadTimes
+from megapix.data.arrays import ReadTimes
+from megapix.data.batch import Batch
 from tests.support.fake_cuda import FakeCuda
 
 HINTS = get_type_hints(Batch)

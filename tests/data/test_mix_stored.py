@@ -17,7 +17,8 @@ import torch
 from megapix import config as configuration
 from megapix.conditioning.text_source import read_prompts, text_of
 from megapix.config import DataConfig
-from megapix.data.batch import Batch, Extras
+from megapix.data.arrays import Extras
+from megapix.data.batch import Batch
 from megapix.data.loader import MicroBatches
 from megapix.data.mix.located import LocatedMix, find, order_of
 from megapix.data.mix.order import MixOrder

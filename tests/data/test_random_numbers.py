@@ -20,7 +20,8 @@ from data_prep.sources.image_text import ImageText
 from data_prep.writing.plan import Options
 from data_prep.writing.write import write
 from megapix.config import BatchLayout, DataConfig, FlowConfig
-from megapix.data.batch import Batch, Extras
+from megapix.data.arrays import Extras
+from megapix.data.batch import Batch
 from megapix.data.loader import MicroBatches, batches
 from megapix.data.locate import locate
 from megapix.data.order import Order, SampleOrder

@@ -19,6 +19,7 @@ from data_prep import cli
 from data_prep.filters import duplicates
 from data_prep.filters.expression import parse
 from data_prep.filters.rules import Duplicates
+from data_prep.parts.chunks import Chunk
 from data_prep.writing import account
 from megapix.errors import InputError
 from megapix.shards.index import read_index
@@ -354,7 +355,7 @@ def test_a_survey_is_not_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     filters, policy = Filters(duplicates=Duplicates()), Policy.make("crop", 8)
     (tmp_path / ".receipts").mkdir()
-    some = survey._Some(0, tuple(Item(str(n), 0, "") for n in range(6)))
+    some = Chunk(0, tuple(Item(str(n), 0, "") for n in range(6)))
     first = survey._look_at(Counting(), filters, policy, tmp_path, some)
     assert Counting.reads == 6
     assert survey._look_at(Counting(), filters, policy, tmp_path, some) == first

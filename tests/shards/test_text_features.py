@@ -24,7 +24,8 @@ from data_prep.writing.plan import Options
 from data_prep.writing.write import write
 from megapix.conditioning.conditioner import StoredText
 from megapix.config import DataConfig, preset
-from megapix.data.batch import Extras, padded
+from megapix.data.arrays import Extras
+from megapix.data.batch import padded
 from megapix.data.loader import MicroBatches
 from megapix.data.locate import locate
 from megapix.encoders.text import TextEncoder, load

@@ -11,7 +11,8 @@ import torch
 
 from megapix.checkpoint.folder import latest
 from megapix.checkpoint.manifest import read_state
-from megapix.data.batch import Batch, Extras
+from megapix.data.arrays import Extras
+from megapix.data.batch import Batch
 from megapix.data.loader import MicroBatches
 from megapix.data.locate import locate
 from megapix.diffusion import repa

@@ -30,8 +30,8 @@ from megapix.checkpoint.folder import latest
 from megapix.cli import main as cli
 from megapix.config import BatchLayout, DataConfig, RepaConfig
 from megapix.data import loader
+from megapix.data.arrays import Extras, ReadTimes
 from megapix.data.assemble import Assembler
-from megapix.data.batch import Extras, ReadTimes
 from megapix.data.loader import MicroBatches
 from megapix.data.locate import locate
 from megapix.encoders.image import Encoder, load

@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from data_prep.passes.text_features import embed_text
 from megapix.cli import main as cli
 from megapix.conditioning.conditioner import EMPTY_NAME
-from megapix.data.batch import Extras
+from megapix.data.arrays import Extras
 from megapix.data.loader import MicroBatches
 from megapix.data.locate import locate
 from megapix.shards.text_features import read_text_features
