@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 
 import numpy as np
@@ -241,8 +241,9 @@ def test_a_rank_knows_that_its_workers_wait(shards: Path, tmp_path: Path) -> Non
         located = locate(remote)
         for breaks in (0, 2):
             faults.breaks = breaks
-            stream = batches(remote, located, 3, BatchLayout(8, 1, 1), 0, 0, ())
-            assert same([next(stream) for _ in range(5)], epoch(config(str(shards))))
+            # Closed in each round: a worker of the first one, which reads ahead, would meet the second one's faults.
+            with closing(batches(remote, located, 3, BatchLayout(8, 1, 1), 0, 0, ())) as stream:
+                assert same([next(stream) for _ in range(5)], epoch(config(str(shards))))
             assert (before < workers.WAITED.value < time.monotonic()) == bool(breaks)
 
 
