@@ -141,7 +141,8 @@ class Assembler:
         features = self._features_of(shown, mirrored.tolist())
         captions, text = self._captions_of(shown, positions)
         times.read += time.perf_counter() - start
-        pixels = np.stack(images)
+        pixels = np.empty((len(images), *images[0].shape), np.uint8)
+        np.stack(images, out=pixels)  # the one copy: of itself stack would keep the order that the decoder left
         return Arrays(pixels, np.array(labels), positions, tuple(replaced), times, features, captions, text)
 
     def _features_of(self, samples: list[int], mirrored: list[bool]) -> NDArray[np.generic] | None:

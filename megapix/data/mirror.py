@@ -22,10 +22,13 @@ from megapix.shards.table import hashes
 from megapix.shards.tables.entries import SHARDS_NAME
 from megapix.shards.tables.stamps import RACY
 
+IN_FLIGHT = 192
+"""Requests of a rank in flight together, shared among its workers; each has 16 at least."""
+
 
 def access_of(config: DataConfig) -> Access:
-    """How patient remote reads are."""
-    return Access(config.timeout, config.outage_minutes)
+    """How patient remote reads are, and how many are in flight."""
+    return Access(config.timeout, config.outage_minutes, in_flight=max(16, IN_FLIGHT // max(1, config.workers)))
 
 
 def mirrored(config: DataConfig, tables: tuple[str, ...], again: bool = False) -> Path:

@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import overload
 
-import numpy as np
-
 from megapix.config import DataConfig
 from megapix.data.cache import CachedShards, DamagedShard
 from megapix.data.locate import Located
@@ -51,6 +49,8 @@ class ShardReader:
         self.cache: CachedShards | None = None
         self._files: Local | Remote = Local(Path(located.base))
         self._ranges: Ranges | None = None
+        self._begun: dict[int, tuple[SampleRecord, ShardEntry]] = {}
+        """Where samples lie that are asked for ahead."""
         if located.remote:
             self._files = Remote(located.base, access_of(config))
             if config.cache and config.cache_gib:
@@ -67,11 +67,12 @@ class ShardReader:
         """Begin to fetch what these samples lie in, without waiting, where that is remote."""
         if not self.located.remote:
             return
-        found = [self._record(sample) for sample in samples]
+        found = {sample: self._record(sample) for sample in samples}
         if self.cache:
-            self.cache.prefetch(shard for _, shard in found)
+            self.cache.prefetch(shard for _, shard in found.values())
         elif self._ranges:
-            self._ranges.begin([(shard.name, record.offset, record.size) for record, shard in found])
+            self._ranges.begin([(found[one][1].name, found[one][0].offset, found[one][0].size) for one in samples])
+        self._begun |= found
 
     def read(self, sample: int) -> Encoded:
         """The sample's bytes, label and bucket.
@@ -80,7 +81,7 @@ class ShardReader:
             DamagedSample: they are not what the index says. DamagedShard: its whole tar file is not.
             StorageError: they cannot be read now. InputError: they may not be read.
         """
-        record, shard = self._record(sample)
+        record, shard = self._begun.pop(sample) if sample in self._begun else self._record(sample)
         data = self._bytes(shard, record.offset, record.size)
         if zlib.crc32(data) != record.crc and self.cache:  # of the local copy, perhaps
             self.cache.drop(shard)
@@ -136,13 +137,12 @@ class Decoder:
         return self
 
     def __call__(self, data: bytes, bucket: int) -> Pixels:
-        """The image: uint8 [3, H, W], of its bucket's size.
+        """The image: a view, uint8 [3, H, W], of its bucket's size.
 
         Raises:
             ValueError: not an image, damaged, of another size than prepared ones have, or refused by the policy.
         """
-        pixels = decode_indexed(data, self.policy, bucket, self._prepared)
-        return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+        return decode_indexed(data, self.policy, bucket, self._prepared).transpose(2, 0, 1)
 
 
 class FirstCaptions(Sequence[str]):

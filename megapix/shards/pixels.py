@@ -73,7 +73,11 @@ def decode(data: bytes, background: tuple[int, int, int] = WHITE, version: int =
 
 
 def read(
-    data: bytes, background: tuple[int, int, int] = WHITE, version: int = VERSION, convert: bool = True
+    data: bytes,
+    background: tuple[int, int, int] = WHITE,
+    version: int = VERSION,
+    convert: bool = True,
+    stored: tuple[int, int] | None = None,
 ) -> Decoded:
     """Decode a whole image (the first frame or page of several) to 8-bit RGB, upright.
 
@@ -81,14 +85,16 @@ def read(
 
     Args:
         convert: whether colours are converted to sRGB by an embedded ICC profile.
+        stored: the (height, width) that the file must have; compared before any pixel is decoded.
 
     Raises:
-        ValueError: not an image of a kind that is read, one that needs a plug-in, truncated, with broken EXIF data, or
-            as large as a decompression bomb.
+        ValueError: not an image of a kind that is read, one that needs a plug-in, truncated, with broken EXIF data, of
+            another size than asked for, or as large as a decompression bomb.
     """
     if version == 1:
-        return Decoded(_decode_1(data, background))
+        return Decoded(_decode_1(data, background, stored))
     with opened(data) as image, decoding():
+        _check_stored(image, stored)
         turn = upright.turn_of(image)
         conversion, note = icc.asked(image) if convert else (None, None)
         size = upright.size_upright(image, turn)
@@ -112,13 +118,15 @@ def decode_exactly(data: bytes, height: int, width: int, version: int = VERSION)
     Raises:
         ValueError: another size, or what `decode` raises.
     """
-    with _opened(data) as image:
-        if image.size != (width, height):
-            raise ValueError(f"image is {image.width}x{image.height} pixels, expected {width}x{height}")
-    pixels = decode(data, version=version)
+    pixels = read(data, version=version, stored=(height, width)).pixels
     if pixels.shape[:2] != (height, width):
         raise ValueError(f"image is to be turned to {pixels.shape[1]}x{pixels.shape[0]} pixels (EXIF)")
     return pixels
+
+
+def _check_stored(image: Image.Image, stored: tuple[int, int] | None) -> None:
+    if stored and (image.height, image.width) != stored:
+        raise ValueError(f"image is {image.width}x{image.height} pixels, expected {stored[1]}x{stored[0]}")
 
 
 @lru_cache(maxsize=1)
@@ -228,8 +236,9 @@ def _size_1(data: bytes) -> tuple[int, int]:
         return (image.width, image.height) if turned else (image.height, image.width)
 
 
-def _decode_1(data: bytes, background: tuple[int, int, int]) -> Pixels:
+def _decode_1(data: bytes, background: tuple[int, int, int], stored: tuple[int, int] | None) -> Pixels:
     with _opened(data) as image:
+        _check_stored(image, stored)
         if image.format == "JPEG" and image.mode in ("RGB", "L") and "exif" not in image.info:
             pixels = _plain_jpeg(data)
             if pixels is not None:

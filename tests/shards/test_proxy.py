@@ -6,6 +6,7 @@ import ssl
 import subprocess
 import sys
 import threading
+from base64 import b64encode
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler
@@ -38,6 +39,8 @@ def answering(context: ssl.SSLContext | None = None) -> Iterator[tuple[int, list
 
         def do_GET(self) -> None:
             asked.append(self.path)
+            if "Proxy-Authorization" in self.headers:
+                asked.append(self.headers["Proxy-Authorization"])
             first, last = map(int, self.headers["Range"].removeprefix("bytes=").split("-"))
             data = CONTENT[first : last + 1]
             self.send_response(206)
@@ -73,14 +76,26 @@ def _direct(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name.upper(), raising=False)
 
 
-def test_a_proxy_is_asked_but_for_hosts_that_need_none(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("scheme", ["http://", ""])
+def test_a_proxy_is_asked_but_for_hosts_that_need_none(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with answering() as (proxy, through), answering() as (port, direct):
-        monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{proxy}")
+        monkeypatch.setenv("http_proxy", f"{scheme}127.0.0.1:{proxy}")
         monkeypatch.setenv("no_proxy", "127.0.0.1")
         assert Remote("http://shards.invalid/set", ACCESS).read("0.tar", 3, 4) == CONTENT[3:7]
         assert [urlparse(url).netloc for url in through] == ["shards.invalid"]
         assert Remote(f"http://127.0.0.1:{port}/set", ACCESS).read("0.tar", 3, 4) == CONTENT[3:7]
         assert (len(through), direct) == (1, ["/set/0.tar"])
+
+
+@pytest.mark.parametrize("way", ["in its URL", "netrc"])
+def test_a_proxy_with_a_password(way: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password s3cr@t\n")
+    with answering() as (proxy, through):
+        monkeypatch.setenv("NETRC", str(tmp_path / ("netrc" if way == "netrc" else "none")))
+        password = "" if way == "netrc" else "me:s3cr%40t@"
+        monkeypatch.setenv("http_proxy", f"http://{password}127.0.0.1:{proxy}")
+        assert Remote("http://shards.invalid/set", ACCESS).read("0.tar", 3, 4) == CONTENT[3:7]
+        assert through == ["http://shards.invalid/set/0.tar", "Basic " + b64encode(b"me:s3cr@t").decode()]
 
 
 @pytest.fixture(scope="module")

@@ -211,7 +211,7 @@ def test_headers_that_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("MEGAPIX_HTTP_HEADERS", '{"authorization": "s3cr3t"}')
     (tmp_path / "passwords").write_text("default login me password s3cr3t\n")
     monkeypatch.setenv("NETRC", str(tmp_path / "passwords"))
-    with pytest.raises(InputError, match="host: the netrc has a password, and MEGAPIX_HTTP_HEADERS or"):
+    with pytest.raises(InputError, match="host: the netrc has a password, MEGAPIX_HTTP_HEADERS or"):
         Remote("https://host/set", Access(1.0, 0.0))
 
 

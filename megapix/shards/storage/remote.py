@@ -23,8 +23,6 @@ PART = 8 << 20
 """Bytes of one request while a whole file is fetched: what a broken connection costs."""
 PARTS = 3
 """Such requests of one file in flight together."""
-CONNECTIONS = 32
-"""Requests of one process in flight together: at 100 ms each they bring 320 answers a second."""
 
 Range: TypeAlias = tuple[str, int, int]
 """Name of a file, offset, and bytes from there on."""
@@ -38,7 +36,7 @@ class Remote:
         self.base, self.access = base.rstrip("/"), access
         self._root = root_of(self.base)
         self._query = access.query if self._root.startswith("http") else ""
-        self._fs = filesystem(self._root, access.timeout, bool(self._query), CONNECTIONS)
+        self._fs = filesystem(self._root, access, bool(self._query))
         self._slots: asyncio.Semaphore | None = None
         self._trusted = False
         """Whether the server has given a range."""
@@ -124,8 +122,8 @@ class Remote:
         return self._try(name, once) if size else b""
 
     def begin(self, ranges: Sequence[Range]) -> list[Future[bytes]]:
-        """Ask for ranges without waiting, in order, CONNECTIONS at a time; the answers are for `read`, which checks
-        them, and tries again where one has failed."""
+        """Ask for ranges without waiting, in order, `Access.in_flight` at a time; the answers are for `read`, which
+        checks them, and tries again where one has failed."""
         answers = [Future[bytes]() for _ in ranges]
         self._fs.loop.call_soon_threadsafe(self._ask, list(zip(ranges, answers, strict=True)))
         return answers
@@ -149,7 +147,7 @@ class Remote:
         # One request goes ahead of all others: of a server that ignores ranges many would bring as many whole files.
         if not self._trusted and len(data) <= size:
             self._trusted = True
-            for _ in range(CONNECTIONS - 1):
+            for _ in range(self.access.in_flight - 1):
                 slots.release()
 
     def fetch(self, name: str, path: Path, size: int) -> str:
