@@ -17,6 +17,7 @@ from data_prep.writing import index as indexing
 from data_prep.writing import receipt
 from megapix.config import DataConfig, freeze
 from megapix.data.locate import locate, locate_version
+from megapix.data.mix.located import LocatedMix
 from megapix.errors import InputError
 from megapix.shards.index import read_index
 from megapix.train.resolve import resolve
@@ -171,6 +172,34 @@ def test_a_run_keeps_the_set_that_it_began_with(tmp_path: Path) -> None:
     assert (fresh.located.index.digest, fresh.kept) == (second.digest, ())
     shutil.rmtree(out / "versions")
     with pytest.raises(InputError, match=f"was trained on the data set {first.digest[:16]}…"):
+        resolve(run_of, 1)
+
+
+def test_a_mix_keeps_the_sets_that_its_run_began_with(tmp_path: Path) -> None:
+    """One of two has grown: the run goes on with its older index, and says so; another run takes the newest."""
+    folders = [tmp_path / "steady", tmp_path / "growing"]
+    for number, out in enumerate(folders):
+        index_of(tars(tmp_path / f"tars {number}", number + 1), out)
+    mix = tmp_path / "mix.json"
+    sets = [{"path": str(out), "weight": 1} for out in folders]
+    mix.write_text(json.dumps({"format": "megapix-mix", "version": 1, "sets": sets}))
+    run_of = replace(SMALL, out=str(tmp_path / "run"), data=replace(SMALL.data, path=str(mix)))
+    began = resolve(run_of, 1)
+    digests = tuple(read_index(out).digest for out in folders)
+    more = {"data_digest": began.located.index.digest, "sets": digests, "weights": ((0, (1, 1), (None, None)),)}
+    checkpoint_of(began.config, folders[0], tmp_path / "run", 1, **more)
+    tars(tmp_path / "tars 1", 3)
+    index_of(tmp_path / "tars 1", folders[1])
+    resolved = resolve(run_of, 1)
+    assert isinstance(resolved.located, LocatedMix)
+    assert resolved.located.digests == digests
+    assert resolved.located.index.samples == 24
+    (said,) = resolved.kept
+    assert f"has a newer index, {read_index(folders[1]).digest[:16]}…; the run keeps its own" in said
+    fresh = resolve(replace(run_of, out=str(tmp_path / "other")), 1)
+    assert (fresh.located.index.samples, fresh.kept) == (32, ())
+    shutil.rmtree(folders[1] / "versions")
+    with pytest.raises(InputError, match="was trained on a mix of 2 sets, and .*growing' in .* is none of them"):
         resolve(run_of, 1)
 
 

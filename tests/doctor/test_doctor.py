@@ -18,9 +18,12 @@ from megapix.doctor import network, run_files, software
 from megapix.doctor.verdict import Findings, Verdict, table
 from megapix.engine.network import build_network
 from megapix.errors import InputError
+from megapix.shards.index import read_index
+from tests.data.test_mix_far import again
 from tests.support.launch import ROOT, Rank, free_port, start
 from tests.support.programs import needs
 from tests.support.small_run import SMALL, arguments
+from tests.train.test_mix_run import mix_of
 
 CHECKS = ["hosts", "names", "clock", "versions", "op build", "compiler", "GPU", "shared memory", "run folder", "disk"]
 CHECKS += ["shards", "command", "all-reduce"]
@@ -106,6 +109,22 @@ def test_everything_wrong_on_one_rank(shards: Path, tmp_path: Path) -> None:
     assert "rank 1: ahead of rank 0's by 5.0 s" in found["clock"]
     assert first.out.rstrip().endswith("megapix doctor: the run would fail")
     assert list(runs.iterdir()) == []
+
+
+def test_all_sets_of_a_mix_are_read(shards: Path, tmp_path: Path) -> None:
+    """The second set lacks the end of a tar file that no size shows: its last sample is damaged."""
+    other = again(shards, tmp_path / "other")
+    mix = mix_of(tmp_path / "mix.json", {"path": str(shards), "weight": 1}, {"path": str(other), "weight": 1})
+    (rank,) = doctor(1, mix, tmp_path / "run")
+    assert rank.code == 0, rank.out + rank.err
+    assert lines(rank.out)["shards"].count("samples of") == 2
+    entry = read_index(other).shards[-1]
+    tar = other / entry.name
+    tar.write_bytes(bytes(tar.stat().st_size))
+    (rank,) = doctor(1, mix, tmp_path / "run")
+    assert rank.code == 1
+    assert "FAIL" in (said := lines(rank.out)["shards"])
+    assert str(tar) in said
 
 
 def test_ranks_that_were_asked_for_different_runs(shards: Path, tmp_path: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,8 +45,8 @@ def add_checkpoint(run: Path, images: int) -> Path:
     return folder
 
 
-def checkpoint_of(c: Config, shards: Path, out: Path, ranks: int) -> None:
-    """A whole checkpoint at 80 images, of a network with one number."""
+def checkpoint_of(c: Config, shards: Path, out: Path, ranks: int, **more: Any) -> None:
+    """A whole checkpoint at 80 images, of a network with one number; `more` are fields of its state."""
     folder = out / "checkpoints" / "images-000000000080"
     folder.mkdir(parents=True)
     layout, files = Layout({"a": (1,)}, ranks), {}
@@ -52,5 +54,6 @@ def checkpoint_of(c: Config, shards: Path, out: Path, ranks: int) -> None:
         (folder / name).write_bytes(b"numbers")
         files[name] = FileRecord(7, hashlib.sha256(b"numbers").hexdigest())
     digest = read_index(shards).digest
-    write_state(folder, State(Counters(80, 80), c, digest, ("a",) * 3, layout, 10, files=files))
+    state = State(Counters(80, 80), c, digest, ("a",) * 3, layout, 10, files=files)
+    write_state(folder, replace(state, **more))
     point_to(folder)
