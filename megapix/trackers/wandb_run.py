@@ -12,10 +12,13 @@ from typing import Any
 class WandbRun:
     """A run of wandb; files of it lie in RUN/wandb."""
 
+    _library: Any
+    _run: Any
+
     def __init__(self, run: Path, identity: str, config: dict[str, Any]) -> None:
         import wandb
 
-        self._wandb, self.id = wandb, identity or uuid.uuid4().hex[:12]
+        self._library, self.id = wandb, identity or uuid.uuid4().hex[:12]
         settings = wandb.Settings(console="off", silent=True)
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "megapix"),
@@ -35,7 +38,7 @@ class WandbRun:
         """Log a picture."""
         from PIL import Image
 
-        self._run.log({tag: self._wandb.Image(Image.open(io.BytesIO(png)))}, step=step)
+        self._run.log({tag: self._library.Image(Image.open(io.BytesIO(png)))}, step=step)
 
     def text(self, step: int, tag: str, text: str) -> None:
         """Log a text."""
