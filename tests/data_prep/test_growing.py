@@ -199,7 +199,7 @@ def test_a_mix_keeps_the_sets_that_its_run_began_with(tmp_path: Path) -> None:
     fresh = resolve(replace(run_of, out=str(tmp_path / "other")), 1)
     assert (fresh.located.index.samples, fresh.kept) == (32, ())
     shutil.rmtree(folders[1] / "versions")
-    with pytest.raises(InputError, match="was trained on a mix of 2 sets, and .*growing' in .* is none of them"):
+    with pytest.raises(InputError, match=r"was trained on a mix of 2 sets, and .*growing' in .* is none of them"):
         resolve(run_of, 1)
 
 
