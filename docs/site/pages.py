@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import inspect
 import re
+import textwrap
 import typing
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,9 +30,9 @@ from megapix.sample.options import SampleOptions
 
 ROOT = Path(__file__).resolve().parents[2]
 MARKS = {
-    "identity": "what the run is: a resume must have the same value",
-    "schedule": "may change on resume, which is logged",
-    "machine": "where and how it is executed: free",
+    "identity": "defines the run; a resume must have the same value",
+    "schedule": "may change on resume; the change is logged",
+    "machine": "where and how the run executes; may change freely",
 }
 COMMANDS = {
     "megapix sample": SampleOptions,
@@ -75,8 +76,8 @@ def on_page_markdown(markdown: str, *, files: Files, **_: Any) -> str:
 
 def options_page() -> Iterator[str]:
     """Every option of a run, and what each preset sets."""
-    yield from ("# Options of a run", "", "Each can be given to `megapix train` (and to `launch`, `doctor`, `plan`) as")
-    yield from ("`--SECTION.OPTION VALUE`, or in the file of `--config`. The mark says what a resume makes of it:", "")
+    yield from ("# Options of a run", "", "Set an option of `megapix train` (and of `launch`, `doctor`, `plan`) with")
+    yield from ("`--SECTION.OPTION VALUE`, or in the file of `--config`. Marks, for resume:", "")
     yield from (f"- *{mark}*: {meaning}" for mark, meaning in MARKS.items())
     for section in dataclasses.fields(Config):
         kind = typing.get_type_hints(Config)[section.name]
@@ -85,15 +86,15 @@ def options_page() -> Iterator[str]:
             yield from _table(kind, f"{section.name}.", marks=True)
     top = [field for field in dataclasses.fields(Config) if "mark" in field.metadata]
     if top:
-        yield from ("", "## Of no section", "")
+        yield from ("", "## Other options", "")
         yield from _table(Config, "", marks=True)
-    yield from ("", "## Presets", "", "What each preset sets apart from the defaults above.", "")
+    yield from ("", "## Presets", "", "What each preset changes from the defaults above.", "")
     defaults = {option: value for option, value, _ in leaves(Config())}
     for name, (_, about) in PRESETS.items():
         yield from ("", f"### {name}", "", f"{about}.", "", "| option | value |", "|---|---|")
         for option, value, _ in leaves(preset(name)):
             if value != defaults[option]:
-                yield f"| `{option}` | `{value}` |"
+                yield f"| `{option}` | {_code(value)} |"
 
 
 def commands_page() -> Iterator[str]:
@@ -146,7 +147,12 @@ def _default(field: dataclasses.Field[Any]) -> str:
         value = field.default_factory()
     else:
         return "needed"
-    return "" if value in ("", None, ()) else f"`{value}`"
+    return "" if value in ("", None, ()) else _code(value)
+
+
+def _code(value: Any) -> str:
+    """A value in a cell; of a long text the first words."""
+    return f"`{textwrap.shorten(str(value), 80, placeholder=' …')}`"
 
 
 def _first_line(kind: Any) -> str:
