@@ -27,7 +27,7 @@ from data_prep.sources import open_source
 from megapix.errors import InputError
 from megapix.shards.captions import unpack
 
-KINDS = ("tar", "zip", "parquet", "jsonl", "csv", "json", "txt", "labels", "dataset.json")
+KINDS = ("tar", "zip", "parquet", "jsonl", "csv", "json", "txt", "labels", "dataset.json", "metadata.parquet")
 
 
 @cache
@@ -62,11 +62,12 @@ def _original(kind: str) -> bytes:
                 archive.writestr(f"00000/{n}.png", image)
             archive.writestr("dataset.json", json.dumps({"labels": [[f"00000/{n}.png", n % 2] for n in range(3)]}))
         return out.getvalue()
-    if kind == "parquet":
+    if kind in ("parquet", "metadata.parquet"):
         import pyarrow
         import pyarrow.parquet
 
         table = [{"image": {"bytes": image}, "label": n % 2, "text": f"fox {n}"} for n, image in enumerate(_images())]
+        table = table if kind == "parquet" else rows
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(table), out, row_group_size=2)
         return out.getvalue()
     texts = {
@@ -84,7 +85,7 @@ def mutated(kind: str, number: int, seed: int) -> bytes:
     """File `number` of a kind; one in four texts is in UTF-16."""
     generator = np.random.default_rng([seed, KINDS.index(kind), number])
     data = _original(kind)
-    if kind not in ("tar", "zip", "parquet") and generator.random() < 0.25:
+    if kind not in ("tar", "zip", "parquet", "metadata.parquet") and generator.random() < 0.25:
         data = data.decode().encode("utf-16")
     return mutation_of(data, generator)
 
@@ -104,7 +105,8 @@ def _laid_out(kind: str, data: bytes, folder: Path) -> tuple[Path, Reading]:
     for n, image in enumerate(_images()):
         (folder / f"{n}.png").write_bytes(image)
     (folder / "1.txt").write_text("an owl")
-    name = {"jsonl": "metadata.jsonl", "csv": "metadata.csv", "labels": "labels.csv"}.get(kind, f"0.{kind}")
+    names = {"jsonl": "metadata.jsonl", "csv": "metadata.csv", "labels": "labels.csv", "metadata.parquet": kind}
+    name = names.get(kind, f"0.{kind}")
     (folder / name).write_bytes(data)
     return folder, Reading(labels=folder / name) if kind == "labels" else PLAIN
 

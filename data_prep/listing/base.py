@@ -164,6 +164,13 @@ def in_one_line(error: BaseException) -> str:
     return "".join(letter if letter.isprintable() else f"\\x{ord(letter):02x}" for letter in said)
 
 
+def of_parquet() -> tuple[type[Exception], ...]:
+    """What pyarrow raises of a file that is damaged, or is none; names that are not UTF-8 among it."""
+    import pyarrow
+
+    return pyarrow.ArrowException, OSError, UnicodeDecodeError
+
+
 def as_utf8(text: str) -> str:
     """The text with what UTF-8 cannot hold (lone surrogates, bytes of another encoding) spelled out."""
     return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.listing.archives import PACKED, without_ending
-from data_prep.listing.base import Entries, ending, in_one_line
+from data_prep.listing.base import Entries, ending, in_one_line, of_parquet
 from data_prep.listing.captions import CAPTION_COLUMNS
 from data_prep.listing.reading import Reading
 from megapix.errors import InputError
@@ -87,19 +87,17 @@ def is_table(path: Path) -> bool:
         return False
     if importlib.util.find_spec("pyarrow") is None:
         return True
-    import pyarrow
     import pyarrow.parquet
 
     try:
         return KEY in pyarrow.parquet.read_schema(path).names
-    except (pyarrow.ArrowException, OSError):
+    except of_parquet():
         return True
 
 
 def _read(path: Path, reading: Reading) -> dict[str, dict[str, Any]]:
     if importlib.util.find_spec("pyarrow") is None:
         raise InputError(f"{path} holds what is known of its images, and needs pyarrow: pip install 'megapix[parquet]'")
-    import pyarrow
     import pyarrow.parquet
 
     wanted = (KEY, *READ, *(key for key, _ in reading.keys), *reading.columns)
@@ -107,6 +105,6 @@ def _read(path: Path, reading: Reading) -> dict[str, dict[str, Any]]:
         with pyarrow.parquet.ParquetFile(path) as file:
             names = set(file.schema_arrow.names)
             rows = file.read([name for name in dict.fromkeys(wanted) if name in names]).to_pylist()
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+    except of_parquet() as error:
         raise ValueError(f"{path.name} cannot be read as a parquet file: {in_one_line(error)}") from error
     return {str(row.pop(KEY)): row for row in rows} if KEY in names else {}

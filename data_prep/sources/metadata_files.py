@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data_prep.listing.base import in_one_line
+from data_prep.listing.base import in_one_line, of_parquet
 from data_prep.listing.captions import LARGEST_TEXT, json_object
 from megapix.errors import InputError
 from megapix.text import text_of
@@ -132,13 +132,12 @@ def _cell(text: str) -> Any:
 def _parquet(path: Path) -> Table:
     if importlib.util.find_spec("pyarrow") is None:
         raise InputError(f"{path} needs pyarrow: pip install 'megapix[parquet]'")
-    import pyarrow
     import pyarrow.parquet
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             columns = tuple(file.schema_arrow.names)
             rows = file.read().to_pylist()
-    except pyarrow.ArrowException as error:
+    except of_parquet() as error:
         raise ValueError(f"cannot be read as a parquet file: {in_one_line(error)}") from error
     return Table(columns, [Line(number, row) for number, row in enumerate(rows, 1)])

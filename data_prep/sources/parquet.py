@@ -15,7 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data_prep.listing.base import Entries, Item, ending, in_one_line
+from data_prep.listing.base import Entries, Item, ending, in_one_line, of_parquet
 from data_prep.listing.captions import CAPTION_COLUMNS, CaptionKeys, captions_in, packed, trimmed
 from data_prep.listing.classes import Label, NoClass, label_of, settle
 from data_prep.listing.files import files_below
@@ -41,7 +41,10 @@ class ParquetReader:
     def read(self, item: Item, size: int) -> bytes:
         """The bytes of the image; a null is an error."""
         path, group, row, column = item.place
-        value = _images((path, group, column))[row].as_py()
+        rows = _images((path, group, column))
+        if row >= len(rows):
+            raise ValueError(f"column {column!r} of row group {group} has {len(rows)} rows, fewer than the file says")
+        value = rows[row].as_py()
         data = value.get("bytes") if isinstance(value, dict) else value
         if not isinstance(data, bytes) or not data:
             raise ValueError("the row holds no image bytes")
@@ -67,7 +70,7 @@ def _load(path: str, group: int, column: str) -> Any:
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             return file.read_row_group(group, [column]).column(0)
-    except pyarrow.ArrowException as error:
+    except of_parquet() as error:
         raise ValueError(f"row group {group} of {path} cannot be read: {in_one_line(error)}") from error
 
 
@@ -96,8 +99,6 @@ class Parquet:
         """
         if importlib.util.find_spec("pyarrow") is None:
             raise InputError(f"source {str(path)!r} needs pyarrow: pip install 'megapix[parquet]'")
-        import pyarrow
-
         entries = Entries()
         files = _files(path, entries)
         if not files:
@@ -110,7 +111,7 @@ class Parquet:
         for file in map(by_name.__getitem__, chosen):
             try:
                 rows, labels_here, names_here = _rows(path, file, reading)
-            except (pyarrow.ArrowException, OSError) as error:
+            except of_parquet() as error:
                 raise InputError(f"{file}: cannot be read as a parquet file: {in_one_line(error)}") from error
             if names is not None and names_here not in (None, names):
                 raise InputError(f"{file}: its class names are not those of the files before it")

@@ -301,8 +301,11 @@ def test_bad_parquet_files(image_folder: Path, tmp_path: Path) -> None:
         return tmp_path / f"{name}.parquet"
 
     (tmp_path / "damaged.parquet").write_bytes(b"PAR1 and nothing")
+    named = table("named", image=[png], label=[1])
+    named.write_bytes(named.read_bytes().replace(b"label", b"l\xffbel"))
     for path, message in (
         (table("bare", label=[1]), "no column of images"),
+        (named, "cannot be read as a parquet file: .*can't decode byte 0xff"),
         (tmp_path / "damaged.parquet", "cannot be read as a parquet file"),
     ):
         with pytest.raises(InputError, match=message):
@@ -310,6 +313,9 @@ def test_bad_parquet_files(image_folder: Path, tmp_path: Path) -> None:
     text = open_source(table("text", image=["not bytes"], label=[0]))
     with pytest.raises(ValueError, match="the row holds no image bytes"):
         text.reader.read(text.items[0], 16)
+    few = text.items[0]._replace(place=(str(tmp_path / "text.parquet"), 0, 1, "image"))
+    with pytest.raises(ValueError, match="column 'image' of row group 0 has 1 rows, fewer than the file says"):
+        text.reader.read(few, 16)
     source = open_source(table("holes", image=[png, None, png], label=[0, 1, 0]))
     index, _ = write(source, tmp_path / "out", OPTIONS, workers=1, max_rejected=0.5, progress=False)
     assert (index.samples, index.rejected) == (2, 1)
