@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from numbers import Number
 from typing import Any, TypeAlias
 
@@ -143,6 +144,12 @@ def packed(captions: Sequence[Caption]) -> str:
 def trimmed(captions: Sequence[Caption]) -> str:
     """As `packed`, without the blanks and line ends around each caption: what an item keeps."""
     return packed([Caption(text.strip(), weight) for text, weight in captions])
+
+
+@lru_cache
+def of_class(label: object) -> str:
+    """The name of a class as the packed caption of what has no other; empty for a number alone, or no class."""
+    return packed([Caption(label.replace("_", " "))]) if isinstance(label, str) else ""
 
 
 def lacking(without: int, samples: int, captioned: bool) -> list[str]:

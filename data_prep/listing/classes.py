@@ -123,7 +123,7 @@ def parse_classes(option: str) -> Given | None:
         if text.lstrip().startswith(("[", "{")):
             names, numbers = _from_json(json.loads(text))
         else:
-            names, numbers = _from_names([line.strip() for line in text.splitlines() if line.strip()])
+            names, numbers = _from_names([line.strip() for line in text.split("\n") if line.strip()])
         as_utf8("".join(names)).encode()
     except OSError as error:
         raise InputError(f"--classes {option!r}: cannot be read: {error.strerror or error}") from error

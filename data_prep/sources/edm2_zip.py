@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.listing.base import SHOWN_EXTENSIONS, Entries, Item, ending, in_one_line, is_image
-from data_prep.listing.captions import packed
+from data_prep.listing.captions import of_class
 from data_prep.listing.classes import Label, NoClass, label_of, settle
 from data_prep.listing.reading import PLAIN, Reading
 from data_prep.listing.splits import of_split
 from data_prep.sources.image_folder import numbered_folders
 from megapix.errors import InputError
-from megapix.shards.captions import Caption
 from megapix.text import text_of
 
 LABELS = "dataset.json"
@@ -133,8 +132,7 @@ def _of_folders(
 ) -> tuple[tuple[str, ...], list[Item], dict[str, Any]]:
     folders, numbers, about = numbered_folders(sorted(set(placed.values())), reading, entries)
     number = dict(zip(folders, numbers, strict=True))
-    captions = {folder: packed([Caption(folder.replace("_", " "))]) for folder in folders}
-    items = [Item(name, number[own][0], captions[own], fault=number[own][1]) for name, own in placed.items()]
+    items = [Item(name, number[own][0], of_class(own), fault=number[own][1]) for name, own in placed.items()]
     return reading.classes.names if reading.classes else tuple(folders), items, about
 
 

@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.listing.base import SHOWN_EXTENSIONS, Entries, Item, ending, is_image
-from data_prep.listing.captions import packed
+from data_prep.listing.captions import of_class
 from data_prep.listing.classes import Label, NoClass, label_of, numbered
 from data_prep.listing.files import files_below, files_in, folders_in
 from data_prep.listing.reading import PLAIN, Reading
 from data_prep.listing.splits import tree_of_split
 from megapix.errors import InputError
-from megapix.shards.captions import Caption
 from megapix.shards.mix.alike import UNCLASSED
 
 KIND = "image folder"
@@ -67,7 +66,7 @@ class ImageFolder:
         folders, numbers, order = numbered_folders(folders, reading, entries)
         about = about | order
         place = {name: (number, *numbers[number]) for number, name in enumerate(folders)}
-        captions = [packed([Caption(name.replace("_", " "))]) for name in folders]
+        captions = list(map(of_class, folders))
         placed: list[tuple[int, Item]] = []
         for name in images:
             folder, inside, _ = name.partition("/")

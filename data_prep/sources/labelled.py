@@ -11,6 +11,7 @@ from typing import Any
 
 from data_prep.listing.archives import plain_tar
 from data_prep.listing.base import SHOWN_EXTENSIONS, Entries, Item, Reader, as_utf8, ending, is_image
+from data_prep.listing.captions import of_class
 from data_prep.listing.classes import NoClass, label_of, numbered
 from data_prep.listing.files import files_in
 from data_prep.listing.reading import Reading
@@ -84,7 +85,7 @@ class LabelledImages:
         else:
             numbers = [(place[label], "") if isinstance(label, str) else (0, label.reason) for label in labels]
         items = [
-            Item(name, number, label.replace("_", " ") if isinstance(label, str) else "", places[name], fault=fault)
+            Item(name, number, of_class(label), places[name], fault=fault)
             for name, label, (number, fault) in zip(names, labels, numbers, strict=True)
         ]
         if not classes:
@@ -142,7 +143,7 @@ def _rows(path: Path) -> list[list[Any]]:
         if not isinstance(pairs, Iterable) or isinstance(pairs, str):
             raise ValueError("expected a JSON object of name and label, or a list of labels")
         return [list(pair) if isinstance(pair, (list, tuple)) and pair else [pair] for pair in pairs]
-    lines = [line for line in text.splitlines() if line.strip()]
+    lines = [line for line in text.split("\n") if line.strip()]
     delimiter = next((each for each in "\t,;" if all(each in line for line in lines)), None)
     if delimiter is None and path.suffix.lower() in (".csv", ".tsv"):
         delimiter = "," if path.suffix.lower() == ".csv" else "\t"

@@ -11,19 +11,17 @@ import json
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from data_prep.listing.base import Entries, Item, ending, in_one_line, of_parquet
-from data_prep.listing.captions import CAPTION_COLUMNS, CaptionKeys, captions_in, packed, trimmed
+from data_prep.listing.captions import CAPTION_COLUMNS, CaptionKeys, captions_in, of_class, trimmed
 from data_prep.listing.classes import Label, NoClass, label_of, settle
 from data_prep.listing.files import files_below
 from data_prep.listing.img2dataset import is_table
 from data_prep.listing.reading import PLAIN, Reading
 from data_prep.listing.splits import of_split
 from megapix.errors import InputError
-from megapix.shards.captions import Caption
 
 IMAGE_COLUMNS = ("image", "img", "jpg", "png", "webp")
 LABEL_COLUMNS = ("label", "cls", "fine_label")
@@ -159,7 +157,7 @@ def _rows(root: Path, file: Path, reading: Reading) -> tuple[list[Item], list[La
             for row, value in enumerate(raw):
                 found = _label(value, label or "", classes)
                 named = classes[found] if classes and isinstance(found, int) else found
-                caption = captions[row] if columns else _as_caption(named)
+                caption = captions[row] if columns else of_class(named)
                 about = reading.chosen({column: cells[row] for column, cells in known.items()})
                 items.append(Item(f"{chunk}/{row}", 0, caption, (str(file), group, row, image), chunk, about))
                 labels.append(label_of(named, "label") if reading.classes and isinstance(named, str) else found)
@@ -171,12 +169,6 @@ def _label(value: Any, column: str, classes: tuple[str, ...] | None) -> Label:
     if classes and isinstance(found, int) and found >= len(classes):
         return NoClass(f"{column}: the class is {found}, but there are {len(classes)} names of classes")
     return found
-
-
-@lru_cache
-def _as_caption(label: Label) -> str:
-    """The name of a class as the caption of what has no other; empty if the class has a number alone."""
-    return packed([Caption(label.replace("_", " "))]) if isinstance(label, str) else ""
 
 
 def _column(names: list[str], known: tuple[str, ...]) -> str | None:

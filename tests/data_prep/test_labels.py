@@ -20,6 +20,7 @@ from data_prep.listing.tar_samples import samples_of
 from data_prep.sources import open_source
 from data_prep.writing import account
 from megapix.errors import InputError
+from megapix.shards.captions import Caption, unpack
 from megapix.shards.index import read_index
 from megapix.shards.table import RECORD
 from tests.data_prep.test_several_captions import png, refused, run
@@ -450,6 +451,15 @@ def test_bad_label_files(tmp_path: Path) -> None:
         (tmp_path / "l.csv").write_bytes(content)
         with pytest.raises(InputError, match=words):
             open_source(tmp_path / "in", reading=Reading(labels=tmp_path / "l.csv"))
+
+
+def test_a_class_named_with_the_separators_of_captions(tmp_path: Path) -> None:
+    """Its name is the caption of its images: one caption, of weight 1, with blanks for the separators."""
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "0.png").write_bytes(png(9))
+    (tmp_path / "l.csv").write_text("file,label\n0.png,big\x1f0_cat\x1ered\n")
+    source = open_source(tmp_path / "in", reading=Reading(labels=tmp_path / "l.csv"))
+    assert [unpack(item.caption) for item in source.items] == [(Caption("big 0 cat red"),)]
 
 
 def test_labels_of_parquet_rows(tmp_path: Path) -> None:
