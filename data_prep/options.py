@@ -29,8 +29,9 @@ class ImageOptions:
     policy is untouched."""
     policy: Literal["crop", "buckets", "untouched"] = "crop"
     """ADM's centre crop to a square; the nearest of several sizes of equal area; or the image as it is."""
-    resize: Literal["exact", "fast"] = "exact"
-    """exact is Pillow's, bit for bit that of ADM's reference statistics; fast is torch's, within 50 dB of it."""
+    resize: Literal["exact", "fast", "draft"] = "exact"
+    """exact is Pillow's, bit for bit that of ADM's reference statistics; fast is torch's, within 50 dB of it; draft
+    decodes JPEG of four times the size and more at 1/2, 1/4 or 1/8, never below twice the size."""
     bucket_step: int = 0
     """Sides of aspect buckets are multiples of this; 0 takes an eighth of the size, and above 512 pixels 64 where that
     divides it."""

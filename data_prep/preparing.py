@@ -271,7 +271,7 @@ def _policy(command: ImageOptions) -> Policy:
         command.size,
         command.bucket_step,
         command.bucket_ratio,
-        fast=command.resize == "fast",
+        command.resize,
         background=(red, green, blue),
         min_side=command.min_side,
         icc=command.icc,

@@ -36,7 +36,8 @@ def report(folder: Path) -> Iterator[str]:
     yield f"{folder}: {index.samples:,} images of {size} in {len(index.files)} shards"
     yield f"  source       {index.source.get('kind')}" + (f", {index.base}" if index.base else "")
     scaled = ", ICC profiles ignored" if policy.get("icc") == "ignore" else ""
-    scaled += "" if policy["mode"] == "untouched" else ", fast" if policy["fast"] else ", exact"
+    if policy["mode"] != "untouched":
+        scaled += ", draft" if policy.get("draft") else ", fast" if policy["fast"] else ", exact"
     yield f"  policy       {policy['mode']}{scaled}, applied at {policy['applied']}"
     yield f"  bytes        {total:,} in shards, {total // index.samples:,} per sample"
     yield f"  image bytes  {sizes[0]:,} smallest, {sizes[len(sizes) // 2]:,} median, {sizes[-1]:,} largest"

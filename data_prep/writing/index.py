@@ -348,8 +348,7 @@ def _look(data: bytes, work: Work) -> tuple[int, tuple[str, ...], str]:
         return 0, (), ""
     print_ = ""
     if work.check == "decode":
-        pixels, own = policy.read(data)
-        size = pixels.shape[0], pixels.shape[1]
+        pixels, size, own = policy.read(data)
         print_ = fingerprint(pixels, filters.duplicates).hex() if filters.duplicates else ""
     else:
         size, own = policy.header(data)

@@ -138,7 +138,7 @@ def of_policy(policy: Policy, bucket_min: int = 0) -> dict[str, Any]:
     recorded: dict[str, Any] = {
         "policy": policy.mode,
         "size": policy.size,
-        "resize": "fast" if policy.fast else "exact",
+        "resize": policy.resize,
         "background": "#" + bytes(policy.background).hex(),
         "min_side": policy.min_side,
         "buckets": [list(bucket) for bucket in policy.buckets],

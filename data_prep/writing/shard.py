@@ -128,9 +128,7 @@ def _render(reader: Reader, item: Item, options: Options, bucket: int) -> tuple[
         raise ValueError(f"cannot be read: {error.strerror or error}") from error
     if options.filters.sizes and (option := options.filters.of_size(*policy.size_of(data))):
         raise Filtered(option)
-    decoded = policy.read(data)
-    pixels = policy.apply(decoded.pixels, bucket)
-    notes = policy.notes_of((decoded.pixels.shape[0], decoded.pixels.shape[1]), decoded.notes, bucket)
+    pixels, _, notes = policy.render(data, bucket)
     if options.format != "original":
         return encode(pixels, options.format, options.quality), options.format, notes
     if kind := keeps(data):

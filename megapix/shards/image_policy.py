@@ -23,6 +23,7 @@ from megapix.shards.pixels import VERSION, Decoded, Pixels, cover, decode_exactl
 
 Mode = Literal["crop", "buckets", "untouched"]
 Icc = Literal["convert", "ignore"]
+Resize = Literal["exact", "fast", "draft"]
 UPSCALED = "upscaled"
 """Counted of images with fewer pixels on a side than their bucket has."""
 MODES = ("crop", "buckets", "untouched")
@@ -32,6 +33,8 @@ LARGEST_RATIO = 16.0
 """Of the sides of a bucket."""
 LARGEST_STEP = 64
 """Pixels of the default step of the sides of buckets: at 1024, an eighth leaves areas 6 % off."""
+DRAFT_VERSION = 3
+"""Of policies that draft, and of no others: releases that know of no drafts refuse them."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +44,9 @@ class Policy:
     mode: Mode = "crop"
     size: int = 0
     """Side of the square in pixels; of buckets, the square root of their area; 0 for untouched."""
-    fast: bool = False
-    """Scale with torch's 8-bit bicubic instead of Pillow's."""
+    resize: Resize = "exact"
+    """exact is Pillow's; fast has torch's 8-bit bicubic; draft decodes large JPEG at a reduced scale
+    (`decoding.draft`)."""
     background: tuple[int, int, int] = (255, 255, 255)
     """RGB on which transparent images are composited."""
     min_side: int = 1
@@ -50,12 +54,12 @@ class Policy:
     buckets: tuple[tuple[int, int], ...] = ()
     """(height, width) of each size that comes out; none for untouched."""
     version: int = VERSION
-    """Of decoding (`pixels.py`); an index that does not say has 1."""
+    """Of decoding (`pixels.py`), or DRAFT_VERSION; an index that does not say has 1."""
     icc: Icc = "convert"
     """What becomes of embedded ICC profiles: colours are converted to sRGB, or are left as they are stored."""
 
     @staticmethod
-    def make(mode: Mode, size: int, step: int = 0, ratio: float = 2.0, **rest: Any) -> Policy:
+    def make(mode: Mode, size: int, step: int = 0, ratio: float = 2.0, resize: Resize = "exact", **rest: Any) -> Policy:
         """A policy with its sizes worked out.
 
         Args:
@@ -67,17 +71,25 @@ class Policy:
         """
         if rest.get("min_side", 1) < 1:
             raise InputError(f"--min-side = {rest['min_side']}: expected at least 1")
+        if resize == "draft":
+            rest["version"] = DRAFT_VERSION
         if mode == "untouched":
-            return Policy(mode, **rest)
+            if resize == "draft":
+                raise InputError("--resize draft has no meaning with --policy untouched")
+            return Policy(mode, resize=resize, **rest)
         if not 1 <= size <= LARGEST_SIDE:
             raise InputError(f"--size = {size}: expected 1 to {LARGEST_SIDE}")
         if mode == "crop":
-            return Policy(mode, size, buckets=((size, size),), **rest)
-        return Policy(mode, size, buckets=bucket_sizes(size, step or default_step(size), ratio), **rest)
+            return Policy(mode, size, resize, buckets=((size, size),), **rest)
+        return Policy(mode, size, resize, buckets=bucket_sizes(size, step or default_step(size), ratio), **rest)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
-        data = {**asdict(self), "background": list(self.background), "buckets": [list(b) for b in self.buckets]}
+        data = {"fast" if key == "resize" else key: value for key, value in asdict(self).items()}
+        data |= {"background": list(self.background), "buckets": [list(b) for b in self.buckets]}
+        data["fast"] = self.resize == "fast"
+        if self.resize == "draft":
+            data["draft"] = True
         if self.version == 1:
             del data["version"]
         if self.icc == "convert":
@@ -97,7 +109,7 @@ class Policy:
             policy = Policy(
                 data["mode"],
                 int(data["size"]),
-                bool(data["fast"]),
+                "draft" if data.get("draft") else "fast" if data["fast"] else "exact",
                 (red, green, blue),
                 int(data["min_side"]),
                 buckets,
@@ -106,12 +118,18 @@ class Policy:
             )
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise InputError(f"the index's image_policy is damaged: {error!r}") from error
-        if not 1 <= policy.version <= VERSION:
+        if not 1 <= policy.version <= DRAFT_VERSION:
             raise InputError(
-                f"the index's image_policy has version {policy.version}, this release reads 1 to {VERSION}"
+                f"the index's image_policy has version {policy.version}, this release reads 1 to {DRAFT_VERSION}"
+            )
+        if (policy.version == DRAFT_VERSION) != (policy.resize == "draft"):
+            raise InputError(
+                f"the index's image_policy is damaged: version {policy.version} with draft {data.get('draft', False)}"
             )
         if policy.icc not in ("convert", "ignore"):
             raise InputError(f"the index's image_policy is damaged: icc {policy.icc!r}")
+        if policy.mode == "untouched" and policy.resize == "draft":
+            raise InputError("the index's image_policy is damaged: mode 'untouched' with draft True")
         if policy.mode not in MODES or bool(buckets) == (policy.mode == "untouched"):
             raise InputError(f"the index's image_policy is damaged: mode {policy.mode!r} with sizes {list(buckets)}")
         if any(side < 1 or side > LARGEST_SIDE for bucket in buckets for side in bucket):
@@ -127,12 +145,25 @@ class Policy:
         return header(data, self.version, self.icc == "convert")
 
     def read(self, data: bytes) -> Decoded:
-        """Decode an image as this policy's version does.
+        """Decode a whole image as this policy's version does.
 
         Raises:
             ValueError: not an image of a kind that is read, or damaged.
         """
         return read(data, self.background, self.version, self.icc == "convert")
+
+    def render(self, data: bytes, bucket: int) -> Decoded:
+        """Decode an image and bring it to the size of `bucket` (untouched: as it is), with all that is to be counted
+        of it.
+
+        Raises:
+            ValueError: as `read`; smaller than `min_side`; or so long and thin that scaling it would pass the limit on
+                pixels.
+        """
+        covered = self.buckets[bucket] if self.resize == "draft" else None
+        pixels, size, own = read(data, self.background, self.version, self.icc == "convert", covered=covered)
+        self.check_size(*size, bucket)
+        return Decoded(self.apply(pixels, bucket), size, self.notes_of(size, own, bucket))
 
     def notes_of(self, size: tuple[int, int], own: tuple[str, ...], bucket: int) -> tuple[str, ...]:
         """What is to be counted of an image of that height and width: its own notes, and whether it is scaled up to
@@ -154,16 +185,11 @@ class Policy:
         return abs(_log_aspect(self.buckets[bucket]) - _log_aspect(self.buckets[other]))
 
     def apply(self, pixels: Pixels, bucket: int) -> Pixels:
-        """The image at the size of `bucket` (untouched: as it is).
-
-        Raises:
-            ValueError: smaller than `min_side`, or so long and thin that scaling it would pass the limit on pixels.
-        """
-        self.check_size(pixels.shape[0], pixels.shape[1], bucket)
-        return pixels if self.mode == "untouched" else cover(pixels, *self.buckets[bucket], self.fast)
+        """Pixels of any size at that of `bucket` (untouched: as they are). ValueError as `cover`."""
+        return pixels if self.mode == "untouched" else cover(pixels, *self.buckets[bucket], self.resize == "fast")
 
     def check_size(self, height: int, width: int, bucket: int) -> None:
-        """Raise the ValueError that `apply` raises for an image of that size, without one."""
+        """Raise the ValueError that `render` raises for an image of that size, without one."""
         if min(height, width) < self.min_side:
             raise ValueError(f"{width}x{height} pixels, --min-side is {self.min_side}")
         if self.mode != "untouched":
@@ -209,4 +235,4 @@ def decode_indexed(data: bytes, policy: Policy, bucket: int, prepared: bool) -> 
     """
     if prepared and policy.mode != "untouched":
         return decode_exactly(data, *policy.buckets[bucket], policy.version)
-    return policy.apply(policy.read(data).pixels, bucket)
+    return policy.render(data, bucket).pixels

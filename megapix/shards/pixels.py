@@ -7,7 +7,7 @@ Decoding has versions, which the image policy of an index names, so that a run s
 
 It goes through Pillow, or for plain JPEG through simplejpeg where it is installed: the same library underneath, and the
 same pixels. `fast` replaces the bicubic step by torch's antialiased one on 8-bit integers; results differ by rounding
-(tests/shards/test_images.py holds them to 50 dB).
+(tests/shards/test_images.py holds them to 50 dB). A draft (`decoding.draft`) replaces all halvings but one.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from megapix.shards.decoding import icc, rgb, upright
+from megapix.shards.decoding import draft, icc, rgb, upright
 from megapix.shards.decoding.formats import decoding, kind_of, opened, refusing
 
 __all__ = ["Decoded", "Pixels", "cover", "decode", "decode_exactly", "header", "kind_of", "read", "scaled", "size_of"]
@@ -44,8 +44,10 @@ class Decoded(NamedTuple):
     """An image, and what is to be counted of how it came about."""
 
     pixels: Pixels
+    size: tuple[int, int]
+    """(height, width) of the whole image, upright: that of `pixels`, unless they are halved or cut."""
     notes: tuple[str, ...] = ()
-    """`icc.CONVERTED` or `icc.UNUSABLE`."""
+    """`icc.CONVERTED` or `icc.UNUSABLE`, and of an image that a policy has made `UPSCALED`."""
 
 
 def size_of(data: bytes, version: int = VERSION) -> tuple[int, int]:
@@ -78,6 +80,7 @@ def read(
     version: int = VERSION,
     convert: bool = True,
     stored: tuple[int, int] | None = None,
+    covered: tuple[int, int] | None = None,
 ) -> Decoded:
     """Decode a whole image (the first frame or page of several) to 8-bit RGB, upright.
 
@@ -86,30 +89,37 @@ def read(
     Args:
         convert: whether colours are converted to sRGB by an embedded ICC profile.
         stored: the (height, width) that the file must have; compared before any pixel is decoded.
+        covered: the (height, width) that the image is to cover: a JPEG then comes as a draft, halved some of the
+            times that `cover` would halve it.
 
     Raises:
         ValueError: not an image of a kind that is read, one that needs a plug-in, truncated, with broken EXIF data, of
             another size than asked for, or as large as a decompression bomb.
     """
     if version == 1:
-        return Decoded(_decode_1(data, background, stored))
+        pixels = _decode_1(data, background, stored)
+        return Decoded(pixels, (pixels.shape[0], pixels.shape[1]))
     with opened(data) as image, decoding():
         _check_stored(image, stored)
         turn = upright.turn_of(image)
         conversion, note = icc.asked(image) if convert else (None, None)
         size = upright.size_upright(image, turn)
-        pixels = None
-        if image.format == "JPEG" and image.mode in ("RGB", "L") and turn is None and conversion is None:
-            pixels = _plain_jpeg(data) if _agrees(_simplejpeg()) else None
-        if pixels is None:
+        drafted = draft.begun(image, halvings(*size, *covered)) if covered else None
+        decoded = None
+        if image.format == "JPEG" and image.mode in ("RGB", "L") and (turn, conversion, drafted) == (None, None, None):
+            decoded = _plain_jpeg(data) if _agrees(_simplejpeg()) else None
+        if decoded is None:
             image.load()
             whole = rgb.eight_bits(image)
             if conversion is not None:
                 whole = icc.to_srgb(whole, conversion)
-            pixels = np.asarray(rgb.on_background(upright.turned(whole, image.format, turn), background))
-    if pixels.shape[:2] != size:
-        raise ValueError(f"its header says {size[1]}x{size[0]} pixels, but {pixels.shape[1]}x{pixels.shape[0]} came")
-    return Decoded(pixels, (note,) if note else ())
+            if drafted:
+                whole = draft.finished(whole, drafted)
+            decoded = np.asarray(rgb.on_background(upright.turned(whole, image.format, turn), background))
+    times = drafted.halvings if drafted else 0
+    if decoded.shape[:2] != (size[0] >> times, size[1] >> times):
+        raise ValueError(f"its header says {size[1]}x{size[0]} pixels, but {decoded.shape[1]}x{decoded.shape[0]} came")
+    return Decoded(decoded, size, (note,) if note else ())
 
 
 def decode_exactly(data: bytes, height: int, width: int, version: int = VERSION) -> Pixels:
@@ -184,12 +194,20 @@ def cover(pixels: Pixels, height: int, width: int, fast: bool = False) -> Pixels
         ValueError: so long and thin that scaling it would pass Pillow's limit on pixels.
     """
     high, wide = scaled(pixels.shape[0], pixels.shape[1], height, width)
-    while pixels.shape[0] >= 2 * height and pixels.shape[1] >= 2 * width:
+    for _ in range(halvings(pixels.shape[0], pixels.shape[1], height, width)):
         half = pixels.shape[1] // 2, pixels.shape[0] // 2
         pixels = np.asarray(Image.fromarray(pixels).resize(half, Image.Resampling.BOX))
     out = (_torch_bicubic if fast else _pillow_bicubic)(pixels, high, wide)
     top, left = (high - height) // 2, (wide - width) // 2
     return out[top : top + height, left : left + width]
+
+
+def halvings(high: int, wide: int, height: int, width: int) -> int:
+    """How often `cover` halves an image of high × wide pixels: while it has twice what it covers, height × width."""
+    times = 0
+    while high >> times >= 2 * height and wide >> times >= 2 * width:
+        times += 1
+    return times
 
 
 def scaled(high: int, wide: int, height: int, width: int) -> tuple[int, int]:
@@ -198,8 +216,8 @@ def scaled(high: int, wide: int, height: int, width: int) -> tuple[int, int]:
     Raises:
         ValueError: as `cover`.
     """
-    while high >= 2 * height and wide >= 2 * width:
-        high, wide = high // 2, wide // 2
+    times = halvings(high, wide, height, width)
+    high, wide = high >> times, wide >> times
     scale = max(height / high, width / wide)
     high, wide = round(high * scale), round(wide * scale)
     if Image.MAX_IMAGE_PIXELS and high * wide > Image.MAX_IMAGE_PIXELS:  # 1 × 50,000,000 pixels decode, but grow

@@ -189,6 +189,7 @@ def test_what_is_missing_is_named(command: str, message: str, capsys: pytest.Cap
         ("data_prep write in out --size big", "error parsing --size: invalid literal for int() with base 10: 'big'"),
         ("data_prep write in out --size", "missing value for argument '--size'"),
         ("data_prep write in out --policy square", "invalid choice 'square' for argument '--policy'"),
+        ("data_prep write in out --resize foo", "invalid choice 'foo' for argument '--resize'"),
         ("megapix train tiny --optm.lr 1", "option '--optm.lr' does not exist (did you mean '--optim.lr'?)"),
         ("megapix train tiny --optim.lr fast", "error parsing --optim.lr: could not convert string to float: 'fast'"),
         ("megapix sample run --sede 3", "option '--sede' does not exist (did you mean '--seed'?)"),

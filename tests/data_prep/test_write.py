@@ -115,6 +115,7 @@ def test_a_finished_folder_is_left_alone_and_other_options_are_refused(
         (["--seed", 5], ("seed = 0", "has 5")),
         (["--format", "webp"], ("format = 'png'", "has 'webp'")),
         (["--resize", "fast"], ("resize = 'exact'", "has 'fast'")),
+        (["--resize", "draft"], ("resize = 'exact'", "has 'draft'")),
         (["--background", "#000000"], ("background = '#ffffff'", "has '#000000'")),
         (["--samples-per-shard", 5], ("samples_per_shard = 30", "has 5")),
         (["--min-side", 2], ("min_side = 1", "has 2")),

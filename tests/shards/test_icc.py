@@ -35,7 +35,7 @@ def colors() -> np.ndarray:
 def test_wide_gamut_becomes_srgb(name: str, kind: str) -> None:
     picture = colors()
     data = encoded(Image.fromarray(picture), kind, icc_profile=profiles.rgb_profile(name), **LOSSLESS[kind])
-    found, notes = read(data)
+    found, _, notes = read(data)
     expected = profiles.in_srgb(picture, name)
     assert np.abs(found - expected).max() <= 3
     assert np.abs(picture - expected).max() > 20, "they are other numbers"
@@ -57,7 +57,7 @@ def test_known_colors() -> None:
 def test_formats_that_lose_something(kind: str) -> None:
     picture = np.full((32, 32, 3), (40, 200, 90), np.uint8)
     data = encoded(Image.fromarray(picture), kind, quality=100, icc_profile=profiles.rgb_profile("adobe rgb"))
-    found, notes = read(data)
+    found, _, notes = read(data)
     assert np.abs(found - profiles.in_srgb(picture, "adobe rgb")).max() <= 4
     assert notes == ("icc converted",)
 
@@ -67,7 +67,7 @@ def test_grey(mode: str) -> None:
     ramp = np.tile(np.arange(0, 256, 3, dtype=np.uint8), (4, 1))
     ramp = np.where(ramp > 127, 255, 0).astype(np.uint8) if mode == "1" else ramp
     image = Image.fromarray(ramp.astype(np.uint16) * 257) if mode == "I;16" else Image.fromarray(ramp).convert(mode)
-    found, notes = read(encoded(image, icc_profile=profiles.grey_profile(1.0)))
+    found, _, notes = read(encoded(image, icc_profile=profiles.grey_profile(1.0)))
     assert np.abs(found - profiles.grey_in_srgb(ramp, 1.0)[..., None]).max() <= 1
     assert notes == ("icc converted",)
     # Many grey JPEGs have the profile of a color image: three equal channels.
@@ -80,7 +80,7 @@ def test_print() -> None:
     inks = np.array([list(profiles.INKS)], np.uint8) * 255
     expected = profiles.lab_in_srgb(np.array([list(profiles.INKS.values())], float))
     profile = profiles.cmyk_profile()
-    found, notes = read(encoded(Image.fromarray(inks, "CMYK"), "TIFF", icc_profile=profile))
+    found, _, notes = read(encoded(Image.fromarray(inks, "CMYK"), "TIFF", icc_profile=profile))
     assert np.abs(found - expected).max() <= 3
     assert notes == ("icc converted",)
     large = Image.fromarray(np.repeat(np.repeat(inks, 16, 0), 16, 1), "CMYK")
@@ -110,7 +110,7 @@ def test_srgb_itself_is_left_bit_for_bit() -> None:
     picture = colors()
     own = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     for profile in (own, profiles.rgb_profile("srgb"), profiles.rgb_profile("srgb", "my monitor")):
-        found, notes = read(encoded(Image.fromarray(picture), icc_profile=profile))
+        found, _, notes = read(encoded(Image.fromarray(picture), icc_profile=profile))
         assert np.array_equal(found, picture)
         assert notes == ()
         jpeg = encoded(Image.fromarray(picture), "JPEG", icc_profile=profile)
@@ -124,10 +124,10 @@ def test_profiles_that_cannot_be_used() -> None:
     picture, good = colors(), profiles.rgb_profile("adobe rgb")
     link = good[:12] + b"link" + good[16:]
     for profile in (b"\0" * 1000, good[:200], b"x", profiles.cmyk_profile(), profiles.grey_profile(1.0), link):
-        found, notes = read(encoded(Image.fromarray(picture), icc_profile=profile))
+        found, _, notes = read(encoded(Image.fromarray(picture), icc_profile=profile))
         assert np.array_equal(found, picture)
         assert notes == ("icc unusable",)
-    found, notes = read(encoded(Image.new("CMYK", (4, 4), (0, 255, 255, 0)), "TIFF", icc_profile=good))
+    found, _, notes = read(encoded(Image.new("CMYK", (4, 4), (0, 255, 255, 0)), "TIFF", icc_profile=good))
     assert (found[0, 0].tolist(), notes) == ([255, 0, 0], ("icc unusable",))
     noise = np.random.default_rng(0).bytes(20 << 20)  # larger than any profile: it is not even unpacked
     assert read(encoded(Image.fromarray(picture), icc_profile=bytes(20 << 20))).notes == ("icc unusable",)

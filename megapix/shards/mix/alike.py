@@ -14,7 +14,7 @@ MADE = ("format", "quality")
 """Keys of the image policy that say how `data_prep write` stored the images: not what they are."""
 UNITED = ("bucket_min", "merged")
 """Keys of the image policy that say what was done to rare buckets, in each set by itself."""
-DEFAULTS = {"version": 1, "icc": "convert"}
+DEFAULTS = {"draft": False, "version": 1, "icc": "convert"}
 """What an image policy means that does not have the key."""
 
 
