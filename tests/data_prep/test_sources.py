@@ -439,7 +439,8 @@ def test_verify_looks_into_the_samples(shards: Path, tmp_path: Path) -> None:
     assert [fault.rpartition("sample ")[2] for fault in faults] == [
         "000000000: the caption differs from captions.bin",
         "000000003: its bytes are not those that were indexed",
-        "000000003: cannot be decoded: not an image of a kind that is read (png, jpg, webp, gif, bmp, tif, avif, jp2, heic, jxl)",
+        "000000003: cannot be decoded: not an image of a kind that is read (png, jpg, webp, gif, bmp, tif, avif, jp2, "
+        "heic, jxl)",
         "000000005: the class differs from samples.bin",
     ]
 
