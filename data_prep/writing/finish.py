@@ -7,8 +7,10 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryFile
 from types import MappingProxyType
 from typing import Any, BinaryIO, NamedTuple
 
@@ -24,12 +26,12 @@ from data_prep.writing import receipt
 from data_prep.writing.account import Account
 from data_prep.writing.held_out import HoldOut, Side, folder_beside
 from data_prep.writing.pool import Budget
-from data_prep.writing.receipt import CHECKS, Part, Receipt, Rejected
+from data_prep.writing.receipt import CHECKS, Part, Receipt, Rejected, Sample
 from data_prep.writing.survey import Rare
 from megapix.errors import InputError
 from megapix.files import temporary_of, write_atomic
 from megapix.shards.index import CAPTIONS_NAME, TABLE_NAME, ClassEntry, Index, ShardEntry, write_index
-from megapix.shards.table import SampleRecord
+from megapix.shards.table import DTYPE, PART, SampleRecord
 
 REJECTED_NAME = "rejected.jsonl"
 
@@ -150,10 +152,9 @@ class _Settled(NamedTuple):
             number if number >= 0 and side.has(self.there.name_of(n)) else -1 for n, number in enumerate(self.numbers)
         ]
 
-    def counts(self, side: Side | None) -> Counter[int]:
-        """Place in the receipt's entries -> samples that are chosen."""
-        pairs = zip(self.there.samples, self.chosen(side), strict=True)
-        return Counter(sample.entry for sample, number in pairs if number >= 0)
+    def counts(self, labels: Sequence[int]) -> Counter[int]:
+        """Place in the receipt's entries -> samples that have a label, and not -1."""
+        return Counter(sample.entry for sample, label in zip(self.there.samples, labels, strict=True) if label >= 0)
 
     def rejected(self, side: Side | None) -> list[Rejected]:
         """All that are rejected, and belong to the folder."""
@@ -172,11 +173,10 @@ class _What(NamedTuple):
 
     def all(self) -> Iterator[_Settled]:
         """The receipts, one at a time."""
-        return (self.of(number) for number in range(len(self.parts)))
+        return map(self._of, self.parts)
 
-    def of(self, number: int) -> _Settled:
-        """The receipt of a part, by its place in `parts`."""
-        there = _receipt(self.out, self.parts[number], self.gone, self.duplicates)
+    def _of(self, part: Part) -> _Settled:
+        there = _receipt(self.out, part, self.gone, self.duplicates)
         labels = _labels(there)
         known = dict(zip(distinct := list(set(labels)), numbered(distinct, self.classes), strict=True))
         found = [known[label] for label in labels]
@@ -187,9 +187,82 @@ class _What(NamedTuple):
         """Bucket -> its samples, before any is merged into another."""
         counts: Counter[int] = Counter()
         for settled in self.all():
-            for place, samples in settled.counts(None).items():
+            for place, samples in settled.counts(settled.numbers).items():
                 counts[settled.there.entries[place].bucket] += samples
         return counts
+
+
+class _Rows(ExitStack):
+    """The rows of table and captions. They come by receipt and are written by bucket: until all are there, those of a
+    bucket lie in two files without a name."""
+
+    def __init__(self, out: Path) -> None:
+        super().__init__()
+        self.counts: Counter[int] = Counter()
+        """Class number -> samples."""
+        self.uncaptioned = 0
+        self._out = out
+        self._buckets: dict[int, _Bucket] = {}
+
+    def add(self, settled: _Settled, labels: Sequence[int], rare: Rare) -> None:
+        """Add the samples of a receipt whose label is not -1."""
+        there, counts = settled.there, settled.counts(labels)
+        into = [rare.into.get(entry.bucket, entry.bucket) for entry in there.entries]
+        own: dict[int, ShardEntry] = {}
+        for place, bucket in enumerate(into):
+            if counts[place]:
+                first = own.get(bucket, replace(there.entries[place], samples=0, bucket=bucket))
+                own[bucket] = replace(first, samples=first.samples + counts[place])
+        for bucket, entry in own.items():
+            if bucket not in self._buckets:
+                records, captions = (self.enter_context(TemporaryFile(dir=self._out)) for _ in range(2))  # noqa: SIM115
+                self._buckets[bucket] = _Bucket([], records, captions)
+            self._buckets[bucket].entries.append(entry)
+        for sample, label in zip(there.samples, labels, strict=True):
+            if label >= 0:
+                self._buckets[into[sample.entry]].add(sample, label)
+                self.uncaptioned += not sample.caption
+                self.counts[label] += 1
+
+    def write(self, table: HashedFile, captions: HashedFile) -> tuple[ShardEntry, ...]:
+        """Write all rows, in the order of the buckets; returns their entries."""
+        entries: list[ShardEntry] = []
+        for _, bucket in sorted(self._buckets.items()):
+            bucket.write(table, captions, len(entries))
+            entries += bucket.entries
+        return tuple(entries)
+
+
+@dataclass
+class _Bucket:
+    """The rows of one bucket, as if no others were before them."""
+
+    entries: list[ShardEntry]
+    records: BinaryIO
+    captions: BinaryIO
+    size: int = 0
+    """Bytes of captions."""
+
+    def add(self, sample: Sample, label: int) -> None:
+        """Add a sample of the entry that is the last."""
+        text, row = sample.caption.encode(), len(self.entries) - 1
+        record = SampleRecord(row, sample.size, sample.offset, label, sample.crc, self.size, len(text))
+        self.records.write(record.to_bytes())
+        self.captions.write(text)
+        self.size += len(text)
+
+    def write(self, table: HashedFile, captions: HashedFile, entries: int) -> None:
+        """Write the rows after those of so many entries."""
+        before = captions.size
+        self.records.seek(0)
+        while data := self.records.read(PART * DTYPE.itemsize):
+            records = np.frombuffer(data, DTYPE).copy()
+            records["shard"] += entries
+            records["caption_offset"] += before
+            table.write(records.tobytes())
+        self.captions.seek(0)
+        while data := self.captions.read(1 << 20):
+            captions.write(data)
 
 
 class _Whole(NamedTuple):
@@ -213,37 +286,23 @@ def _finish(
 ) -> Index:
     """Write table, captions and index of what belongs to `side`; all without."""
     what, seen = whole.what, whole.seen
-    found: list[tuple[int, int, ShardEntry]] = []
     rejected: list[Rejected] = []
     tars = 0
-    for number, settled in enumerate(what.all()):
-        kept = settled.counts(side)
-        for place, entry in enumerate(settled.there.entries):
-            if kept[place]:
-                found.append((number, place, replace(entry, samples=kept[place])))
-        rejected += (here := settled.rejected(side))
-        tars += settled.there.unreadable and bool(here)
-    rejected += [Rejected.because(name, InputError(reason)) for name, reason in seen.unreadable.items()]
-    if tars := tars + len(seen.unreadable):
-        source = source | {"rejected_tars": tars}
-    if not found:
-        why = f": {rejected[-1].source!r}: {rejected[-1].reason}" if rejected else ""
-        took = "".join(f"; {option} takes {count:,}" for option, count in taken.items())
-        raise InputError(f"not one sample can be used{why}{took}")
-    entries = _merged(found, whole.rare)
-    table, captions = HashedFile(out / TABLE_NAME), HashedFile(out / CAPTIONS_NAME)
-    counts: Counter[int] = Counter()
-    uncaptioned = 0
-    for row, (number, places, _) in enumerate(entries):
-        settled = what.of(number)
-        for sample, label in zip(settled.there.samples, settled.chosen(side), strict=True):
-            if sample.entry in places and label >= 0:
-                text = sample.caption.encode()
-                record = SampleRecord(row, sample.size, sample.offset, label, sample.crc, captions.size, len(text))
-                table.write(record.to_bytes())
-                captions.write(text)
-                uncaptioned += not text
-                counts[label] += 1
+    with _Rows(out) as rows:
+        for settled in what.all():
+            rows.add(settled, settled.chosen(side), whole.rare)
+            rejected += (here := settled.rejected(side))
+            tars += settled.there.unreadable and bool(here)
+        rejected += [Rejected.because(name, InputError(reason)) for name, reason in seen.unreadable.items()]
+        if tars := tars + len(seen.unreadable):
+            source = source | {"rejected_tars": tars}
+        if not rows.counts:
+            why = f": {rejected[-1].source!r}: {rejected[-1].reason}" if rejected else ""
+            took = "".join(f"; {option} takes {count:,}" for option, count in taken.items())
+            raise InputError(f"not one sample can be used{why}{took}")
+        table, captions = HashedFile(out / TABLE_NAME), HashedFile(out / CAPTIONS_NAME)
+        entries = rows.write(table, captions)
+    counts = rows.counts
     names = what.classes.names
     if max(counts) >= len(names):
         raise InputError(f"a sample has class {max(counts)}, but there are {len(names)} classes, numbered from 0")
@@ -252,7 +311,7 @@ def _finish(
         samples=sum(counts.values()),
         base=whole.base,
         classes=tuple(ClassEntry(name, counts[label]) for label, name in enumerate(names)),
-        shards=tuple(entry for *_, entry in entries),
+        shards=entries,
         table_sha256=table.done(),
         captions_sha256=captions.done(),
         image_policy=whole.image_policy,
@@ -270,24 +329,12 @@ def _finish(
         dict(sorted(taken.items())),
         seen.parts,
         dict(sorted(passed.items())),
-        seen.remarks + lacking(uncaptioned, index.samples, seen.captioned),
+        seen.remarks + lacking(rows.uncaptioned, index.samples, seen.captioned),
         dict(sorted(notes.items())),
     )
     account.save(out)
     write_index(out, index)
     return index
-
-
-def _merged(found: list[tuple[int, int, ShardEntry]], rare: Rare) -> list[tuple[int, set[int], ShardEntry]]:
-    """(part, places in its receipt, entry) of each entry of the index, in the order of their buckets."""
-    rows: dict[tuple[int, int], list[tuple[int, ShardEntry]]] = {}
-    for number, place, entry in found:
-        rows.setdefault((rare.into.get(entry.bucket, entry.bucket), number), []).append((place, entry))
-    merged = []
-    for (bucket, number), row in sorted(rows.items()):
-        samples = sum(entry.samples for _, entry in row)
-        merged.append((number, {place for place, _ in row}, replace(row[0][1], samples=samples, bucket=bucket)))
-    return merged
 
 
 def _receipt(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import tarfile
 from collections import Counter
@@ -11,11 +12,12 @@ import pytest
 from PIL import Image
 
 from data_prep import cli
+from data_prep.writing import receipt
 from data_prep.writing.survey import Rare
 from megapix.cli import main as megapix
 from megapix.shards.image_policy import Policy
 from megapix.shards.index import read_index
-from megapix.shards.table import Table
+from megapix.shards.table import Captions, Table
 from tests.data_prep.test_sources import add
 from tests.shards.test_images import encoded
 from tests.support.small_run import arguments
@@ -50,6 +52,7 @@ def tars(tmp_path: Path) -> Path:
             for number in range(tar, len(SHAPES), 3):
                 add(file, f"{number:02d}.png", encoded(picture(number)))
                 add(file, f"{number:02d}.cls", b"0")
+                add(file, f"{number:02d}.txt", b"number %d" % number)
     return tmp_path / "tars"
 
 
@@ -109,6 +112,44 @@ def test_index_merges_them_when_it_knows_all(tars: Path, tmp_path: Path, capsys:
     for record, name in zip(Table(tmp_path / "merged", index).rows(), names, strict=True):
         assert index.shards[record.shard].name == name
     assert run("verify", tmp_path / "merged", "--workers", 1) == 0
+
+
+@pytest.mark.parametrize("options", [(), ("--bucket-min", 8), ("--hold-out", 9)], ids=["all", "merged", "held out"])
+def test_rows_of_several_buckets_and_tar_files(options: tuple[object, ...], tars: Path, tmp_path: Path) -> None:
+    """Each with its own image, size, class and caption, in the order of its tar file."""
+    assert run("index", tars, "--out", tmp_path / "index", *BUCKETS, *options) == 0
+    found = list[int]()
+    for folder in [tmp_path / "index", *([tmp_path / "index-held-out"] if "--hold-out" in options else [])]:
+        index = read_index(folder)
+        captions, order = Captions(folder, index), list[tuple[int, str, int]]()
+        for place, record in enumerate(Table(folder, index).rows()):
+            entry = index.shards[record.shard]
+            data = (tars / entry.name).read_bytes()[record.offset : record.offset + record.size]
+            image = Image.open(io.BytesIO(data))
+            number = image.getpixel((0, 0))[0]  # type: ignore[index]
+            assert (image.size, record.label) == (picture(number).size, 0)
+            assert [caption.text for caption in captions.of(place)] == [f"number {number}"]
+            order.append((entry.bucket, entry.name, number))
+            found.append(number)
+        assert order == sorted(order)
+        entries = [(entry.bucket, entry.name, entry.samples) for entry in index.shards]
+        assert entries == [(*entry, count) for entry, count in sorted(Counter(one[:2] for one in order).items())]
+    assert sorted(found) == list(range(len(SHAPES)))
+
+
+def test_a_receipt_is_read_as_often_as_with_one_bucket(
+    tars: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded, load = Counter[object](), receipt.load
+
+    def counted(out: Path, part: receipt.Part) -> receipt.Receipt | None:
+        loaded[out.name, part] += 1
+        return load(out, part)
+
+    monkeypatch.setattr(receipt, "load", counted)
+    assert run("index", tars, "--out", tmp_path / "one", "--size", 16, "--workers", 1) == 0
+    assert run("index", tars, "--out", tmp_path / "five", *BUCKETS) == 0
+    assert loaded == {(folder, f"{tar}.tar"): 2 for folder in ("one", "five") for tar in range(3)}
 
 
 def test_where_buckets_go() -> None:
