@@ -9,7 +9,7 @@ from __future__ import annotations
 import signal
 import sys
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from data_prep.options import (
     COMMANDS,
@@ -27,14 +27,20 @@ from data_prep.options import (
     Write,
 )
 from data_prep.parts.folder import PartDone, join
-from data_prep.preparing import access_of, finish_parts, make_index, merge_parts, part_of, report_faults, write_shards
+from data_prep.preparing import (
+    access_of,
+    finish_parts,
+    make_index,
+    merge_parts,
+    part_of,
+    report_faults,
+    report_statistics,
+    write_shards,
+)
 from megapix import __version__, console
 from megapix.errors import InputError, StorageError, one_of
 from megapix.files import check_writable
 from megapix.shards.index import read_index
-
-if TYPE_CHECKING:
-    pass
 
 DESCRIPTION = "Make and check WebDataset tar shards, with an index, for `megapix train`."
 
@@ -82,8 +88,7 @@ def _main(arguments: list[str]) -> int:
         print(f"data_prep: error: {str(error.filename or '')!r}: {error.strerror or error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        after = "starts again" if isinstance(command, Stats) else "resumes from here"
-        print(f"data_prep: interrupted; the same command {after}", file=sys.stderr)
+        print("data_prep: interrupted; the same command resumes from here", file=sys.stderr)
         return 130
 
 
@@ -154,7 +159,7 @@ def _inspect(command: Inspect) -> int:
 def _stats(command: Stats) -> int:
     from data_prep.passes.statistics import stats
 
-    made = stats(
+    made, was_finished = stats(
         command.shards,
         command.out,
         command.extractor,
@@ -163,11 +168,9 @@ def _stats(command: Stats) -> int:
         command.batch,
         command.workers,
         access_of(command),
+        part=part_of(command),
     )
-    print(
-        f"data_prep: {command.out}: {made.extractor} of {made.moments.count:,} images, "
-        f"with the features of {len(made.features):,}"
-    )
+    report_statistics(command.out, made, was_finished)
     return 0
 
 

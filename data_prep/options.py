@@ -245,9 +245,12 @@ class Inspect(RemoteOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stats(RemoteOptions):
+class Stats(RemoteOptions, PartOptions):
     """Reference statistics for `megapix evaluate`: mean and covariance of an extractor's features of all images, and
-    the features of some of them. On a GPU where there is one."""
+    the features of some of them. On a GPU where there is one.
+
+    The same command resumes after an interruption: a block of images that is finished is not computed again.
+    """
 
     shards: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="SHARDS")]
     """Shard folder, or index over shards."""

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from data_prep.writing.plan import Options
     from megapix.shards.image_policy import Policy
     from megapix.shards.index import Index
+    from megapix.shards.statistics import Reference
     from megapix.shards.storage import Access
 
 
@@ -211,12 +212,24 @@ def finish_parts(command: Finish) -> int:
         case "features":
             made_features = parts.finish(image_features.close)
             _say(f"{parts.out} is finished: features in {len(made_features.files)} files")
+        case "stats":
+            from data_prep.passes import statistics  # loads torch
+
+            report_statistics(parts.out, parts.finish(statistics.close), False)
         case "verify":
             return report_faults(str(parts.out), parts.finish(verify.close))
         case "embed-text":
             made_text = parts.finish(text_features.close)
             _say(f"{parts.out} is finished: text features in {len(made_text.all_files)} files")
     return 0
+
+
+def report_statistics(out: Path, made: Reference, was_finished: bool) -> None:
+    """Print what statistics are of."""
+    _say(
+        f"{out} {'was finished already' if was_finished else 'is finished'}: {made.extractor} of "
+        f"{made.moments.count:,} images, with the features of {len(made.features):,}"
+    )
 
 
 def report_faults(shown: str, faults: Sequence[str]) -> int:

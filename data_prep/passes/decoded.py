@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from itertools import tee
 from pathlib import Path
 
 import numpy as np
@@ -47,13 +48,14 @@ def open_sized(folder: Path, access: Access) -> Shards:
     return Shards(folder, index, access)
 
 
-def in_order(shards: Shards, parts: Sequence[Part], workers: int) -> Iterator[tuple[Part, NDArray[np.uint8]]]:
+def in_order(shards: Shards, parts: Iterable[Part], workers: int) -> Iterator[tuple[Part, NDArray[np.uint8]]]:
     """Each part with its images, uint8 [B, H, W, 3], in the order given.
 
     Raises:
         InputError: an image that cannot be read or decoded, or is not the indexed one.
     """
-    arriving = in_processes(partial(_decode, shards), parts, workers)
+    ahead, parts = tee(parts)
+    arriving = in_processes(partial(_decode, shards), ahead, workers)
     waiting: dict[Part, NDArray[np.uint8]] = {}
     for part in parts:
         while part not in waiting:

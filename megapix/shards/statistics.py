@@ -15,6 +15,7 @@ from __future__ import annotations
 import io
 import json
 import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,8 @@ class Moments:
 
 
 class Sums:
-    """Adds features up in float64. The same batches in the same order, in one thread, give the same bits."""
+    """Adds features up in float64. The same batches in the same order, in one thread, give the same bits; so do blocks
+    of them that are counted apart and merged in the same order."""
 
     def __init__(self, width: int) -> None:
         self.count = 0
@@ -57,6 +59,16 @@ class Sums:
         self.count += len(values)
         self._sum += values.sum(0)
         self._products.addmm_(values.T, values)
+
+    def counted(self) -> dict[str, Any]:
+        """What was added, for `merge` of another process: count int64, sum float64 [D], products float64 [D, D]."""
+        return {"count": np.array(self.count), "sum": self._sum.numpy(), "products": self._products.numpy()}
+
+    def merge(self, counted: Mapping[str, NDArray[Any]]) -> None:
+        """Count in what another one has counted."""
+        self.count += int(counted["count"])
+        self._sum += torch.from_numpy(counted["sum"])
+        self._products += torch.from_numpy(counted["products"])
 
     def moments(self) -> Moments:
         """Mean and covariance of all that was added: two vectors at least."""

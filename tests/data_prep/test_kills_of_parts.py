@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,8 +19,9 @@ from megapix.shards.index import read_index, write_index
 from tests.data_prep.test_write import hashes
 from tests.support import image_encoders, text_encoders
 
-ROUNDS, PARTS = 5, 2
-"""Ten kills of each command."""
+PARTS = 2
+ROUNDS = {"write": 5, "index": 5, "features": 2, "embed-text": 2, "stats": 2}
+"""Of kills of all parts: ten kills of a command, and four of one that loads a network each time."""
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +43,7 @@ def prepared(pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("command", ["write", "index", "features", "embed-text"])
+@pytest.mark.parametrize("command", ROUNDS)
 def test_killed_parts_end_in_the_bytes_of_one_machine(
     command: str, pairs: Path, prepared: Path, tmp_path: Path
 ) -> None:
@@ -53,11 +55,11 @@ def test_killed_parts_end_in_the_bytes_of_one_machine(
             write_index(folder / "out", replace(read_index(folder / "out"), text=None))
     run(arguments(command, one / "out", pairs, prepared, tmp_path))
     words = arguments(command, several / "out", pairs, prepared, tmp_path)
-    for _ in range(ROUNDS):
+    for _ in range(ROUNDS[command]):
         before = done(several / "out", command)
         parts = [begun(words, number) for number in range(PARTS)]
         while done(several / "out", command) <= before and any(part.poll() is None for part in parts):
-            pass
+            time.sleep(0.01)
         for part in parts:
             os.killpg(part.pid, signal.SIGKILL)
             part.wait()
@@ -77,6 +79,8 @@ def arguments(command: str, out: Path, pairs: Path, prepared: Path, folder: Path
             encoder = folder / "encoder"
             encoder = encoder if encoder.exists() else image_encoders.make(encoder)
             words = [prepared, "--encoder", encoder, "--out", out, "--workers", 1]
+        case "stats":
+            words = [prepared, "--out", out, "--batch", 4, "--workers", 1]
         case _:
             encoder = folder / "encoder"
             encoder = encoder if encoder.exists() else text_encoders.make(encoder, "bert")
@@ -91,8 +95,9 @@ def done(out: Path, command: str) -> int:
         "index": ".receipts/*.json",
         "features": "features-*",
         "embed-text": "text-*.safetensors",
+        "stats": ".out.*.blocks/block-*.npz",
     }
-    return len(list(out.glob(pattern[command])))
+    return len(list((out.parent if command == "stats" else out).glob(pattern[command])))
 
 
 def finished(out: Path, command: str) -> bool:
@@ -101,6 +106,8 @@ def finished(out: Path, command: str) -> bool:
             return (out / "features.json").exists()
         case "embed-text":
             return read_index(out).text is not None
+        case "stats":
+            return out.exists()
         case _:
             return (out / "index.json").exists()
 
