@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from megapix.resilience import doors, watchdog
 from megapix.resilience.heartbeat import Link, Peer, Word, line, period
 from megapix.resilience.notes import PATIENCE, SLOW, USUAL
 from megapix.resilience.watchdog import EXIT_LOST, Watchdog
-from tests.support.launch import ROOT, environment, free_port, of_ranks
+from tests.support.launch import ROOT, Launch, free_port
 from tests.support.programs import needs
 from tests.support.small_run import SMALL, arguments
 
@@ -44,39 +43,25 @@ class Ended:
     at: float
 
 
-def start(ranks: int, command: list[str]) -> list[subprocess.Popen[str]]:
-    return [
-        subprocess.Popen(
-            [sys.executable, "-m", *command],
-            env=rank,
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in of_ranks(environment(free_port()), ranks)
-    ]
-
-
-def end(processes: list[subprocess.Popen[str]], stopped: int | None = None) -> list[Ended]:
+def end(launch: Launch, stopped: int | None = None) -> list[Ended]:
     """Wait for all but a stopped rank, which never ends by itself; then kill what is left."""
     found: dict[int, Ended] = {}
     try:
-        for rank in sorted(range(len(processes)), key=lambda rank: rank == stopped):
+        for rank in sorted(range(len(launch.processes)), key=lambda rank: rank == stopped):
+            process = launch.processes[rank]
             if rank == stopped:
-                processes[rank].kill()
-            out, err = processes[rank].communicate(timeout=90)
-            found[rank] = Ended(processes[rank].returncode, out, err, time.time())
+                process.kill()
+            out, err = process.communicate(timeout=90)
+            found[rank] = Ended(process.returncode, out, err, time.time())
     finally:
-        for process in processes:
-            process.kill()
-    return [found[rank] for rank in range(len(processes))]
+        launch.kill()
+    return [found[rank] for rank in range(len(launch.processes))]
 
 
 def watched(fault: str, victim: int) -> tuple[list[Ended], float]:
     """Three ranks of tests.programs.watched, and the seconds from the fault to the end of the last one that ends."""
-    processes = start(3, ["tests.programs.watched", str(SECONDS), fault, str(victim)])
-    ended = end(processes, victim if fault == "stop" else None)
+    launch = Launch(3, "tests.programs.watched", [str(SECONDS), fault, str(victim)])
+    ended = end(launch, victim if fault == "stop" else None)
     said = re.search(r"fault (\S+)", ended[victim].out)
     assert said, ended[victim].err
     return ended, max(rank.at for rank in ended) - float(said[1])
@@ -101,32 +86,40 @@ def test_a_phase_may_be_allowed_more() -> None:
 @pytest.mark.long
 def test_time_in_which_all_were_stopped_does_not_count() -> None:
     """As by Ctrl-Z, for twice the limit, in the middle of a step that takes two thirds of it."""
-    processes = start(3, ["tests.programs.watched", str(SECONDS), "slow", "1"])
-    assert processes[1].stdout
-    assert processes[1].stdout.readline().startswith("fault")
-    for process in processes:
-        process.send_signal(signal.SIGSTOP)
-    with pytest.raises(subprocess.TimeoutExpired):
-        processes[0].wait(timeout=2 * SECONDS)
-    for process in processes:
-        process.send_signal(signal.SIGCONT)
-    assert [(rank.code, rank.err) for rank in end(processes)] == [(0, "")] * 3
+    launch = Launch(3, "tests.programs.watched", [str(SECONDS), "slow", "1"])
+    launch.wait_for(lambda: launch.processes[1].output_text().startswith("fault"))
+    launch.signal(signal.SIGSTOP)
+    time.sleep(2 * SECONDS)
+    assert [process.poll() for process in launch.processes] == [None] * 3
+    launch.signal(signal.SIGCONT)
+    assert [(rank.code, rank.err) for rank in end(launch)] == [(0, "")] * 3
+
+
+EIGHT = """
+import os, sys
+from tests.programs.watched import main
+
+ranks = []
+for rank in range(8):
+    if not (process := os.fork()):
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
+        sys.exit(main("6", "none", "0"))
+    ranks.append(process)
+sys.exit(any(os.waitpid(process, 0)[1] for process in ranks))
+"""
+"""Ranks of a process that has imported what they need."""
 
 
 @needs("ip", "unshare")
 @pytest.mark.long
 def test_more_ranks_than_the_kernel_lets_wait_at_the_door() -> None:
     """A network namespace in which one connection may wait to be accepted, and eight ranks that call at once."""
-    rank = "RANK=$i LOCAL_RANK=$i $0 -m tests.programs.watched 6 none 0"
-    script = "ip link set lo up; echo 1 >/proc/sys/net/core/somaxconn; pids="
-    script += (
-        f'; for i in 0 1 2 3 4 5 6 7; do {rank} & pids="$pids $!"; done; for i in $pids; do wait $i || exit 1; done'
-    )
+    script = 'ip link set lo up; echo 1 >/proc/sys/net/core/somaxconn; exec "$0" -c "$1"'
     there = {"WORLD_SIZE": "8", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500", "OMP_NUM_THREADS": "1"}
     if subprocess.run(["unshare", "-n", "true"], capture_output=True).returncode:
         pytest.skip("no right to make a network namespace")
     done = subprocess.run(
-        ["unshare", "-n", "sh", "-c", script, sys.executable],
+        ["unshare", "-n", "sh", "-c", script, sys.executable, EIGHT],
         env=os.environ | there,
         cwd=ROOT,
         capture_output=True,
@@ -211,14 +204,11 @@ def test_a_rank_of_a_real_run_is_lost(victim: int, sent: signal.Signals, shards:
     run = tmp_path / "run"
     seconds = 2 * SECONDS  # building an engine can hold the interpreter for a while
     options = ["--machine.watchdog", str(seconds), "--optim.end-at", "8000000", "--checkpoint.every", "80"]
-    processes = start(2, ["megapix", *arguments(shards, run, *options)])
-    while not (run / "checkpoints" / "latest").exists():
-        with suppress(subprocess.TimeoutExpired):
-            processes[0].wait(timeout=0.1)
-            pytest.fail(end(processes)[0].err)
+    launch = Launch(2, "megapix", arguments(shards, run, *options))
+    launch.wait_for((run / "checkpoints" / "latest").exists)
     at = time.time()
-    processes[victim].send_signal(sent)
-    ended = end(processes, victim if sent == signal.SIGSTOP else None)
+    launch.signal(sent, [victim])
+    ended = end(launch, victim if sent == signal.SIGSTOP else None)
     other = ended[1 - victim]
     assert other.code == EXIT_LOST, other.err
     assert other.at - at < (seconds if sent == signal.SIGSTOP else 0.0) + SLACK

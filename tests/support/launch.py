@@ -83,6 +83,10 @@ class Forked:
         out, err = (path.read_text() for path in self._outputs)
         return out, err
 
+    def output_text(self) -> str:
+        """What it has written to stdout so far."""
+        return self._outputs[0].read_text() if self._outputs[0].exists() else ""
+
     def error_text(self) -> str:
         """What it has written to stderr so far."""
         return self._outputs[1].read_text() if self._outputs[1].exists() else ""
