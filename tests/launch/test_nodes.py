@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import pytest
 
 from megapix.checkpoint.folder import latest
 from megapix.checkpoint.manifest import read_state
+from megapix.resilience.stopping import EXIT_STOPPED
 from megapix.resilience.watchdog import EXIT_LOST
 from tests.support.hosts import MARKS, Host, hosts
 from tests.support.launch import ROOT
@@ -88,19 +90,6 @@ def rank_process(run: Path, rank: int) -> psutil.Process:
     raise AssertionError(f"no process of rank {rank}")
 
 
-def test_hostfile_trains_saves_and_resumes(pair: list[Host], shards: Path, tmp_path: Path) -> None:
-    first, run = pair[0], tmp_path / "run"
-    ((code, out, err),) = finish(first.popen([*by_ssh(tmp_path), *command(shards, run, "--optim.end-at", "80")]))
-    assert code == 0, err
-    assert "x ranks 2" in out
-    assert images_seen(run) == 80
-    ((code, out, err),) = finish(first.popen([*by_ssh(tmp_path), *command(shards, run)]))
-    assert code == 0, err
-    assert f"resuming from {run}/checkpoints/images-000000000080" in out
-    assert images_seen(run) == 160
-    assert list(scalars(run, "loss/train")) == list(range(1, 21))
-
-
 SECRETS = {
     "HF_TOKEN": 'hf_of a "test" with $HOME',
     "AWS_SECRET_ACCESS_KEY": "aws/of+a\\test",
@@ -126,44 +115,56 @@ def command_lines() -> str:
     return lines.decode(errors="replace")
 
 
-@pytest.mark.parametrize("end", ["finished", "SIGTERM"])
-def test_secrets_reach_every_rank_and_no_command_line(end: str, pair: list[Host], shards: Path, tmp_path: Path) -> None:
-    """Two ranks on the first host and one on the second, which are looked at as long as launch.sh lives."""
+def test_a_hostfile_trains_saves_and_resumes_and_secrets_are_on_no_command_line(
+    pair: list[Host], shards: Path, tmp_path: Path
+) -> None:
+    """Two ranks on the first host and one on the second, ended by SIGTERM and started again; every process is looked at
+    as long as launch.sh lives."""
     told, run = tmp_path / "told", tmp_path / "run"
-    told.mkdir()
     (tmp_path / "sitecustomize.py").write_text(
         TOLD.replace("NAMES", repr([*HANDED])).replace("FOLDER", repr(str(told)))
     )
     hostfile = tmp_path / "hostfile"
     hostfile.write_text("nodea slots=2\nnodeb slots=1\n")
     before = set(Path("/dev/shm").glob("megapix-environment-*"))
-    options = ["--optim.global-batch", "9", "--machine.micro-batch", "3", "--optim.end-at", "9000000"]
-    if end == "finished":
-        options[-1] = "90"
-    train = [ROOT / "launch.sh", "--hostfile", hostfile, *command(shards, run, *options)]
-    process = pair[0].popen(train, **HANDED, PYTHONPATH=os.pathsep.join([str(tmp_path), str(ROOT)]))
-    seen, asked = "", False
-    while process.poll() is None:
-        seen += command_lines()
-        if end != "finished" and not asked and (run / "checkpoints" / "latest").exists():
-            launcher = next(
-                p for p in psutil.Process(process.pid).children(True) if "megapix launch" in " ".join(p.cmdline())
-            )
-            launcher.send_signal(signal.Signals[end])
-            asked = True
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=0.05)
-    ((code, out, err),) = finish(process)
-    assert code == {"finished": 0, "SIGTERM": 75}[end], err
-    assert "deepspeed.launcher.launch" in seen
-    assert "MEGAPIX_ENVIRONMENT=/dev/shm/megapix-environment-" in seen, "the way to the file is no secret"
-    logs = "".join(path.read_text(errors="replace") for path in run.rglob("*") if path.is_file())
-    for secret in ("hf_of a", "aws/of+a", "password-of-a-test"):
-        assert secret not in seen
-        assert secret not in out + err + logs
-    assert set(Path("/dev/shm").glob("megapix-environment-*")) == before
-    if end == "finished":
-        assert [json.loads(path.read_text()) for path in sorted(told.iterdir())] == [HANDED] * 3
+    steps = ["--optim.global-batch", "9", "--machine.micro-batch", "3", "--log.every", "9"]
+
+    def launched(code: int, *options: str) -> str:
+        """Wait for this end of launch.sh, which gets SIGTERM if that is to be 75; returns what it has printed."""
+        shutil.rmtree(told, ignore_errors=True)
+        told.mkdir()
+        train = [ROOT / "launch.sh", "--hostfile", hostfile, *command(shards, run, *steps, *options)]
+        process = pair[0].popen(train, **HANDED, PYTHONPATH=os.pathsep.join([str(tmp_path), str(ROOT)]))
+        seen, asked = "", code != EXIT_STOPPED
+        while process.poll() is None:
+            seen += command_lines()
+            if not asked and (run / "checkpoints" / "latest").exists():
+                launcher = next(
+                    p for p in psutil.Process(process.pid).children(True) if "megapix launch" in " ".join(p.cmdline())
+                )
+                launcher.send_signal(signal.SIGTERM)
+                asked = True
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=0.05)
+        ((ended, out, err),) = finish(process)
+        assert ended == code, err
+        assert "x ranks 3" in out
+        assert "deepspeed.launcher.launch" in seen
+        assert "MEGAPIX_ENVIRONMENT=/dev/shm/megapix-environment-" in seen, "the way to the file is no secret"
+        logs = "".join(path.read_text(errors="replace") for path in run.rglob("*") if path.is_file())
+        for secret in ("hf_of a", "aws/of+a", "password-of-a-test"):
+            assert secret not in seen
+            assert secret not in out + err + logs
+        assert set(Path("/dev/shm").glob("megapix-environment-*")) == before
+        return out
+
+    launched(EXIT_STOPPED, "--optim.end-at", "9000000", "--checkpoint.every", "80")
+    stopped = images_seen(run)
+    out = launched(0, "--optim.end-at", str(stopped + 36))
+    assert [json.loads(path.read_text()) for path in sorted(told.iterdir())] == [HANDED] * 3
+    assert f"resuming from {run}/checkpoints/images-{stopped:012d}" in out
+    assert images_seen(run) == stopped + 36
+    assert list(scalars(run, "loss/train")) == list(range(1, stopped // 9 + 5))
 
 
 def test_the_doctor_examines_both_hosts(pair: list[Host], shards: Path, tmp_path: Path) -> None:
@@ -271,20 +272,20 @@ def test_torchrun(pair: list[Host], shards: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("lost", [False, True])
 def test_under_srun(lost: bool, pair: list[Host], shards: Path, tmp_path: Path) -> None:
-    """A stand-in for srun: two tasks on each host, with the environment that SLURM gives a step's tasks."""
-    run, tasks = tmp_path / "run", []
+    """A stand-in for srun: tasks on each host, with the environment that SLURM gives a step's tasks."""
+    run, tasks, here = tmp_path / "run", [], 2 if lost else 1
     options = LONG if lost else ["--optim.end-at", "16"]
-    for task in range(4):
+    for task in range(2 * here):
         slurm = {
             "SLURM_JOB_ID": "4711",
             "SLURM_STEP_ID": "0",
-            "SLURM_STEP_NUM_TASKS": "4",
+            "SLURM_STEP_NUM_TASKS": str(2 * here),
             "SLURM_STEP_NODELIST": "nodea,nodeb",
             "SLURM_PROCID": str(task),
-            "SLURM_LOCALID": str(task % 2),
+            "SLURM_LOCALID": str(task % here),
             "SLURM_CPUS_PER_TASK": "1",
         }
-        tasks.append(pair[task // 2].popen([ROOT / "launch.sh", *command(shards, run, *options)], **slurm))
+        tasks.append(pair[task // here].popen([ROOT / "launch.sh", *command(shards, run, *options)], **slurm))
     if lost:
         wait_for_checkpoint(run, tasks[0])
         rank_process(run, 3).kill()
@@ -295,6 +296,6 @@ def test_under_srun(lost: bool, pair: list[Host], shards: Path, tmp_path: Path) 
         assert "rank 3 on nodeb is lost: its process ended without a goodbye (rank 0 is on nodea)" in ended[2][2]
     else:
         ended = finish(*tasks)
-        assert [code for code, _, _ in ended] == [0] * 4, ended
-        assert "x ranks 4" in ended[0][1]
+        assert [code for code, _, _ in ended] == [0] * 2, ended
+        assert "x ranks 2" in ended[0][1]
         assert images_seen(run) == 16
