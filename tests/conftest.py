@@ -22,6 +22,27 @@ if TYPE_CHECKING:
 pool.load_in_workers("megapix.data.loader", "data_prep.writing.shard", "webdataset")
 torch.set_num_threads(1)  # the tests' matrices are small, and several processes share the cores
 
+SLOWEST = (
+    "launch/test_nodes.py",
+    "parity/test_parity.py",
+    "data_prep/test_kills_of_parts.py",
+    "benchmarks/test_gpu_checks.py",
+    "engine/test_checkpointing.py",
+    "model/test_fused_block.py",
+    "resilience/test_stopping.py",
+    "evaluation/test_evaluate.py",
+    "checkpoint/test_checkpoint.py",
+    "engine/test_engine.py",
+    "engine/test_compiled.py",
+    "promises/test_kills.py",
+    "promises/test_doc_commands.py",
+    "train/test_small_evaluation.py",
+    "resilience/test_first_error.py",
+    "resilience/test_watchdog.py",
+    "train/test_repa.py",
+)
+"""Files that the workers begin with, so that none of these is what all but one wait for at the end."""
+
 
 def pytest_configure(config: pytest.Config) -> None:
     built = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "torch_extensions"
@@ -34,6 +55,11 @@ def pytest_configure(config: pytest.Config) -> None:
         scratch = tempfile.TemporaryDirectory(prefix="megapix-path-")
         config.add_cleanup(scratch.cleanup)
         programs.hide(hidden.split(","), Path(scratch.name))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    first = {f"tests/{name}": number for number, name in enumerate(SLOWEST)}
+    items.sort(key=lambda item: first.get(item.nodeid.partition("::")[0], len(first)))
 
 
 @pytest.hookimpl(tryfirst=True)  # before fixtures, which would look for the program

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import house
+from tests.conftest import SLOWEST
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -150,6 +151,10 @@ def test_sizes() -> None:
     assert not large, "modules in a package, besides its __init__"
     long = {name: n for name, n in house.lines(ROOT).items() if n > 400}
     assert not long, "lines of a file"
+
+
+def test_the_slowest_files_of_tests_are_there() -> None:
+    assert [name for name in SLOWEST if not (ROOT / "tests" / name).is_file()] == []
 
 
 def test_the_documented_table() -> None:
