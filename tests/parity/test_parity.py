@@ -168,13 +168,14 @@ def test_a_case_that_differs_is_named_and_ends_with_code_1(capsys: pytest.Captur
 
 
 @pytest.mark.long
-def test_zero2_computes_what_a_plain_process_computes() -> None:
-    succeed(2, "tests.programs.parity_cases", ["handful"])
+def test_compiled_ranks_compute_what_a_plain_process_computes() -> None:
+    """And gradients that are reduced in bf16 are seen."""
+    succeed(2, "tests.programs.parity_cases", ["compiled"])
 
 
 @pytest.mark.parametrize(
     ("ranks", "which"),
-    [pytest.param(*row, marks=pytest.mark.long) for row in ((1, "thirds"), (3, "odd"), (6, "thirds"), (6, "odd"))],
+    [pytest.param(*row, marks=pytest.mark.long) for row in ((1, "thirds"), (3, "odd"), (6, "thirds"))],
 )
 def test_dividing_by_three_costs_no_rounding(ranks: int, which: str) -> None:
     """Ranks and micro batches whose number is no power of two: a bf16 gradient divided by it would be off by 2e-3."""
@@ -220,13 +221,14 @@ def test_an_offloaded_run_resumes_exactly(shards: Path, tmp_path: Path) -> None:
 
 @pytest.mark.long
 def test_a_compiled_run_trains_samples_and_resumes(shards: Path, tmp_path: Path) -> None:
-    """With both pathways checkpointed; its checkpoint has the names of any other, so it loads without compiling."""
+    """With both pathways checkpointed; its checkpoint has the names of any other, so it loads without compiling, on two
+    ranks as well."""
     from megapix.weights.read import load_model, load_weights
 
     options = ["--machine.compile", "--machine.patch-checkpointing", "full", "--machine.pixel-checkpointing", "full"]
     options += ["--log.samples-every", "32", "--log.grid-columns", "1", "--checkpoint.every", "32"]
     for end in (32, 64):
-        succeed(2, "megapix", arguments(shards, tmp_path / "run", *options, "--optim.end-at", str(end)))
+        succeed(1, "megapix", arguments(shards, tmp_path / "run", *options, "--optim.end-at", str(end)))
     net = load_model(tmp_path / "run")
     assert [name for name, _ in net.named_parameters()] == list(load_weights(tmp_path / "run").tensors)
     succeed(2, "megapix", arguments(shards, tmp_path / "run", "--optim.end-at", "96"))

@@ -20,10 +20,10 @@ def main() -> None:
     processes.start(world)
     c = config.replace(SMALL, "machine.compile", True)
     net = build_network(c.model, 0, c.machine)
-    e = zero2.build(c, config.BatchLayout(2, 1, 1), net)
+    e = zero2.build(c, config.BatchLayout(8, 1, 1), net)
     compiled = [block.forward for block in (*net.patch_blocks, *net.pixel_blocks)]
     watch = block_norms.Watch(e)
-    e.backward(e(torch.randn(2, 3, 16, 16), torch.rand(2), torch.tensor([0, 1])).square().mean())
+    e.backward(e(torch.randn(8, 3, 16, 16), torch.rand(8), torch.arange(8) % 3).square().mean())
     e.step()
     row = watch.read(1)
     assert sum("modulation_rms/pit" in tag for tag in row) == c.model.pixel_depth * 6
