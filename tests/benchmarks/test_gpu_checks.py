@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import select
 import signal
 import subprocess
@@ -324,7 +325,6 @@ def checks(tmp_path: Path, ways: list[dict[str, Any]] | None, *options: str) -> 
         (tmp_path / "ways.json").write_text(json.dumps(ways))
         command += ["--cpu", "--repeats", "1", "--ways", str(tmp_path / "ways.json")]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-    environment["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path / "inductor")  # a killed compilation spoils a cache
     environment |= {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     return done.returncode, out.read_text() if out.exists() else "", done.stderr
@@ -348,7 +348,6 @@ def test_real_ways_one_of_which_crashes(tmp_path: Path) -> None:
         {"name": "noise", "kind": "noise"},
         {"name": "blocks", "kind": "parity", "policies": [["none", "none"], ["full", "full"]]},
         {"name": "broken", "kind": "step", "micro": 3, "machine": {"nope": 1}},
-        {"name": "ours", "kind": "step", "micro": 3},
         {"name": "ours, compiled", "kind": "step", "micro": 3, "machine": {"compile": True}},
         {"name": "plain", "kind": "plain", "micro": 3},
         {"name": "text", "kind": "step", "preset": "t2i-1024-ms", "micro": 1},
@@ -357,14 +356,13 @@ def test_real_ways_one_of_which_crashes(tmp_path: Path) -> None:
     assert code == 0, errors
     assert "Best matmul here:" in text
     assert [row[5] for row in cells(text, "parity")] == ["yes"] * 4
-    broken, ours, compiled, plain, captions = cells(text, "speed")
+    broken, compiled, plain, captions = cells(text, "speed")
     assert broken[3].startswith("ended with code 1:")
     assert "unexpected keyword argument 'nope'" in broken[3]
-    assert ours[7] == "attention flash for CPUs x 7; not compiled; plain pixel kernels"
     assert "not compiled" not in compiled[7]
     assert plain[7] == "attention flash for CPUs x 5; not compiled; plain pixel kernels"
-    assert "attention" in captions[7]
-    for row in (ours, compiled, plain, captions):
+    assert re.fullmatch(r"attention flash for CPUs x \d+; not compiled; plain pixel kernels", captions[7])
+    for row in (compiled, plain, captions):
         assert float(row[3]) > 0
         assert float(row[6]) > 0
         assert row[5].endswith(" %")
