@@ -122,7 +122,7 @@ def test_asked_while_the_compiler_works(shards: Path, tmp_path: Path) -> None:
     """Every process of the ranks gets the signal, g++ too, which ends at it otherwise; the run stops after its step."""
     run = tmp_path / "run"
     command = arguments(shards, run, "--machine.compile", *ENDLESS)
-    launch = FreshLaunch(1, "megapix", command, TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "inductor"))
+    launch = Launch(1, "megapix", command, TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "inductor"))
     try:
         groups = [process.pid for process in launch.processes]
         launch.wait_for(lambda: any("cc1plus" in command_of(pid) for group in groups for pid in alive(group)))
