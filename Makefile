@@ -14,7 +14,7 @@ MINILM  = $(firstword $(wildcard $(VENV)/lib/python3*/site-packages/gt_all_minil
 EMBED   = --encoder $(MINILM) --max-tokens 32 --prefix "" --dtype fp32
 
 # A file's tests stay together, with what they share, and the slowest files come first (tests/conftest.py). Three workers
-# on two cores: a test often waits, for a server, a disk or a heartbeat.
+# keep two cores busy while some tests wait for a server, a disk or a heartbeat.
 PARALLEL = --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 .PHONY: quickstart quickstart-t2i test test-long gpu-checks checks docs docs-serve image clean
