@@ -112,6 +112,8 @@ def s3() -> Iterator[str]:
 class Faults:
     """What the faulty server does with its next answers to GET."""
 
+    after: int = 0
+    """Answers that are whole before the first fault."""
     breaks: int = 0
     """Answers that end in the middle."""
     stalls: int = 0
@@ -119,6 +121,8 @@ class Faults:
     ignores_ranges: bool = False
     seen: int = 0
     """GET requests so far."""
+    sent: list[tuple[str, int, int]] = field(default_factory=list)
+    """(name, offset, bytes) of what was sent of each answer so far."""
     over: threading.Event = field(default_factory=threading.Event)
 
 
@@ -151,19 +155,21 @@ def faulty(root: Path, faults: Faults) -> Iterator[str]:
             self.end_headers()
             if not body:
                 return
-            half = part[: len(part) // 2]
-            if faults.breaks:
+            start, half = int(match[1]) if match else 0, part[: len(part) // 2]
+            whole = faults.seen <= faults.after or not (faults.breaks or faults.stalls)
+            faults.sent.append((self.path.lstrip("/"), start, len(part if whole else half)))
+            if whole:
+                self.wfile.write(part)
+            elif faults.breaks:
                 faults.breaks -= 1
                 self.wfile.write(half)
                 self.close_connection = True
-            elif faults.stalls:
+            else:
                 faults.stalls -= 1
                 self.wfile.write(half)
                 self.wfile.flush()
                 faults.over.wait(60)
                 self.close_connection = True
-            else:
-                self.wfile.write(part)
 
     server = ManyAtOnce(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
