@@ -188,7 +188,7 @@ def _features(command: MakeFeatures) -> int:
         access_of(command),
         part=part_of(command),
     )
-    samples, size = sum(file.samples for file in made.files), sum(map(made.bytes_of, made.files)) / 1e6
+    samples, size = made.table.total("samples"), sum(map(made.bytes_of, made.files)) / 1e6
     print(
         f"data_prep: {command.out} {'was finished already' if was_finished else 'is finished'}: features of "
         f"{samples:,} images{' and their mirror images' if made.flip else ''}, width {made.width}, {made.dtype}, "
@@ -213,7 +213,7 @@ def _embed_text(command: EmbedText) -> int:
     made, was_finished, first_cut = embed_text(c.shards, c.encoder, recipe, c.batch, c.replace, part=part_of(c))
     if first_cut:
         print(f"data_prep: {first_cut}")
-    captions, tokens, cut = (sum(getattr(file, key) for file in made.files) for key in ("captions", "tokens", "cut"))
+    captions, tokens, cut = map(made.table.total, ("captions", "tokens", "cut"))
     size = sum(map(made.bytes_of, made.all_files))
     print(
         f"data_prep: {c.shards} {'was finished already' if was_finished else 'is finished'}: text features of "

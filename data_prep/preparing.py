@@ -220,7 +220,7 @@ def finish_parts(command: Finish) -> int:
             return report_faults(str(parts.out), parts.finish(verify.close))
         case "embed-text":
             made_text = parts.finish(text_features.close)
-            _say(f"{parts.out} is finished: text features in {len(made_text.all_files)} files")
+            _say(f"{parts.out} is finished: text features in {len(made_text.files) + 1} files")
     return 0
 
 

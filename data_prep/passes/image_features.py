@@ -7,7 +7,7 @@ span two entries, so an interruption does not change which images go through the
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import astuple
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -25,19 +25,22 @@ from data_prep.writing import plan as planning
 from data_prep.writing.pool import alone_in, check_workers
 from data_prep.writing.write import WHOLE_NAME
 from megapix.errors import InputError
-from megapix.shards.feature_file import file_name
+from megapix.files import write_new
+from megapix.shards.feature_file import faults
 from megapix.shards.image_features import (
+    KIND,
     MANIFEST_NAME,
     Dtype,
     FeatureFile,
     Features,
-    manifest,
+    read_manifest,
     write_file,
     write_manifest,
 )
 from megapix.shards.image_policy import Policy
 from megapix.shards.index import Index
 from megapix.shards.storage import Access
+from megapix.shards.tables.files import Files
 
 if TYPE_CHECKING:
     from megapix.encoders.image import Encoder
@@ -80,22 +83,21 @@ def features(
     shards, places = open_sized(folder, access), gpus.devices()
     net = encoder.load(name, dtype, batch, "--encoder")
     index = shards.index
-    files = _files(index, encoder.grid_of)
-    whole = Features(out, name, net.digest, index.digest, net.width, dtype, flip, files)
+    whole = Features(out, name, net.digest, index.digest, net.width, dtype, flip, ())
+    whole = replace(whole, files=_files(index, encoder.grid_of, whole.origin))
+    files = whole.table
     plan = {"kind": "features", "encoder_digest": whole.digest, "data_digest": whole.data_digest}
     try:
         planning.settle(out, plan | {"width": whole.width, "dtype": dtype, "flip": flip})
         with alone_in(out, part):
-            if _finished(whole) and not any(map(whole.fault, files)):
+            if _finished(whole, index):
                 return whole, True
             parts = join(out, part, "features", {})
             if parts:
                 found = {"encoder": name, "digest": net.digest, "data": whole.data_digest, "width": net.width}
-                parts.agree(
-                    WHOLE_NAME,
-                    found | {"dtype": dtype, "flip": flip, "files": list(map(astuple, files))},
-                    free=("encoder",),
-                )
+                found |= {"dtype": dtype, "flip": flip, "files": files.sha256}
+                parts.agree(WHOLE_NAME, found, free=("encoder",))
+                write_new(parts.path(KIND.table), b"".join(files.blocks()))
             clear_own(out, ".*.tmp", part)
             (out / MANIFEST_NAME).unlink(missing_ok=True)
             mine = list(part.mine(range(len(files))))
@@ -123,7 +125,10 @@ def close(parts: Parts) -> Features:
         InputError: a file is not as its part has written it.
     """
     found = parts.read(WHOLE_NAME)
-    files = tuple(FeatureFile(*file) for file in found["files"])
+    try:
+        files = Files(KIND, path := parts.path(KIND.table))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} is gone or damaged; give one of the parts again") from error
     of = found["encoder"], found["digest"], found["data"], found["width"], found["dtype"], found["flip"]
     whole = Features(parts.out, *of, files)
     for place, file in enumerate(files):
@@ -169,22 +174,18 @@ def _fill(
         write_file(whole, whole.files[place], _computed(net, whole, islice(images, len(some)), update))
 
 
-def _finished(whole: Features) -> bool:
-    """Whether the manifest is there, but for the encoder's name, which may be another one now."""
-    path = whole.folder / MANIFEST_NAME
-    return path.is_file() and _nameless(path.read_bytes()) == _nameless(manifest(whole))
+def _finished(whole: Features, index: Index) -> bool:
+    """Whether all is there, but for the encoder's name, which may be another one now."""
+    try:
+        found = read_manifest(whole.folder)
+    except InputError:
+        return False
+    return replace(found, encoder=whole.encoder) == whole and not any(faults(found, index))
 
 
-def _nameless(data: bytes) -> list[bytes]:
-    return [line for line in data.splitlines() if not line.startswith(b' "encoder":')]
-
-
-def _files(index: Index, grid_of: Any) -> tuple[FeatureFile, ...]:
-    sizes = Policy.from_dict(index.image_policy).buckets
-    return tuple(
-        FeatureFile(file_name("features", place), entry.samples, *grid_of(*sizes[entry.bucket]))
-        for place, entry in enumerate(index.shards)
-    )
+def _files(index: Index, grid_of: Callable[[int, int], tuple[int, int]], origin: str) -> Files[FeatureFile]:
+    grids = np.array([grid_of(*size) for size in Policy.from_dict(index.image_policy).buckets])
+    return Files.made_of(KIND, origin, [index.table.samples, *grids[index.table.buckets].T])
 
 
 def _parts(index: Index, places: Sequence[int], batch: int) -> dict[int, list[Part]]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from data_prep.parts.part import WHOLE, Part
 from megapix.errors import InputError
+from megapix.shards.feature_file import table_fault
 from megapix.shards.index import Index
 from megapix.shards.table import Captions
 from megapix.shards.text_feature_reader import TextFeatureReader
@@ -26,7 +27,10 @@ def text_faults(folder: Path, index: Index, progress: bool = True, part: Part = 
         return
     if features is None:
         return
-    reader, total = TextFeatureReader(features), sum(file.captions for file in features.all_files)
+    if fault := table_fault(features, index):
+        yield from [fault] if not part.number else ()
+        return
+    reader, total = TextFeatureReader(features), features.table.total("captions") + features.empty.captions
     with tqdm(total=total, unit="cap", disable=not progress, mininterval=0.5) as bar:
         first = 0
         for place, file in enumerate(features.all_files):
@@ -73,8 +77,7 @@ def text_line(folder: Path, index: Index) -> Iterator[str]:
     """
     features = listed_text_features(folder, index)
     if features is not None:
-        recipe, files = features.recipe, features.files
-        captions, tokens = sum(file.captions for file in files), sum(file.tokens for file in files)
+        recipe, captions, tokens = features.recipe, features.table.total("captions"), features.table.total("tokens")
         size = sum(map(features.bytes_of, features.all_files))
         yield (
             f"  text         features of {captions:,} captions, {tokens:,} tokens of width {recipe.width}, {size:,} "

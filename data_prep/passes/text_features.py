@@ -19,19 +19,21 @@ from data_prep.parts.part import WHOLE, Part, clear_own
 from data_prep.writing.pool import alone_in
 from data_prep.writing.write import WHOLE_NAME
 from megapix.errors import InputError
-from megapix.shards.feature_file import file_name
+from megapix.shards.feature_file import faults
 from megapix.shards.index import INDEX_NAME, Index, read_index, write_index
 from megapix.shards.table import Captions, check_table
+from megapix.shards.tables.files import file_name
 from megapix.shards.text_features import (
     EMPTY_NAME,
     FILES,
+    TENSORS,
     Row,
     TextFeatures,
     TextFile,
     found_file,
     listed_text_features,
-    manifest,
     write_file,
+    write_manifest,
 )
 from megapix.shards.text_recipe import Recipe
 
@@ -83,7 +85,7 @@ def embed_text(
         check_table(folder, index)
         names = _names(index)
         listed = _listed(folder, index)
-        if listed is not None and listed.recipe == recipe and not any(map(listed.fault, listed.all_files)):
+        if listed is not None and listed.recipe == recipe and not any(faults(listed, index)):
             return listed, True, None  # the encoder may lie elsewhere now
         parts = join(folder, part, "embed-text", {})
         if parts:
@@ -129,7 +131,7 @@ def _put_together(folder: Path, name: str, recipe: Recipe, of: int = 1) -> TextF
     for pattern in (FILES, INDEX_NAME):
         clear_own(folder, f".{pattern}.*.tmp", WHOLE)
     whole = TextFeatures(folder, name, recipe, index.digest, tuple(files[:-1]), files[-1])
-    write_index(folder, replace(index, text=manifest(whole)))
+    write_manifest(whole, index)
     return whole
 
 
@@ -189,7 +191,7 @@ def _there(folder: Path, index: Index, recipe: Recipe, overwrite: bool) -> tuple
     listed, done, others, current = _listed(folder, index), dict[str, TextFile](), "", index.digest
     if listed is not None:
         others = listed.recipe.difference(recipe, str(folder), FLAGS)
-    for path in sorted(folder.glob(FILES)):
+    for path in sorted(folder.glob(TENSORS)):
         try:
             stored, data_digest, file = found_file(path)
         except ValueError:  # damaged: it is written again

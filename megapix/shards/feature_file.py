@@ -3,26 +3,50 @@
 Each entry of the index has a safetensors file of its own, so any program reads it. Its header says whose features it
 holds: format, encoder, data set, name and counts. So a file is told from one of other features by its size and its
 first bytes, before a number is read; the numbers have CRCs, which are checked when they are read. Beside the files
-lies what lists them, written last.
+lie a table of them (`tables/files.py`), and a small manifest in JSON that names it with its hash, written last.
+
+A process that opens features looks at the manifest and the table's first bytes. The whole table and every file are
+looked at once on a node, and again where a file has come to the folder or gone; one that changes in its place is found
+when it is read. In manifests of version 1 stand the files themselves, and they are read, too.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import Any, Protocol, TypeVar
 
 from megapix.errors import InputError
-from megapix.files import read_range, size_of
+from megapix.files import read_range, sha256_of, size_of, whole_file
+from megapix.shards.index import Index, as_count, as_sha256
 from megapix.shards.storage import Local
+from megapix.shards.tables.files import Files, Kind
+from megapix.shards.tables.stamps import State, once, state_of
+
+VERSION, LISTED_VERSION = 2, 1
+"""Of both kinds of manifests; the second has a list of the files in place of the table's name."""
+
+F = TypeVar("F", bound=tuple[Any, ...])
 
 
-def file_name(kind: str, place: int) -> str:
-    """Name of an entry's file, by its place in the index's list; `kind` is "features" or "text"."""
-    return f"{kind}-{place:06d}.safetensors"
+class StoredFeatures(Protocol):
+    """The features of a data set, of either kind."""
+
+    @property
+    def folder(self) -> Path:
+        """Where they lie."""
+
+    @property
+    def table(self) -> Files[Any]:
+        """Their files, one for each entry."""
+
+    @property
+    def all_files(self) -> Iterable[Any]:
+        """Those, and any that is of no entry."""
+
+    def fault(self, file: Any) -> str:
+        """What is wrong with a file; empty if nothing is."""
 
 
 def features_fault(path: Path, header: bytes, size: int, listed_in: str) -> str:
@@ -45,21 +69,97 @@ def features_fault(path: Path, header: bytes, size: int, listed_in: str) -> str:
     return "" if found == header else f"{path} holds other features than {listed_in} says"
 
 
+def table_fault(features: StoredFeatures, index: Index) -> str:
+    """What is wrong with the table of files, all of which is read; empty if nothing is. StorageError if it cannot be
+    read now."""
+    table = features.table
+    if table.path and (found := sha256_of(table.path)) != table.sha256:
+        return f"{table.path} has sha256 {found[:16]}…, but {table.kind.listed_in} lists {table.sha256[:16]}…"
+    fault = table.fault(index.table.samples)
+    return fault and f"{table.path or features.folder / table.kind.listed_in}: {fault}"
+
+
+def faults(features: StoredFeatures, index: Index) -> Iterator[str]:
+    """What is wrong with the table, and with each file by its size and its first bytes; looks at every file."""
+    if fault := table_fault(features, index):
+        yield fault
+        return
+    yield from filter(None, map(features.fault, features.all_files))
+
+
+def check_files(features: StoredFeatures, index: Index) -> None:
+    """Check that there are none of the `faults`; once on a node, until a file changes (`tables/stamps.py`).
+
+    Raises:
+        InputError: the first of them. StorageError: a file cannot be read now.
+    """
+    folder, table = features.folder, features.table
+
+    def check() -> State:
+        before = state_of([folder])
+        for fault in faults(features, index):
+            raise InputError(f"{fault}; {again(table.kind)}")
+        return before
+
+    once(folder, f"{table.kind.name}: {table.sha256} {index.identity}", check, [table.path] if table.path else [])
+
+
+def again(kind: Kind[Any]) -> str:
+    """What helps against a fault."""
+    return f"run its '{kind.command}' command again"
+
+
+def write_table(folder: Path, files: Files[Any]) -> None:
+    """Write the table of files, whole or not at all; OSError if that fails."""
+    with whole_file(folder / files.kind.table) as out:
+        out.writelines(files.blocks())
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What lists the files: it may come from a stranger, and each check raises ValueError
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def check_format(listed: Any, name: str, version: int) -> None:
-    """Check format and version."""
-    if (found := (listed["format"], listed["version"])) != (name, version):
-        raise ValueError(f"format and version are {found}, expected {(name, version)}")
+def listing(files: Files[Any]) -> dict[str, Any]:
+    """What a manifest says of the table."""
+    return {"count": len(files), "name": files.kind.table, "sha256": files.sha256}
 
 
-def check_name(entry: Any, place: int, expected: str) -> None:
-    """Check the name of file number `place`: it lies in the folder, and nowhere else."""
+def listed_table(folder: Path, kind: Kind[F], origin: str, about: Any) -> Files[F]:
+    """The table that a manifest names; reads its first bytes.
+
+    Args:
+        origin: SHA-256 of what the features are of.
+
+    Raises:
+        InputError: it is missing or damaged, or another one.
+    """
+    check_name(about, kind.table)
+    count, sha256, path = as_count(about["count"]), as_sha256(about["sha256"]), folder / kind.table
+    if size_of(path) is None:
+        raise InputError(f"{path} is missing, but {folder / kind.listed_in} needs it; {again(kind)}")
+    try:
+        files = Files(kind, path)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: {getattr(error, 'strerror', '') or error}; {again(kind)}") from error
+    if (len(files), files.origin) != (count, origin):
+        raise InputError(f"{path} is of other features than {folder / kind.listed_in} says; {again(kind)}")
+    files.sha256 = sha256  # checked by `check_files`, once on a node
+    return files
+
+
+def check_format(listed: Any, name: str) -> bool:
+    """Check format and version; whether the files stand in the manifest."""
+    found = listed["format"], listed["version"]
+    if found not in ((name, VERSION), (name, LISTED_VERSION)):
+        raise ValueError(f"format and version are {found}, expected {(name, VERSION)}")
+    return bool(listed["version"] == LISTED_VERSION)
+
+
+def check_name(entry: Any, expected: str) -> None:
+    """Check the name of a file: it lies in the folder, and nowhere else."""
     if entry["name"] != expected:
-        raise ValueError(f"file {place} is named {entry['name']!r}, expected {expected!r}")
+        raise ValueError(f"a file is named {entry['name']!r}, expected {expected!r}")
 
 
 def check_size(entry: Any, size: int, cause: str) -> None:
@@ -74,21 +174,10 @@ def check_size(entry: Any, size: int, cause: str) -> None:
 
 
 class EntryFiles:
-    """Reads ranges of the files; each process needs its own.
+    """Reads ranges of the files; each process needs its own."""
 
-    Args:
-        samples: of each entry.
-        command: what writes such files, for messages.
-    """
-
-    def __init__(self, folder: Path, samples: Iterable[int], command: str) -> None:
-        self._files, self._command = Local(folder), command
-        self._first = np.concatenate([[0], np.cumsum(np.fromiter(samples, np.int64))])
-
-    def find(self, sample: int) -> tuple[int, int]:
-        """(place of the entry that holds a sample, its number in there)."""
-        place = int(np.searchsorted(self._first, sample, "right")) - 1
-        return place, sample - int(self._first[place])
+    def __init__(self, folder: Path, kind: Kind[Any]) -> None:
+        self._files, self._command = Local(folder), kind.command
 
     def where(self, name: str) -> str:
         """What to call a file in messages."""

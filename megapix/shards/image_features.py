@@ -3,6 +3,7 @@
 A folder of features holds
 
     features-000000.safetensors, …   one file for each entry of the index, numbered by its place in the list
+    features-files.bin               the counts of each file (`tables/files.py`)
     features.json                    the manifest; written last, so its presence means "complete"
 
 and plan.json, which only `data_prep` reads. A file is two tensors:
@@ -16,12 +17,13 @@ numbers are stored in the dtype that the encoder computes in, so nothing is lost
 
 from __future__ import annotations
 
+import hashlib
 import json
 import zlib
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,16 +31,21 @@ from numpy.typing import NDArray
 from megapix.errors import InputError
 from megapix.files import read_bytes, safetensors_header, size_of, whole_file, write_atomic
 from megapix.shards.feature_file import (
+    VERSION,
     EntryFiles,
+    check_files,
     check_format,
     check_name,
     check_size,
     features_fault,
-    file_name,
+    listed_table,
+    listing,
+    write_table,
 )
 from megapix.shards.index import Index, as_count, as_sha256, as_text
+from megapix.shards.tables.files import Files, Kind, file_name
 
-FORMAT, VERSION = "megapix-features", 1
+FORMAT = "megapix-features"
 MANIFEST_NAME = "features.json"
 
 Dtype = Literal["bf16", "fp32"]
@@ -47,14 +54,16 @@ DTYPES: dict[str, tuple[str, np.dtype[Any]]] = {"bf16": ("BF16", np.dtype("<i2")
 CRC = np.dtype("<i8")
 
 
-@dataclass(frozen=True)
-class FeatureFile:
+class FeatureFile(NamedTuple):
     """The features of one entry of the index."""
 
     name: str
     samples: int
     rows: int
     columns: int
+
+
+KIND = Kind("features", FeatureFile, FeatureFile._fields[1:], ("rows", "columns"), MANIFEST_NAME, "data_prep features")
 
 
 @dataclass(frozen=True)
@@ -74,8 +83,28 @@ class Features:
     """What the encoder computed in, and what is stored."""
     flip: bool
     """Whether there are features of the mirror images too."""
-    files: tuple[FeatureFile, ...]
-    """One for each entry of the index."""
+    files: Sequence[FeatureFile]
+    """One for each entry of the index; a table (`Files`), whatever they were given as."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "files", Files.of(KIND, self.origin, self.files))
+
+    @property
+    def origin(self) -> str:
+        """SHA-256 of what the features are of."""
+        about = [self.digest, self.data_digest, self.width, self.dtype, self.flip]
+        return hashlib.sha256(json.dumps(about).encode()).hexdigest()
+
+    @property
+    def table(self) -> Files[FeatureFile]:
+        """The files as a table."""
+        assert isinstance(self.files, Files)
+        return self.files
+
+    @property
+    def all_files(self) -> Files[FeatureFile]:
+        """There are no others."""
+        return self.table
 
     @property
     def forms(self) -> int:
@@ -95,11 +124,15 @@ class Features:
 
     def bytes_of(self, file: FeatureFile) -> int:
         """Size of a whole file."""
-        return len(self.header(file)) + file.samples * self.forms * (CRC.itemsize + self.row_bytes(file))
+        return self._bytes_of(file, self.header(file))
+
+    def _bytes_of(self, file: FeatureFile, begins: bytes) -> int:
+        return len(begins) + file.samples * self.forms * (CRC.itemsize + self.row_bytes(file))
 
     def fault(self, file: FeatureFile) -> str:
         """What is wrong with a file, by its size and its first bytes; empty if nothing is."""
-        return features_fault(self.folder / file.name, self.header(file), self.bytes_of(file), MANIFEST_NAME)
+        expected = self.header(file)
+        return features_fault(self.folder / file.name, expected, self._bytes_of(file, expected), MANIFEST_NAME)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -130,21 +163,13 @@ def write_file(features: Features, file: FeatureFile, batches: Iterable[NDArray[
 
 
 def write_manifest(features: Features) -> None:
-    """Write the manifest; call it last, after every file."""
+    """Write the table of files and the manifest; call it last, after every file."""
+    write_table(features.folder, features.table)
     write_atomic(features.folder / MANIFEST_NAME, manifest(features))
 
 
 def manifest(features: Features) -> bytes:
     """The manifest's bytes."""
-    files = [
-        {
-            "name": file.name,
-            "samples": file.samples,
-            "grid": [file.rows, file.columns],
-            "bytes": features.bytes_of(file),
-        }
-        for file in features.files
-    ]
     about = {
         "format": FORMAT,
         "version": VERSION,
@@ -154,7 +179,7 @@ def manifest(features: Features) -> bytes:
         "width": features.width,
         "dtype": features.dtype,
         "flip": features.flip,
-        "files": files,
+        "files": listing(features.table),
     }
     return (json.dumps(about, indent=1) + "\n").encode()
 
@@ -165,10 +190,10 @@ def manifest(features: Features) -> bytes:
 
 
 def read_manifest(folder: str | Path) -> Features:
-    """What the manifest in a folder says.
+    """What the manifest in a folder says; of the table of files the first bytes are read.
 
     Raises:
-        InputError: no such folder, no manifest in it, or a damaged one.
+        InputError: no such folder, no manifest in it, or a damaged one, or the table is missing.
     """
     folder = Path(folder)
     shown = f"repa.features = {str(folder)!r}"
@@ -189,34 +214,25 @@ def read_manifest(folder: str | Path) -> Features:
 
 
 def read_features(folder: str | Path, index: Index) -> Features:
-    """The features in a folder, if they are of that index and each file is there in its size; reads no numbers.
+    """The features in a folder, if they are of that index and each file is there in its size (`check_files`); reads no
+    numbers.
 
     Raises:
         InputError: what `read_manifest` raises, features of another data set, or a file that is missing, cut short or
             of other features.
     """
     features = read_manifest(folder)
-    shown, path = f"repa.features = {str(folder)!r}", features.folder / MANIFEST_NAME
     if features.data_digest != index.digest:
         raise InputError(
-            f"{shown} are of the data set {features.data_digest[:16]}…, but the shards are {index.digest[:16]}…; "
-            "compute them from these shards"
+            f"repa.features = {str(folder)!r} are of the data set {features.data_digest[:16]}…, but the shards are "
+            f"{index.digest[:16]}…; compute them from these shards"
         )
-    if [file.samples for file in features.files] != [entry.samples for entry in index.shards]:
-        raise InputError(f"{path}: its files have other samples than the shards")
-    for file in features.files:
-        if fault := features.fault(file):
-            raise InputError(f"{shown}: {fault}; run its 'data_prep features' command again")
+    check_files(features, index)
     return features
 
 
 def _of_manifest(folder: Path, data: Any) -> Features:
-    check_format(data, FORMAT, VERSION)
-    files = list[FeatureFile]()
-    for place, entry in enumerate(data["files"]):
-        check_name(entry, place, name := file_name("features", place))
-        rows, columns = entry["grid"]
-        files.append(FeatureFile(name, as_count(entry["samples"]), as_count(rows, 1), as_count(columns, 1)))
+    listed = data["files"] if check_format(data, FORMAT) else None
     if data["dtype"] not in DTYPES or not isinstance(data["flip"], bool):
         raise ValueError(f"dtype and flip are {data['dtype']!r} and {data['flip']!r}")
     features = Features(
@@ -227,11 +243,20 @@ def _of_manifest(folder: Path, data: Any) -> Features:
         width=as_count(data["width"], 1),
         dtype=data["dtype"],
         flip=data["flip"],
-        files=tuple(files),
+        files=[_file(entry, file_name(KIND.name, place)) for place, entry in enumerate(listed or ())],
     )
-    for file, entry in zip(files, data["files"], strict=True):
+    if listed is None:
+        return replace(features, files=listed_table(folder, KIND, features.origin, data["files"]))
+    for file, entry in zip(features.files, listed, strict=True):
         check_size(entry, features.bytes_of(file), f"width {features.width} makes")
     return features
+
+
+def _file(entry: Any, name: str) -> FeatureFile:
+    """A file of that name, as a manifest lists it."""
+    check_name(entry, name)
+    rows, columns = entry["grid"]
+    return FeatureFile(name, as_count(entry["samples"]), as_count(rows, 1), as_count(columns, 1))
 
 
 class FeatureReader:
@@ -239,7 +264,7 @@ class FeatureReader:
 
     def __init__(self, features: Features) -> None:
         self.features = features
-        self._files = EntryFiles(features.folder, (file.samples for file in features.files), "data_prep features")
+        self._files = EntryFiles(features.folder, KIND)
 
     def read(self, sample: int, mirrored: bool) -> NDArray[Any]:
         """Features of a sample or of its mirror image: [rows, columns, width], float32, or bf16's bit patterns (int16).
@@ -247,7 +272,7 @@ class FeatureReader:
         Raises:
             InputError: they cannot be read, or are not those that were written.
         """
-        f, (place, row) = self.features, self._files.find(sample)
+        f, (place, row) = self.features, self.features.table.find(sample)
         crcs = len(f.header(file := f.files[place]))
         row, size = row * f.forms + int(mirrored), f.row_bytes(file)
         crc = int.from_bytes(self._files.read(file.name, crcs + row * CRC.itemsize, CRC.itemsize), "little")

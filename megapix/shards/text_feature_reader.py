@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from megapix.errors import InputError
 from megapix.files import size_of
-from megapix.shards.feature_file import EntryFiles
-from megapix.shards.text_features import BF16, INT, TextFeatures, TextFile, header, table_bytes
+from megapix.shards.feature_file import EntryFiles, again
+from megapix.shards.text_features import BF16, INT, KIND, TextFeatures, TextFile, header, table_bytes
 
 
 class TextFeatureReader:
@@ -23,7 +23,7 @@ class TextFeatureReader:
 
     def __init__(self, features: TextFeatures) -> None:
         self.features = features
-        self._files = EntryFiles(features.folder, (file.samples for file in features.files), "data_prep embed-text")
+        self._files = EntryFiles(features.folder, KIND)
         self._checked = np.zeros(len(features.files) + 1, np.bool_)
         """Whether the tables of each file, and of the empty caption's, are known to be sound."""
         self._empty: NDArray[np.int16] | None = None
@@ -65,7 +65,7 @@ class TextFeatureReader:
 
     def _captions_of(self, sample: int) -> tuple[TextFile, int, int]:
         """(file, first caption of a sample, the one after its last), counted in the file."""
-        place, row = self._files.find(sample)
+        place, row = self.features.table.find(sample)
         file = self.features.files[place]
         self._check(place, file)
         first, end = self._numbers(file, row, 2)
@@ -101,7 +101,7 @@ class TextFeatureReader:
         path = self.features.folder / file.name
         try:
             if size_of(path) != self.features.bytes_of(file):
-                raise InputError(f"{self.features.fault(file)}; run its 'data_prep embed-text' command again")
+                raise InputError(f"{self.features.fault(file)}; {again(KIND)}")
         except OSError as error:
             raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
         data = self._files.read(file.name, self._begin(file), table_bytes(file))

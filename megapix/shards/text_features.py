@@ -4,9 +4,11 @@ They lie in the shard folder, beside index.json:
 
     text-000000.safetensors, …   one file for each entry of the index, numbered by its place in the list
     text-empty.safetensors       of the caption "", which stands in where a caption is dropped
+    text-files.bin               the counts of each entry's file (`tables/files.py`)
 
 and under "text" in index.json, written last, stands what they are: the encoder's name and hash, how they were made, the
-data set's digest, and the files. This key is no part of `Index.digest`: a data set stays what it is. A file is
+data set's digest, and the table of files with its hash. This key is no part of `Index.digest`: a data set stays what it
+is. A file is
 
     first      int64 [samples + 1]       number of the first caption of each sample, counted in this file
     starts     int64 [captions + 1]      first token of each caption, counted in this file
@@ -15,17 +17,19 @@ data set's digest, and the files. This key is no part of `Index.digest`: a data 
                                          padding: there each caption has max_tokens (`Recipe.padding`)
 
 Samples are in the order of the index, and captions in that of `megapix.shards.captions.unpack`. The first three are the
-tables, whose CRC-32 stands in index.json; a process checks them once, and then few reads give a caption's features.
+tables, whose CRC-32 stands in text-files.bin; a process checks them once, and then few reads give a caption's features.
 
 NumPy and no torch: bf16 numbers are bit patterns, int16.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import zlib
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,14 +38,26 @@ from numpy.typing import NDArray
 
 from megapix.errors import InputError
 from megapix.files import safetensors_header, whole_file
-from megapix.shards.feature_file import check_format, check_name, check_size, features_fault, file_name
-from megapix.shards.index import INDEX_NAME, LARGEST_COUNT, Index, as_count, as_sha256, as_text
+from megapix.shards.feature_file import (
+    VERSION,
+    check_files,
+    check_format,
+    check_name,
+    check_size,
+    features_fault,
+    listed_table,
+    listing,
+    write_table,
+)
+from megapix.shards.index import INDEX_NAME, LARGEST_COUNT, Index, as_count, as_sha256, as_text, write_index
 from megapix.shards.storage import is_url
+from megapix.shards.tables.files import Files, Kind, file_name
 from megapix.shards.text_recipe import OPTIONS, Recipe
 
-FORMAT, VERSION = "megapix-text", 1
+FORMAT = "megapix-text"
 EMPTY_NAME = "text-empty.safetensors"
-FILES = "text-*.safetensors"
+TENSORS, FILES = "text-*.safetensors", "text-*"
+"""The files of features, and with their table."""
 INT, BF16 = np.dtype("<i8"), np.dtype("<i2")
 LARGEST_HEADER = 1 << 20
 """Bytes of a file's header that are read at most."""
@@ -60,6 +76,9 @@ class TextFile(NamedTuple):
     """CRC-32 of the tables."""
 
 
+KIND = Kind("text", TextFile, TextFile._fields[1:], (), INDEX_NAME, "data_prep embed-text")
+
+
 @dataclass(frozen=True)
 class TextFeatures:
     """What is stored with a shard folder."""
@@ -70,19 +89,31 @@ class TextFeatures:
     recipe: Recipe
     data_digest: str
     """The data set's (`Index.digest`)."""
-    files: tuple[TextFile, ...]
-    """One for each entry of the index."""
+    files: Sequence[TextFile]
+    """One for each entry of the index; a table (`Files`), whatever they were given as."""
     empty: TextFile
     """The caption "" alone."""
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "files", Files.of(KIND, origin_of(self.recipe, self.data_digest), self.files))
+
     @property
-    def all_files(self) -> tuple[TextFile, ...]:
+    def table(self) -> Files[TextFile]:
+        """The files as a table."""
+        assert isinstance(self.files, Files)
+        return self.files
+
+    @property
+    def all_files(self) -> Iterator[TextFile]:
         """Those of the entries, and that of the empty caption."""
-        return (*self.files, self.empty)
+        return chain(self.files, [self.empty])
 
     def bytes_of(self, file: TextFile) -> int:
         """Size of a whole file."""
-        return len(header(self.recipe, self.data_digest, file)) + table_bytes(file) + file.tokens * self.row
+        return self._bytes_of(file, header(self.recipe, self.data_digest, file))
+
+    def _bytes_of(self, file: TextFile, begins: bytes) -> int:
+        return len(begins) + table_bytes(file) + file.tokens * self.row
 
     @property
     def row(self) -> int:
@@ -92,7 +123,7 @@ class TextFeatures:
     def fault(self, file: TextFile) -> str:
         """What is wrong with a file, by its size and its first bytes; empty if nothing is."""
         expected = header(self.recipe, self.data_digest, file)
-        return features_fault(self.folder / file.name, expected, self.bytes_of(file), INDEX_NAME)
+        return features_fault(self.folder / file.name, expected, self._bytes_of(file, expected), INDEX_NAME)
 
     def require(self, wanted: Recipe) -> None:
         """Refuse features that were made otherwise than a run wants them; names the first option that differs.
@@ -104,6 +135,11 @@ class TextFeatures:
             raise InputError(
                 f"{found}; give that value, or compute others: data_prep embed-text {self.folder} --replace"
             )
+
+
+def origin_of(recipe: Recipe, data_digest: str) -> str:
+    """SHA-256 of what features are of."""
+    return hashlib.sha256(json.dumps([recipe.to_dict(), data_digest]).encode()).hexdigest()
 
 
 def header(recipe: Recipe, data_digest: str, file: TextFile) -> bytes:
@@ -178,20 +214,23 @@ def write_file(
     return file
 
 
+def write_manifest(features: TextFeatures, index: Index) -> None:
+    """Write the table of files, and what the index says of them; call it last, after every file. OSError if that
+    fails."""
+    write_table(features.folder, features.table)
+    write_index(features.folder, replace(index, text=manifest(features)))
+
+
 def manifest(features: TextFeatures) -> dict[str, Any]:
     """What stands under "text" in the index."""
-
-    def listed(file: TextFile) -> dict[str, Any]:
-        return {**file._asdict(), "bytes": features.bytes_of(file)}
-
     return {
         "format": FORMAT,
         "version": VERSION,
         "encoder": features.encoder,
         "recipe": features.recipe.to_dict(),
         "data_digest": features.data_digest,
-        "files": [listed(file) for file in features.files],
-        "empty": listed(features.empty),
+        "files": listing(features.table),
+        "empty": {**features.empty._asdict(), "bytes": features.bytes_of(features.empty)},
     }
 
 
@@ -201,10 +240,11 @@ def manifest(features: TextFeatures) -> dict[str, Any]:
 
 
 def listed_text_features(folder: Path, index: Index) -> TextFeatures | None:
-    """What an index says of text features stored with it; None if there are none. Looks at no file.
+    """What an index says of text features stored with it; None if there are none. Looks at no file but the table's
+    first bytes.
 
     Raises:
-        InputError: what it says has no sense, or is of another data set.
+        InputError: what it says has no sense, or is of another data set, or the table of files is missing.
     """
     if index.text is None:
         return None
@@ -218,8 +258,8 @@ def listed_text_features(folder: Path, index: Index) -> TextFeatures | None:
 
 
 def read_text_features(folder: str | Path, index: Index, path: str = "") -> TextFeatures | None:
-    """The text features stored with an index, if each file is there in its size; None if there are none. Reads no
-    numbers.
+    """The text features stored with an index, if each file is there in its size (`check_files`); None if there are
+    none. Reads no numbers.
 
     Args:
         folder: the local folder of the index.
@@ -229,17 +269,16 @@ def read_text_features(folder: str | Path, index: Index, path: str = "") -> Text
         InputError: what `listed_text_features` raises, a file that is missing, cut short or of other features, or an
             index that was copied here from a URL, without the files.
     """
-    features = listed_text_features(Path(folder), index)
-    if features is None:
+    if index.text is None:
         return None
     if is_url(path):
         raise InputError(
             f"data.path = {path!r}: text features are read from a local folder alone; make a local index over these "
             "shards with 'data_prep index' and give it to 'data_prep embed-text', or name an encoder: text.encoder"
         )
-    for file in features.all_files:
-        if fault := features.fault(file):
-            raise InputError(f"{fault}; run its 'data_prep embed-text' command again")
+    features = listed_text_features(Path(folder), index)
+    assert features is not None
+    check_files(features, index)
     return features
 
 
@@ -272,23 +311,24 @@ def found_file(path: Path) -> tuple[Recipe, str, TextFile]:
 
 def _of_manifest(folder: Path, index: Index) -> TextFeatures:
     data: Any = index.text
-    check_format(data, FORMAT, VERSION)
+    listed = data["files"] if check_format(data, FORMAT) else None
     if (digest := as_sha256(data["data_digest"])) != index.digest:
         raise ValueError(f"they are of the data set {digest[:16]}…, but this is {index.digest[:16]}…")
-    if len(data["files"]) != len(index.shards):
-        raise ValueError(f"{len(data['files'])} files for {len(index.shards)} entries")
-    listed, samples = [*data["files"], data["empty"]], [*(shard.samples for shard in index.shards), 1]
-    files = []
-    for place, (entry, expected) in enumerate(zip(listed, samples, strict=True)):
-        last = place == len(index.shards)
-        check_name(entry, place, name := EMPTY_NAME if last else file_name("text", place))
-        file = TextFile(name, *(as_count(entry[field]) for field in TextFile._fields[1:]))
-        if file.samples != expected or (last and file.captions != 1):
-            raise ValueError(f"{name} has {file.samples} samples and {file.captions} captions, but {expected} samples")
-        files.append(file)
-    *those, empty = files
-    recipe = Recipe.from_dict(data["recipe"])
-    features = TextFeatures(folder, as_text(data["encoder"]), recipe, digest, tuple(those), empty)
-    for file, entry in zip(files, listed, strict=True):
+    recipe, empty = Recipe.from_dict(data["recipe"]), _file(data["empty"], EMPTY_NAME)
+    if (empty.samples, empty.captions) != (1, 1):
+        raise ValueError(f"{empty.name} has {empty.samples} samples and {empty.captions} captions, expected one")
+    files: Sequence[TextFile]
+    if listed is None:
+        files = listed_table(folder, KIND, origin_of(recipe, digest), data["files"])
+    else:
+        files = [_file(entry, file_name(KIND.name, place)) for place, entry in enumerate(listed)]
+    features = TextFeatures(folder, as_text(data["encoder"]), recipe, digest, files, empty)
+    for entry, file in [*zip(listed or (), files, strict=False), (data["empty"], empty)]:
         check_size(entry, features.bytes_of(file), "its counts make")
     return features
+
+
+def _file(entry: Any, name: str) -> TextFile:
+    """A file of that name, as a manifest lists it."""
+    check_name(entry, name)
+    return TextFile(name, *(as_count(entry[count]) for count in KIND.counts))

@@ -83,7 +83,7 @@ def small_file(root: Path) -> None:
         (imported, [".model.tmp/config.json", "model"]),
         (as_the_authors_would, ["out.pt"]),
         (resharded, ["state.json", "three/checkpoints/images-000000000007", "latest", "config.json"]),
-        (image_features, ["features-000000.safetensors", "features.json"]),
+        (image_features, ["features-000000.safetensors", "features-files.bin", "features.json"]),
         (features_of_captions, ["text-000000.safetensors"]),
         (all_images, ["images.npz"]),
         (rows_of_a_run, ["tfevents"]),

@@ -17,7 +17,7 @@ import pytest
 from megapix.errors import InputError
 from megapix.shards.index import ClassEntry, Index, ShardEntry, read_index, write_index
 from megapix.shards.table import SampleRecord, check_table
-from megapix.shards.tables import entries
+from megapix.shards.tables import entries, stored
 from megapix.shards.tables.entries import SHARDS_NAME, Shards
 from tests.support.version_2 import listed
 
@@ -64,7 +64,7 @@ def test_a_table_is_read_as_it_was_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int, small: bool
 ) -> None:
     monkeypatch.setattr(entries, "PART", 3)
-    monkeypatch.setattr(entries, "SMALL", 1 << 20 if small else 100)
+    monkeypatch.setattr(stored, "SMALL", 1 << 20 if small else 100)
     some = made(count)
     (tmp_path / SHARDS_NAME).write_bytes(by_hand(some))
     for table in (Shards.of(some), Shards(tmp_path / SHARDS_NAME)):

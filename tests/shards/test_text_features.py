@@ -31,17 +31,26 @@ from megapix.data.locate import locate
 from megapix.encoders.text import TextEncoder, load
 from megapix.errors import InputError
 from megapix.shards.captions import Caption, pack
-from megapix.shards.feature_file import file_name
 from megapix.shards.image_policy import Policy
 from megapix.shards.index import CAPTIONS_NAME, INDEX_NAME, TABLE_NAME, read_index, write_index
 from megapix.shards.storage.local import MAX_OPEN
 from megapix.shards.table import RECORD, Captions, SampleRecord
+from megapix.shards.tables.files import file_name
 from megapix.shards.text_feature_reader import TextFeatureReader
-from megapix.shards.text_features import EMPTY_NAME, Row, TextFeatures, manifest, read_text_features, write_file
+from megapix.shards.text_features import (
+    EMPTY_NAME,
+    KIND,
+    Row,
+    TextFeatures,
+    read_text_features,
+    write_file,
+    write_manifest,
+)
 from megapix.shards.text_recipe import Recipe, recipe_of
 from tests.data_prep.test_write import hashes
 from tests.support import text_encoders
 from tests.support.launch import ROOT
+from tests.support.listed_features import make_listed
 from tests.support.small_run import refused
 from tests.support.text_encoders import CAPTIONS, WIDTH, WORDS
 
@@ -201,7 +210,7 @@ def test_captions_of_attended_padding_have_one_length(plain: Path, encoder_folde
 def test_the_files_are_plain_safetensors(stored: Path, plain: Path, encoder: TextEncoder) -> None:
     index, features = read_index(stored), opened(stored)
     names = {path.name for path in stored.iterdir()} - {path.name for path in plain.iterdir()}
-    assert names == {FIRST, "text-000001.safetensors", LAST, EMPTY_NAME}
+    assert names == {FIRST, "text-000001.safetensors", LAST, EMPTY_NAME, KIND.table}
     captions, cut, tokens = [list(texts) for _, texts in samples_of(stored)], 0, 0
     for file, entry in zip(features.files, index.shards, strict=True):
         tensors = load_file(stored / file.name)
@@ -258,7 +267,7 @@ def test_the_end_says_how_much_there_is(
     assert f" tokens was cut to max_tokens = {MAX}" in first
     files, features = opened(stored).files, opened(stored)
     captions, tokens, cut = (sum(getattr(f, key) for f in files) for key in ("captions", "tokens", "cut"))
-    size = sum(path.stat().st_size for path in stored.glob("text-*"))
+    size = sum(path.stat().st_size for path in stored.glob("text-*.safetensors"))
     assert size == sum(map(features.bytes_of, features.all_files))
     said = f"text features of {captions:,} captions, {tokens:,} tokens of width {WIDTH}, {size:,} bytes; {cut} captions"
     assert said in last
@@ -442,8 +451,10 @@ def of_recipe(**values: Any) -> Callable[[Path], None]:
 
 
 def of_file(**values: Any) -> Callable[[Path], None]:
+    """Give some keys of the first file other values, where version 1 lists the files."""
+
     def damage(folder: Path) -> None:
-        first, *rest = (read_index(folder).text or {})["files"]
+        first, *rest = (read_index(make_listed(folder)).text or {})["files"]
         changed(files=[first | values, *rest])(folder)
 
     return damage
@@ -455,17 +466,20 @@ OPENED: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "the empty one's": (lambda folder: (folder / EMPTY_NAME).unlink(), (f"{EMPTY_NAME} is missing",)),
     "short": (lambda folder: os.truncate(folder / FIRST, 1000), (f"{FIRST} has 1000 bytes, expected",)),
     "another's": (flipped(FIRST, 100), (f"{FIRST} holds other features than index.json says",)),
-    "version": (changed(version=9), (WRONG, "('megapix-text', 9), expected ('megapix-text', 1)")),
+    "version": (changed(version=9), (WRONG, "('megapix-text', 9), expected ('megapix-text', 2)")),
     "not a table": (changed(recipe=[]), (WRONG,)),
     "no encoder": (changed(encoder=None), (WRONG, "None is not a text")),
     "other shards": (changed(data_digest="0" * 64), (WRONG, "are of the data set 0000000000000000…")),
-    "too few files": (changed(files=[]), (WRONG, "0 files for 3 entries")),
+    "too few files": (
+        changed(version=1, files=[]),
+        ("index.json: 0 files for 3 entries; run its 'data_prep embed-text'",),
+    ),
     "a wrong name": (of_file(name="/etc/passwd"), (WRONG, "named '/etc/passwd'")),
-    "samples": (of_file(samples=17), (WRONG, "has 17 samples")),
+    "samples": (of_file(samples=17), (WRONG, "but its counts make")),
     "tokens": (of_file(tokens=3), (WRONG, "but its counts make")),
     "a negative count": (of_file(captions=-1), (WRONG, "-1 is not a count")),
     "no count": (of_file(tables="x"), (WRONG, "'x' is not a count")),
-    "width": (of_recipe(width=48), (WRONG, "but its counts make")),
+    "width": (of_recipe(width=48), (f"{KIND.table} is of other features than",)),
     "digest": (of_recipe(digest="x"), (WRONG, "'x' is not a SHA-256")),
     "normalize": (of_recipe(normalize="no"), (WRONG, "'no' and 'fp32'")),
     "scale": (of_recipe(scale=float("nan")), (WRONG, "scale is nan")),
@@ -535,8 +549,7 @@ def rewritten(folder: Path, counts: Callable[[list[int]], list[int]], longest: i
     rows[0] = Row(np.concatenate([rows[0].bits] * longest), False)
     made = write_file(folder, features.recipe, features.data_digest, FIRST, counts(there), rows)
     index = read_index(folder)
-    said = manifest(replace(features, files=(made, *features.files[1:])))
-    write_index(folder, replace(index, text=json.loads(json.dumps(said))))
+    write_manifest(replace(features, files=(made, *features.files[1:])), index)
 
 
 def test_captions_that_belong_to_other_samples_are_found(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:

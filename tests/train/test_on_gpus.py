@@ -16,9 +16,9 @@ import torch
 from megapix.checkpoint.layout import PARTS
 from megapix.config.ds_config import DS_CONFIGS
 from megapix.shards import image_features as features
-from megapix.shards.feature_file import file_name
 from megapix.shards.image_features import FeatureFile, Features
 from megapix.shards.index import read_index, write_index
+from megapix.shards.tables.files import file_name
 from tests.support import image_encoders, text_encoders
 from tests.support.launch import Rank, start, succeed, succeeded
 from tests.support.small_run import arguments, flat_vectors, saved, scalars

@@ -19,9 +19,9 @@ from megapix.diffusion import repa
 from megapix.diffusion.condition import classes
 from megapix.engine.network import build_network
 from megapix.model import Alignment
-from megapix.shards.feature_file import file_name
 from megapix.shards.image_features import FeatureFile, Features, write_file, write_manifest
 from megapix.shards.index import read_index
+from megapix.shards.tables.files import file_name
 from tests.support.launch import succeed
 from tests.support.small_run import SMALL, STEP_BATCH, arguments, scalars
 

@@ -36,13 +36,15 @@ from megapix.data.loader import MicroBatches
 from megapix.data.locate import locate
 from megapix.encoders.image import Encoder, load
 from megapix.errors import InputError
+from megapix.files import sha256_of
 from megapix.rng import Purpose
-from megapix.shards.image_features import MANIFEST_NAME, FeatureReader, Features, read_features
+from megapix.shards.image_features import KIND, MANIFEST_NAME, FeatureReader, Features, read_features
 from megapix.shards.image_policy import Policy
 from megapix.shards.table import RECORD, SampleRecord
 from tests.data_prep.test_write import hashes
 from tests.support import image_encoders
 from tests.support.launch import ROOT, start, succeed
+from tests.support.listed_features import make_listed, records
 from tests.support.small_run import SMALL, STEP_BATCH, arguments, refused, saved, scalars, shard_tensors
 
 SIZE, SAMPLES = 32, 40
@@ -127,17 +129,17 @@ def test_in_bf16_they_are_the_bf16_encoders_to_rounding(shards_32: Path, teacher
 
 def test_the_files_are_plain_safetensors(stored: Path, shards_32: Path, teacher: Encoder) -> None:
     names = sorted(path.name for path in stored.iterdir())
-    assert names == [f"features-{n:06d}.safetensors" for n in range(3)] + [MANIFEST_NAME, "plan.json"]
+    assert names == [f"features-{n:06d}.safetensors" for n in range(3)] + [KIND.table, MANIFEST_NAME, "plan.json"]
     about = json.loads((stored / MANIFEST_NAME).read_text())
     index = locate(reading(shards_32)).index
     assert (about["encoder_digest"], about["data_digest"]) == (teacher.digest, index.digest)
     assert (about["width"], about["dtype"], about["flip"]) == (image_encoders.WIDTH, "fp32", True)
-    for entry, shard in zip(about["files"], index.shards, strict=True):
-        tensors = load_file(stored / entry["name"])
-        assert tensors["features"].shape == (shard.samples, 2, *entry["grid"], image_encoders.WIDTH)
+    assert about["files"] == {"count": 3, "name": KIND.table, "sha256": sha256_of(stored / KIND.table)}
+    for name, counts, shard in zip(names, records(stored / KIND.table), index.shards, strict=False):
+        tensors = load_file(stored / name)
+        assert tensors["features"].shape == (shard.samples, 2, *counts[1:], image_encoders.WIDTH)
         assert tensors["crc32"].shape == (shard.samples, 2)
-        assert entry["samples"] == shard.samples
-        assert entry["bytes"] == (stored / entry["name"]).stat().st_size
+        assert counts == (shard.samples, 2, 2)
 
 
 def test_without_flip_there_is_one_form(shards_32: Path, teacher_folder: Path, stored: Path, tmp_path: Path) -> None:
@@ -400,14 +402,20 @@ BAD: dict[str, tuple[list[str], Callable[[Path], object] | None, tuple[str, ...]
     "no manifest": ([], lambda folder: (folder / MANIFEST_NAME).unlink(), ("has no features.json",)),
     "not JSON": ([], lambda folder: (folder / MANIFEST_NAME).write_text("{"), ("features.json: not such a manifest",)),
     "not a table": ([], lambda folder: (folder / MANIFEST_NAME).write_text("[]"), ("not such a manifest",)),
-    "version": ([], changed(version=9), ("('megapix-features', 9), expected ('megapix-features', 1)",)),
-    "a wrong name": ([], changed(files=[{"name": "/etc/passwd", "grid": [2, 2]}]), ("named '/etc/passwd'",)),
-    "other shards": ([], changed(data_digest="0" * 64), ("are of the data set 0000000000000000…, but the shards are",)),
+    "version": ([], changed(version=9), ("('megapix-features', 9), expected ('megapix-features', 2)",)),
+    "a wrong name": ([], changed(version=1, files=[{"name": "/etc/passwd", "grid": [2, 2]}]), ("named '/etc/passwd'",)),
+    "other shards": (
+        [],
+        lambda folder: changed(data_digest="0" * 64)(make_listed(folder)),
+        ("are of the data set 0000000000000000…, but the shards are",),
+    ),
     "missing file": ([], lambda folder: (folder / LAST).unlink(), (f"{LAST} is missing",)),
     "short file": ([], lambda folder: os.truncate(folder / LAST, 1000), (f"{LAST} has 1000 bytes, expected",)),
     "another's file": ([], of_others, ("features-000000.safetensors holds other features",)),
-    "width": ([], changed(width=48), ("but width 48 makes",)),
-    "another flip": ([], changed(flip=False), ("width 24 makes",)),
+    "width": ([], changed(width=48), ("features-files.bin is of other features than",)),
+    "another flip": ([], changed(flip=False), ("features-files.bin is of other features than",)),
+    "width, version 1": ([], lambda folder: changed(width=48)(make_listed(folder)), ("but width 48 makes",)),
+    "files, version 1": ([], changed(version=1, files=[]), ("features.json: 0 files for 3 entries",)),
     "both": (["--repa.encoder", "facebook/dinov2-base"], None, ("repa.encoder = ", "repa.features = ", "one of them")),
     "dtype": (["--repa.dtype", "bf16"], None, ("were computed in fp32, but repa.dtype = 'bf16'",)),
     "digest": (["--repa.digest", "abc"], None, ("are of the encoder", "repa.digest = 'abc'")),
@@ -455,6 +463,26 @@ def test_features_of_another_encoder_make_another_run(
     assert compute(shards_32, image_encoders.make(tmp_path / "other", seed=1), out, "--dtype", "fp32") == 0
     asked = [*command(shards_32, online, "--repa.features", str(out)), "--dry-run"]
     assert "repa.digest is '" in refused(asked, capsys)
+
+
+def test_a_run_goes_on_with_features_of_either_version(
+    shards_32: Path,
+    teacher_folder: Path,
+    stored: Path,
+    online: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """What the files are listed in is no part of a run's identity; and listed ones need not be computed again."""
+    old = make_listed(Path(shutil.copytree(stored, tmp_path / "old")))
+    for folder in (stored, old):
+        asked = command(shards_32, online, "--repa.features", str(folder), end=2 * END)
+        assert cli.main([*asked, "--dry-run"]) == 0
+    capsys.readouterr()
+    before = hashes(old)
+    assert compute(shards_32, teacher_folder, old, "--dtype", "fp32") == 0
+    assert "was finished already" in capsys.readouterr().out
+    assert hashes(old) == before
 
 
 def test_every_rank_ends_with_code_2(shards_32: Path, tmp_path: Path) -> None:

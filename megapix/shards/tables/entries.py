@@ -6,17 +6,14 @@
     names     of the tar files, UTF-8, end to end
 
 All numbers are little endian. 10^6 tar files of one bucket are 80 MB, where a list in JSON has 223 MB and takes 2 GB of
-objects. Nothing is held of a large table: one entry is read as it is needed, and columns in blocks. They are read, and
-not looked up in mapped memory, where an error of the disk would end the process by SIGBUS.
+objects. Nothing is held of a large table: one entry is read as it is needed, and columns in blocks.
 """
 
 from __future__ import annotations
 
-import hashlib
 import struct
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, overload
@@ -24,17 +21,13 @@ from typing import Any, NamedTuple, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from megapix.errors import InputError
-from megapix.files import read_range, size_of
-from megapix.shards.storage import Local
+from megapix.shards.tables.stored import Stored
 
 SHARDS_NAME = "shards.bin"
 HEADER = struct.Struct("<8sQQQ")
 MAGIC = b"MPXSHRD1"
 FILE = np.dtype([("name_end", "<u8"), ("bytes", "<u8"), ("sha256", "V32")])
 ENTRY = np.dtype([("samples", "<u8"), ("file", "<u4"), ("bucket", "<u4")])
-SMALL = 4 << 20
-"""Bytes of a table that is held as a whole, for quick reads: 50,000 tar files."""
 PART = 1 << 18
 """Entries, or tar files, that are read in one go."""
 LARGEST_COUNT = 10**15
@@ -64,7 +57,7 @@ class TarFile(NamedTuple):
     sha256: str
 
 
-class Shards(Sequence[ShardEntry]):
+class Shards(Stored, Sequence[ShardEntry]):
     """The entries of an index, and their tar files.
 
     Args:
@@ -75,9 +68,7 @@ class Shards(Sequence[ShardEntry]):
     """
 
     def __init__(self, table: Path | bytes) -> None:
-        self._table = table
-        self._opened: bytes | Local | None = None if isinstance(table, Path) else table
-        self._header = self._read(0, HEADER.size)
+        super().__init__(table, HEADER.size)
         self._sizes = self._checked_sizes()
 
     @classmethod
@@ -105,44 +96,13 @@ class Shards(Sequence[ShardEntry]):
         return cls(b"".join((header, table.tobytes(), entries.tobytes(), *names)))
 
     def _checked_sizes(self) -> tuple[int, int, int]:
-        if len(self._header) < HEADER.size or not self._header.startswith(MAGIC):
+        if len(self.header) < HEADER.size or not self.header.startswith(MAGIC):
             raise ValueError("it does not begin as a table of shards does")
-        _, files, entries, names = HEADER.unpack(self._header)
+        _, files, entries, names = HEADER.unpack(self.header)
         expected = HEADER.size + files * FILE.itemsize + entries * ENTRY.itemsize + names
         if self.size != expected or not files or not entries:
             raise ValueError(f"it has {self.size} bytes, expected {expected} ({files} tar files, {entries} entries)")
         return files, entries, names
-
-    @property
-    def path(self) -> Path | None:
-        """The file that it lies in; None in memory."""
-        return self._table if isinstance(self._table, Path) else None
-
-    @cached_property
-    def size(self) -> int:
-        """Bytes of the table."""
-        return len(self._table) if isinstance(self._table, bytes) else size_of(self._table) or 0
-
-    def _read(self, start: int, size: int) -> bytes:
-        if self._opened is None:
-            self._opened = self._open()
-        if isinstance(self._opened, bytes):
-            return self._opened[start : start + size]
-        return self._opened.read(SHARDS_NAME, start, size)
-
-    def _open(self) -> bytes | Local:
-        """Each process opens the table for itself; a set that has grown meanwhile has another one."""
-        assert isinstance(self._table, Path)
-        whole = self.size <= SMALL
-        opened = read_range(self._table, 0, self.size + 1) if whole else Local(self._table.parent)
-        begins = opened if isinstance(opened, bytes) else opened.read(SHARDS_NAME, 0, HEADER.size)
-        if begins[: HEADER.size] != getattr(self, "_header", begins[: HEADER.size]):
-            raise InputError(f"{self._table} was written again while it is in use")
-        return opened
-
-    def __getstate__(self) -> dict[str, Any]:
-        kept = {"_table": self._table, "_header": self._header, "_sizes": self._sizes, "size": self.size}
-        return kept | {"_opened": None if isinstance(self._table, Path) else self._table}
 
     # -----------------------------------------------------------------------------------------------------------------
     # One entry
@@ -173,7 +133,7 @@ class Shards(Sequence[ShardEntry]):
         records = self._records(FILE, max(0, found - 1), 1 + (found > 0))
         start = int(records[0]["name_end"]) if found else 0
         _, size, sha256 = records[-1].tolist()
-        name = self._read(self._at_names + start, int(records[-1]["name_end"]) - start).decode()
+        name = self.read(self._at_names + start, int(records[-1]["name_end"]) - start).decode()
         check_name(name)
         return TarFile(name, size, sha256.hex())
 
@@ -183,7 +143,7 @@ class Shards(Sequence[ShardEntry]):
 
     def __iter__(self) -> Iterator[ShardEntry]:
         files = np.concatenate(list(self._parts(FILE)))
-        names, ends = self._read(self._at_names, self._sizes[2]), np.concatenate([[0], files["name_end"].astype(int)])
+        names, ends = self.read(self._at_names, self._sizes[2]), np.concatenate([[0], files["name_end"].astype(int)])
         for part in self._parts(ENTRY):
             for samples, file, bucket in part.tolist():
                 _, size, sha256 = files[file].item()
@@ -242,19 +202,6 @@ class Shards(Sequence[ShardEntry]):
                 counts[bucket] = counts.get(bucket, 0) + count
         return counts
 
-    @cached_property
-    def sha256(self) -> str:
-        """Hash of the table, in hexadecimal."""
-        digest = hashlib.sha256()
-        for block in self.blocks():
-            digest.update(block)
-        return digest.hexdigest()
-
-    def blocks(self) -> Iterator[bytes]:
-        """The table as it lies in its file."""
-        for start in range(0, self.size, SMALL):
-            yield self._read(start, min(SMALL, self.size - start))
-
     def check(self, samples: int, buckets: int) -> None:
         """Check all of it: names, references, order and sums.
 
@@ -271,7 +218,7 @@ class Shards(Sequence[ShardEntry]):
             starts = np.concatenate([[np.uint64(end)], ends[:-1]])
             if (ends <= starts).any() or int(ends[-1]) > self._sizes[2] or (part["bytes"] > LARGEST_COUNT).any():
                 raise ValueError("its names or sizes of tar files have no sense")
-            names = self._read(self._at_names + end, int(ends[-1]) - end)
+            names = self.read(self._at_names + end, int(ends[-1]) - end)
             odd = any(sign in names for sign in (b"..", b"\\", b"\0")) or not names.isascii()
             if odd or (np.frombuffer(names, np.uint8)[(starts - np.uint64(end)).astype(np.int64)] == ord("/")).any():
                 for start, stop in pairwise([end, *ends.tolist()]):
@@ -310,7 +257,7 @@ class Shards(Sequence[ShardEntry]):
 
     def _records(self, dtype: np.dtype[Any], start: int, count: int) -> NDArray[Any]:
         begin = HEADER.size + (self._sizes[0] * FILE.itemsize if dtype is ENTRY else 0)
-        return np.frombuffer(self._read(begin + start * dtype.itemsize, count * dtype.itemsize), dtype)
+        return np.frombuffer(self.read(begin + start * dtype.itemsize, count * dtype.itemsize), dtype)
 
 
 class _Files(Sequence[TarFile]):
@@ -333,7 +280,7 @@ class _Files(Sequence[TarFile]):
     def __iter__(self) -> Iterator[TarFile]:
         end = 0
         for part in self._shards._parts(FILE):
-            names = self._shards._read(self._shards._at_names + end, int(part["name_end"][-1]) - end)
+            names = self._shards.read(self._shards._at_names + end, int(part["name_end"][-1]) - end)
             first = begin = end
             for end, size, sha256 in part.tolist():
                 name = names[begin - first : end - first].decode()
