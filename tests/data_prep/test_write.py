@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import time
 import zlib
 from pathlib import Path
 from types import SimpleNamespace
@@ -164,7 +165,7 @@ def test_a_kill_at_any_moment_ends_in_the_same_bytes(tmp_path: Path) -> None:
     for shards_there in (1, 4, 9):
         process = subprocess.Popen([*command, str(out)], stderr=subprocess.DEVNULL, start_new_session=True)
         while process.poll() is None and len(list(out.glob("shard-*.tar"))) < shards_there:
-            pass
+            time.sleep(0.001)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         assert len(list(out.glob("shard-*.tar"))) < total
@@ -175,7 +176,7 @@ def test_a_kill_at_any_moment_ends_in_the_same_bytes(tmp_path: Path) -> None:
 
 def test_an_interrupt_leaves_no_index_and_no_traceback(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "data_prep", "demo", "openmoji", str(tmp_path), "--size", "512"]
-    command += ["--samples-per-shard", "8", "--workers", "1"]
+    command += ["--split", "heldout", "--samples-per-shard", "8", "--workers", "1"]
     for number in (signal.SIGINT, signal.SIGTERM):
         before = len(list(tmp_path.glob("shard-*.tar")))
         process = subprocess.Popen(
@@ -187,7 +188,7 @@ def test_an_interrupt_leaves_no_index_and_no_traceback(tmp_path: Path) -> None:
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         while process.poll() is None and len(list(tmp_path.glob("shard-*.tar"))) <= before:
-            pass
+            time.sleep(0.01)
         if number == signal.SIGINT:
             os.killpg(process.pid, number)  # as a terminal does: to the workers too
         else:
