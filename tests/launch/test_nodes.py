@@ -155,7 +155,7 @@ def test_a_hostfile_trains_saves_and_resumes_and_secrets_are_on_no_command_line(
         for secret in ("hf_of a", "aws/of+a", "password-of-a-test"):
             assert secret not in seen
             assert secret not in out + err + logs
-        assert set(Path("/dev/shm").glob("megapix-environment-*")) == before
+        assert set(Path("/dev/shm").glob("megapix-environment-*")) <= before
         return out
 
     launched(EXIT_STOPPED, "--optim.end-at", "9000000", "--checkpoint.every", "80")
