@@ -237,7 +237,7 @@ def test_a_rank_knows_that_its_workers_wait(shards: Path, tmp_path: Path) -> Non
     """So that the watchdog can tell it from a hang."""
     faults, before = Faults(), time.monotonic()
     with faulty(shards, faults) as url:
-        remote = config(url, cache=str(tmp_path / "a"), workers=1)
+        remote = config(url, cache=str(tmp_path / "a"), workers=1, timeout=30.0)  # not even on a loaded machine
         located = locate(remote)
         for breaks in (0, 2):
             faults.breaks = breaks
