@@ -98,6 +98,14 @@ def test_a_proxy_with_a_password(way: str, monkeypatch: pytest.MonkeyPatch, tmp_
         assert through == ["http://shards.invalid/set/0.tar", "Basic " + b64encode(b"me:s3cr@t").decode()]
 
 
+@pytest.mark.parametrize("shown", ["socks5://proxy:1080", "ftp://proxy", "http://proxy:web"])
+def test_a_proxy_that_speaks_no_http(shown: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", shown.replace("//", "//me:s3cr3t@"))
+    with pytest.raises(InputError) as error:
+        Remote("http://shards.invalid/set", ACCESS)
+    assert str(error.value) == f"http_proxy = '{shown}': expected a proxy that speaks http, http://HOST:PORT"
+
+
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A certificate of 127.0.0.1 that has signed itself, with its key, in one file."""

@@ -82,12 +82,23 @@ def _basic(name: str, password: str) -> str:
 
 
 def _proxy(base: str) -> dict[str, str]:
-    """The proxy of a URL's requests, with its password, where http_proxy, https_proxy and no_proxy name one."""
+    """The proxy of a URL's requests, with its password, where http_proxy, https_proxy and no_proxy name one.
+
+    Raises:
+        InputError: it is not one that speaks http.
+    """
     parts = urlsplit(base)
     named = getproxies().get(parts.scheme, "")
     proxy = urlsplit(named if "://" in named else f"http://{named}")  # as curl takes it
     if not proxy.hostname or proxy_bypass(parts.netloc):
         return {}
+    try:
+        spoken = proxy.scheme in ("http", "https") and proxy.port != 0
+    except ValueError:  # the port is no number
+        spoken = False
+    if not spoken:
+        shown_as = f"{proxy.scheme}://{proxy.netloc.rpartition('@')[2]}"
+        raise InputError(f"{parts.scheme}_proxy = {shown_as!r}: expected a proxy that speaks http, http://HOST:PORT")
     if not proxy.username and (password := _in_netrc(proxy.hostname)):
         proxy = proxy._replace(netloc=":".join(map(quote, password)) + "@" + proxy.netloc)
     return {"proxy": proxy.geturl()}
