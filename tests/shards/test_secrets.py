@@ -202,6 +202,55 @@ def test_passwords(way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         assert (allowed.size("0.tar"), allowed.read("0.tar", 1, 4), allowed.names()) == (7, b"onte", ["0.tar"])
 
 
+@pytest.mark.parametrize("way", ["headers", "netrc"])
+def test_a_redirect_takes_no_password_along(way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a hub's to its storage; within one host the password goes along."""
+    seen: list[tuple[str, str | None]] = []
+    elsewhere = ""
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+        def do_GET(self) -> None:
+            seen.append((self.path, self.headers["Authorization"]))
+            to = {"/near/0.tar": "/there/0.tar", "/far/0.tar": f"{elsewhere}/there/0.tar"}.get(self.path)
+            self.send_response(302 if to else 206)
+            for name, value in (("Location", to),) if to else (("Content-Range", "bytes 0-2/3"),):
+                self.send_header(name, str(value))
+            self.send_header("Content-Length", "0" if to else "3")
+            self.end_headers()
+            self.wfile.write(b"" if to else b"abc")
+
+    servers = [ManyAtOnce(("127.0.0.1", 0), Handler) for _ in range(2)]
+    url, elsewhere = (f"http://127.0.0.1:{server.server_address[1]}" for server in servers)
+    for server in servers:
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+    header = f"Basic {base64.b64encode(b'me:s3cr3t').decode()}"
+    if way == "headers":
+        monkeypatch.setenv("MEGAPIX_HTTP_HEADERS", json.dumps({"Authorization": header}))
+    else:
+        (tmp_path / ".netrc").write_text("machine 127.0.0.1 login me password s3cr3t\n")
+    try:
+        for where in ("near", "far"):
+            assert Remote(f"{url}/{where}", Access(5.0, 0.001)).read("0.tar", 0, 3) == b"abc"
+    finally:
+        for server in servers:
+            server.shutdown()
+            server.server_close()
+    assert seen == [("/near/0.tar", header), ("/there/0.tar", header), ("/far/0.tar", header), ("/there/0.tar", None)]
+
+
+def test_a_netrc_that_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "passwords").write_text("machine host s3cr3t password\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "passwords"))
+    with pytest.raises(InputError, match=r"NETRC = '.*passwords': cannot be read: NetrcParseError$"):
+        Remote("https://host/set", Access(1.0, 0.0))
+
+
 def test_headers_that_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for text in ("Authorization: s3cr3t", '["s3cr3t"]', '{"Authorization": 5}'):
         monkeypatch.setenv("MEGAPIX_HTTP_HEADERS", text)

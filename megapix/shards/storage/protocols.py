@@ -69,10 +69,17 @@ def _headers(base: str) -> dict[str, str]:
 
 
 def _in_netrc(host: str) -> tuple[str, str] | None:
-    """Name and password for a host: NETRC, or ~/.netrc."""
+    """Name and password for a host: in the file NETRC, or ~/.netrc, where there is one.
+
+    Raises:
+        InputError: NETRC names a file that is none.
+    """
+    named = os.environ.get("NETRC")
     try:
-        found = netrc.netrc(os.environ.get("NETRC")).authenticators(host)
-    except (OSError, netrc.NetrcParseError):
+        found = netrc.netrc(named or os.path.expanduser("~/.netrc")).authenticators(host)
+    except (OSError, netrc.NetrcParseError, UnicodeDecodeError) as error:
+        if named and not isinstance(error, FileNotFoundError):
+            raise InputError(f"NETRC = {named!r}: cannot be read: {type(error).__name__}") from error
         return None
     return (found[0] or found[1] or "", found[2] or "") if found else None
 
