@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from data_prep.filters.duplicates import duplicates_of
 from data_prep.filters.fingerprints import fingerprint, length_of
 from data_prep.filters.rules import Filters
-from data_prep.listing.base import Item, Reader
+from data_prep.listing.base import Item, Reader, header_of
 from data_prep.parts.chunks import Chunk, chunks, seen
 from data_prep.parts.part import WHOLE, Part
 from data_prep.writing.pool import in_processes
@@ -107,6 +107,7 @@ def _of_item(reader: Reader, filters: Filters, policy: Policy, item: Item) -> tu
     if item.fault:
         return UNREADABLE, b""
     try:
-        return look(reader.read(item, policy.size), filters, policy)
+        data = reader.read(item, policy.size) if filters.duplicates else header_of(reader, item, policy.size)
+        return look(data, filters, policy)
     except (OSError, ValueError):
         return UNREADABLE, b""

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
+from megapix.shards.decoding.heads import decides
 from megapix.shards.index import IMAGE_ENDINGS
 
 SHOWN_EXTENSIONS = "png, jpg, webp, gif, bmp, tif, avif, jp2, heic, jxl"
@@ -108,11 +109,25 @@ class Filtered(Exception):
         self.option = option
 
 
+HEAD = 1 << 17
+"""Bytes at the beginning of an image that are read for its size: JPEG has metadata of up to 64 KiB a segment there."""
+
+
 class Reader(Protocol):
     """Reads the samples of one source, in any process."""
 
     def read(self, item: Item, size: int) -> bytes:
         """An encoded image of any kind that is read; a source of vectors draws it at `size`; ValueError or OSError."""
+
+    def head(self, item: Item, size: int) -> bytes:
+        """As `read`, or where that costs less, the first HEAD bytes alone."""
+        return self.read(item, size)
+
+
+def header_of(reader: Reader, item: Item, size: int) -> bytes:
+    """As `Reader.read`, but perhaps no more of an image than what decides about its size."""
+    head = reader.head(item, size)
+    return reader.read(item, size) if len(head) == HEAD and not decides(head) else head
 
 
 class Source(Protocol):

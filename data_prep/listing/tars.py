@@ -11,19 +11,26 @@ from pathlib import Path
 from typing import BinaryIO
 
 from data_prep.listing.archives import DamagedTar, compression_of
-from data_prep.listing.base import Entries, Item
+from data_prep.listing.base import HEAD, Entries, Item, Reader
 from data_prep.listing.tar_headers import walk
 from megapix.errors import InputError
 from megapix.shards.index import TAR_BLOCK
 
 
 @dataclass(frozen=True)
-class TarReader:
+class TarReader(Reader):
     """Images at `item.place` = (tar file, offset, size)."""
 
     def read(self, item: Item, size: int) -> bytes:
         """The member's bytes."""
-        path, offset, length = item.place
+        return self._first(item, item.place[2])
+
+    def head(self, item: Item, size: int) -> bytes:
+        """The member's first bytes."""
+        return self._first(item, min(item.place[2], HEAD))
+
+    def _first(self, item: Item, length: int) -> bytes:
+        path, offset, _ = item.place
         with open(path, "rb") as file:
             return os.pread(file.fileno(), length, offset)
 

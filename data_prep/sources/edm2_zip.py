@@ -10,7 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from data_prep.listing.base import SHOWN_EXTENSIONS, Entries, Item, ending, in_one_line, is_image
+from data_prep.listing.base import SHOWN_EXTENSIONS, Entries, Item, Reader, ending, in_one_line, is_image
 from data_prep.listing.captions import of_class
 from data_prep.listing.classes import Label, NoClass, label_of, settle
 from data_prep.listing.reading import PLAIN, Reading
@@ -31,7 +31,7 @@ def _archive(path: Path) -> zipfile.ZipFile:
 
 
 @dataclass(frozen=True)
-class ZipReader:
+class ZipReader(Reader):
     """Images of a zip file, by name."""
 
     path: Path

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data_prep.listing.base import SHOWN_EXTENSIONS, Entries, Item, ending, is_image
+from data_prep.listing.base import HEAD, SHOWN_EXTENSIONS, Entries, Item, Reader, ending, is_image
 from data_prep.listing.captions import of_class
 from data_prep.listing.classes import Label, NoClass, label_of, numbered
 from data_prep.listing.files import files_below, files_in, folders_in
@@ -20,7 +20,7 @@ KIND = "image folder"
 
 
 @dataclass(frozen=True)
-class FileReader:
+class FileReader(Reader):
     """Images that are files below a folder, by their relative names."""
 
     root: Path
@@ -28,6 +28,11 @@ class FileReader:
     def read(self, item: Item, size: int) -> bytes:
         """The file as it is."""
         return (self.root / item.name).read_bytes()
+
+    def head(self, item: Item, size: int) -> bytes:
+        """The beginning of the file."""
+        with open(self.root / item.name, "rb", buffering=0) as file:
+            return file.read(HEAD)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from data_prep.listing.base import Entries, Item
+from data_prep.listing.base import Entries, Item, Reader
 from megapix.errors import InputError
 
 Split = Literal["train", "heldout", "all"]
@@ -50,7 +50,7 @@ NOT_DRAWN = (0xFE0F, 0x200D)
 
 
 @dataclass(frozen=True)
-class SvgReader:
+class SvgReader(Reader):
     """Draws SVG files below a folder, by name."""
 
     folder: Path

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data_prep.listing.base import Entries, Item, ending, in_one_line, of_parquet
+from data_prep.listing.base import Entries, Item, Reader, ending, in_one_line, of_parquet
 from data_prep.listing.captions import CAPTION_COLUMNS, CaptionKeys, captions_in, of_class, trimmed
 from data_prep.listing.classes import Label, NoClass, label_of, settle
 from data_prep.listing.files import files_below
@@ -33,7 +33,7 @@ HELD_BYTES = 1 << 29
 
 
 @dataclass(frozen=True)
-class ParquetReader:
+class ParquetReader(Reader):
     """Images at `item.place` = (file, row group, row, column)."""
 
     def read(self, item: Item, size: int) -> bytes:

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from data_prep.listing.base import Item, Reader
+from data_prep.listing.base import Item, Reader, header_of
 from data_prep.parts.chunks import Chunk, chunks, seen
 from data_prep.parts.part import WHOLE, Part
 from data_prep.writing.pool import in_processes
@@ -90,7 +90,7 @@ def _buckets(reader: Reader, policy: Policy, chunk: Chunk) -> bytes:
     found = array(CODE)
     for item in chunk.items:
         try:
-            found.append(policy.bucket_of(*policy.size_of(reader.read(item, policy.size))))
+            found.append(policy.bucket_of(*policy.size_of(header_of(reader, item, policy.size))))
         except (OSError, ValueError):
             found.append(0)
     return found.tobytes()
