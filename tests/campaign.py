@@ -41,6 +41,10 @@ DISTURBED = {
 """What is disturbed, once each -> what the disks of the ranks fail with meanwhile."""
 
 
+LEFT = 40
+"""Steps that a run has left when it is ended the last time: seconds, so that it does not end by itself first."""
+
+
 def campaign(folder: Path, shards: Path, share: float = 1.0, seed: int = 0) -> list[str]:
     """What was done to the run, a line each.
 
@@ -48,7 +52,7 @@ def campaign(folder: Path, shards: Path, share: float = 1.0, seed: int = 0) -> l
         AssertionError: it did not end as the undisturbed one did.
     """
     chance = random.Random(seed)
-    steps = max(60, round(STEPS * share))
+    steps = max(60 + LEFT, round(STEPS * share))
     ends = ["kill"] * max(2, round(KILLS * share)) + ["stop"] * max(1, round(STOPS * share))
     ends += ["stop"] * max(0, len(DISTURBED) - len(ends))
     chance.shuffle(ends)
@@ -66,7 +70,7 @@ def campaign(folder: Path, shards: Path, share: float = 1.0, seed: int = 0) -> l
             more = {"server": remote, "shard": ["--data.workers", "0"]}.get(what, [])
             command = arguments(shards, run, *options, *more)
             launch = Launch(2, PROGRAM, command, RANKS_DISK=json.dumps(DISTURBED.get(what, [])))
-            target = (number + 1) * (steps - 12) // len(ends) - chance.randrange(3)
+            target = (number + 1) * (steps - LEFT) // len(ends) - chance.randrange(3)
             try:
                 _wait(launch, run, target)
                 if what:

@@ -232,7 +232,11 @@ def test_all_devices_of_a_machine(
     assert features(shards, image_encoder, tmp_path / "two") == 0
     assert hashes(tmp_path / "two") == hashes(tmp_path / "one")
     assert stats(shards, tmp_path / "two.npz") == 0
-    assert (tmp_path / "two.npz").read_bytes() == (tmp_path / "one.npz").read_bytes()
+    with np.load(tmp_path / "one.npz") as one, np.load(tmp_path / "two.npz") as two:
+        assert one["about"] == two["about"]
+        assert one["count"] == two["count"]
+        for name in ("mu", "sigma", "features"):  # a CPU's convolutions have other last bits with other threads
+            np.testing.assert_allclose(two[name], one[name], atol=1e-4)
 
 
 def killed(device: str, jobs: list[int], update: object) -> None:
