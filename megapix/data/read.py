@@ -67,12 +67,12 @@ class ShardReader:
         """Begin to fetch what these samples lie in, without waiting, where that is remote."""
         if not self.located.remote:
             return
-        found = {sample: self._record(sample) for sample in samples}
+        found = [self._record(sample) for sample in samples]
         if self.cache:
-            self.cache.prefetch(shard for _, shard in found.values())
+            self.cache.prefetch(shard for _, shard in found)
         elif self._ranges:
-            self._ranges.begin([(found[one][1].name, found[one][0].offset, found[one][0].size) for one in samples])
-        self._begun |= found
+            self._ranges.begin([(shard.name, record.offset, record.size) for record, shard in found])
+        self._begun.update(zip(samples, found, strict=True))
 
     def read(self, sample: int) -> Encoded:
         """The sample's bytes, label and bucket.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +20,7 @@ from megapix.data.loader import batches
 from megapix.data.mix.located import find
 from megapix.errors import InputError
 from megapix.shards.image_policy import Policy
+from tests.data.test_mix_stored import again
 from tests.support.servers import Faults, faulty
 from tests.train.test_mix_run import mix_of
 
@@ -107,15 +107,3 @@ def test_a_set_below_a_url(cache_gib: float, shards: Path, tmp_path: Path) -> No
     assert faults.breaks == 0
     with pytest.raises(InputError, match=r"remote: give a local folder for its index, --data\.cache"):
         find(DataConfig(path=str(far), image_size=16))
-
-
-def again(folder: Path, out: Path) -> Path:
-    """The same images as another set, by what its index says of its source."""
-    out.mkdir()
-    for path in folder.iterdir():
-        if path.is_file():
-            (out / path.name).write_bytes(path.read_bytes())
-    index = json.loads((out / "index.json").read_text())
-    index["source"] |= {"again": True}
-    (out / "index.json").write_text(json.dumps(index))
-    return out

@@ -19,7 +19,7 @@ from megapix.doctor.verdict import Findings, Verdict, table
 from megapix.engine.network import build_network
 from megapix.errors import InputError
 from megapix.shards.index import read_index
-from tests.data.test_mix_far import again
+from tests.data.test_mix_stored import again
 from tests.support.launch import ROOT, Rank, free_port, start
 from tests.support.programs import needs
 from tests.support.small_run import SMALL, arguments
