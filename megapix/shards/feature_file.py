@@ -13,9 +13,10 @@ when it is read. In manifests of version 1 stand the files themselves, and they 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from megapix.errors import InputError
 from megapix.files import read_range, sha256_of, size_of, whole_file
@@ -30,23 +31,51 @@ VERSION, LISTED_VERSION = 2, 1
 F = TypeVar("F", bound=tuple[Any, ...])
 
 
-class StoredFeatures(Protocol):
-    """The features of a data set, of either kind."""
+class StoredFeatures(ABC):
+    """The features of a data set, of either kind: a dataclass with these attributes."""
+
+    kind: ClassVar[Kind[Any]]
+    folder: Path
+    """Where they lie."""
+    files: Sequence[Any]
+    """One for each entry of the index; a table (`Files`), whatever they were given as."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "files", Files.of(self.kind, self.origin, self.files))
 
     @property
-    def folder(self) -> Path:
-        """Where they lie."""
+    @abstractmethod
+    def origin(self) -> str:
+        """SHA-256 of what the features are of."""
+
+    @abstractmethod
+    def header(self, file: Any) -> bytes:
+        """The first bytes of a file, which say whose features it holds."""
+
+    @abstractmethod
+    def bytes_behind(self, file: Any) -> int:
+        """Bytes of a file behind its header."""
 
     @property
     def table(self) -> Files[Any]:
-        """Their files, one for each entry."""
+        """The files as a table."""
+        assert isinstance(self.files, Files)
+        return self.files
 
     @property
     def all_files(self) -> Iterable[Any]:
         """Those, and any that is of no entry."""
+        return self.table
+
+    def bytes_of(self, file: Any) -> int:
+        """Size of a whole file."""
+        return len(self.header(file)) + self.bytes_behind(file)
 
     def fault(self, file: Any) -> str:
-        """What is wrong with a file; empty if nothing is."""
+        """What is wrong with a file, by its size and its first bytes; empty if nothing is."""
+        begins = self.header(file)
+        size = len(begins) + self.bytes_behind(file)
+        return features_fault(self.folder / file.name, begins, size, self.kind.listed_in)
 
 
 def features_fault(path: Path, header: bytes, size: int, listed_in: str) -> str:

@@ -23,7 +23,7 @@ import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,17 +33,17 @@ from megapix.files import read_bytes, safetensors_header, size_of, whole_file, w
 from megapix.shards.feature_file import (
     VERSION,
     EntryFiles,
+    StoredFeatures,
     check_files,
     check_format,
     check_name,
     check_size,
-    features_fault,
     listed_table,
     listing,
     write_table,
 )
 from megapix.shards.index import Index, as_count, as_sha256, as_text
-from megapix.shards.tables.files import Files, Kind, file_name
+from megapix.shards.tables.files import Kind, file_name
 
 FORMAT = "megapix-features"
 MANIFEST_NAME = "features.json"
@@ -67,7 +67,7 @@ KIND = Kind("features", FeatureFile, FeatureFile._fields[1:], ("rows", "columns"
 
 
 @dataclass(frozen=True)
-class Features:
+class Features(StoredFeatures):
     """What a folder of features holds."""
 
     folder: Path
@@ -84,27 +84,13 @@ class Features:
     flip: bool
     """Whether there are features of the mirror images too."""
     files: Sequence[FeatureFile]
-    """One for each entry of the index; a table (`Files`), whatever they were given as."""
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "files", Files.of(KIND, self.origin, self.files))
+    kind: ClassVar = KIND
 
     @property
     def origin(self) -> str:
         """SHA-256 of what the features are of."""
         about = [self.digest, self.data_digest, self.width, self.dtype, self.flip]
         return hashlib.sha256(json.dumps(about).encode()).hexdigest()
-
-    @property
-    def table(self) -> Files[FeatureFile]:
-        """The files as a table."""
-        assert isinstance(self.files, Files)
-        return self.files
-
-    @property
-    def all_files(self) -> Files[FeatureFile]:
-        """There are no others."""
-        return self.table
 
     @property
     def forms(self) -> int:
@@ -122,17 +108,9 @@ class Features:
         rows = (*shape, file.rows, file.columns, self.width)
         return safetensors_header({"crc32": ("I64", shape), "features": (DTYPES[self.dtype][0], rows)}, about)
 
-    def bytes_of(self, file: FeatureFile) -> int:
-        """Size of a whole file."""
-        return self._bytes_of(file, self.header(file))
-
-    def _bytes_of(self, file: FeatureFile, begins: bytes) -> int:
-        return len(begins) + file.samples * self.forms * (CRC.itemsize + self.row_bytes(file))
-
-    def fault(self, file: FeatureFile) -> str:
-        """What is wrong with a file, by its size and its first bytes; empty if nothing is."""
-        expected = self.header(file)
-        return features_fault(self.folder / file.name, expected, self._bytes_of(file, expected), MANIFEST_NAME)
+    def bytes_behind(self, file: FeatureFile) -> int:
+        """Bytes of a file behind its header."""
+        return file.samples * self.forms * (CRC.itemsize + self.row_bytes(file))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

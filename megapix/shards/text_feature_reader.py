@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from megapix.errors import InputError
 from megapix.files import size_of
 from megapix.shards.feature_file import EntryFiles, again
-from megapix.shards.text_features import BF16, INT, KIND, TextFeatures, TextFile, header, table_bytes
+from megapix.shards.text_features import BF16, INT, KIND, TextFeatures, TextFile, table_bytes
 
 
 class TextFeatureReader:
@@ -84,7 +84,7 @@ class TextFeatureReader:
         return np.frombuffer(data, BF16).reshape(end - start, self.features.recipe.width)
 
     def _begin(self, file: TextFile) -> int:
-        return len(header(self.features.recipe, self.features.data_digest, file))
+        return len(self.features.header(file))
 
     def _numbers(self, file: TextFile, start: int, count: int) -> list[int]:
         """`count` numbers of a file's tables, from number `start` on."""

@@ -31,7 +31,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,18 +40,18 @@ from megapix.errors import InputError
 from megapix.files import safetensors_header, whole_file
 from megapix.shards.feature_file import (
     VERSION,
+    StoredFeatures,
     check_files,
     check_format,
     check_name,
     check_size,
-    features_fault,
     listed_table,
     listing,
     write_table,
 )
 from megapix.shards.index import INDEX_NAME, LARGEST_COUNT, Index, as_count, as_sha256, as_text, write_index
 from megapix.shards.storage import is_url
-from megapix.shards.tables.files import Files, Kind, file_name
+from megapix.shards.tables.files import Kind, file_name
 from megapix.shards.text_recipe import OPTIONS, Recipe
 
 FORMAT = "megapix-text"
@@ -80,7 +80,7 @@ KIND = Kind("text", TextFile, TextFile._fields[1:], (), INDEX_NAME, "data_prep e
 
 
 @dataclass(frozen=True)
-class TextFeatures:
+class TextFeatures(StoredFeatures):
     """What is stored with a shard folder."""
 
     folder: Path
@@ -90,40 +90,32 @@ class TextFeatures:
     data_digest: str
     """The data set's (`Index.digest`)."""
     files: Sequence[TextFile]
-    """One for each entry of the index; a table (`Files`), whatever they were given as."""
     empty: TextFile
     """The caption "" alone."""
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "files", Files.of(KIND, origin_of(self.recipe, self.data_digest), self.files))
+    kind: ClassVar = KIND
 
     @property
-    def table(self) -> Files[TextFile]:
-        """The files as a table."""
-        assert isinstance(self.files, Files)
-        return self.files
+    def origin(self) -> str:
+        """SHA-256 of what the features are of."""
+        return origin_of(self.recipe, self.data_digest)
 
     @property
     def all_files(self) -> Iterator[TextFile]:
         """Those of the entries, and that of the empty caption."""
         return chain(self.files, [self.empty])
 
-    def bytes_of(self, file: TextFile) -> int:
-        """Size of a whole file."""
-        return self._bytes_of(file, header(self.recipe, self.data_digest, file))
+    def header(self, file: TextFile) -> bytes:
+        """The first bytes of a file, which say whose features it holds."""
+        return header(self.recipe, self.data_digest, file)
 
-    def _bytes_of(self, file: TextFile, begins: bytes) -> int:
-        return len(begins) + table_bytes(file) + file.tokens * self.row
+    def bytes_behind(self, file: TextFile) -> int:
+        """Bytes of a file behind its header."""
+        return table_bytes(file) + file.tokens * self.row
 
     @property
     def row(self) -> int:
         """Bytes of a token's features."""
         return self.recipe.width * BF16.itemsize
-
-    def fault(self, file: TextFile) -> str:
-        """What is wrong with a file, by its size and its first bytes; empty if nothing is."""
-        expected = header(self.recipe, self.data_digest, file)
-        return features_fault(self.folder / file.name, expected, self._bytes_of(file, expected), INDEX_NAME)
 
     def require(self, wanted: Recipe) -> None:
         """Refuse features that were made otherwise than a run wants them; names the first option that differs.
