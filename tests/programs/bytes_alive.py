@@ -8,6 +8,8 @@ from __future__ import annotations
 import gc
 import json
 import sys
+import time
+import weakref
 from dataclasses import replace
 from typing import Any
 
@@ -48,6 +50,7 @@ def measure(preset: str, precision: str, world: World) -> dict[str, Any]:
     c = configuration(preset, precision, world.size)
     e = zero2.build(c, config.batch_layout(c, world.size), build_network(c.model, 0))
     zero, held = e.deepspeed.optimizer, {}
+    reduced: list[weakref.ref[torch.Tensor]] = []
     assert zero.optimizer.fused == c.machine.fused_adamw
     average, optimizer_step = zero.average_tensor, zero.optimizer.step
 
@@ -61,6 +64,7 @@ def measure(preset: str, precision: str, world: World) -> dict[str, Any]:
 
         def noting(*args: Any, **kwargs: Any) -> Any:
             held["as a bucket is reduced"] = max(alive() - before, held.get("as a bucket is reduced", 0))
+            reduced.extend(weakref.ref(x) for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor))
             return original(*args, **kwargs)
 
         setattr(owner, name, noting)
@@ -68,8 +72,11 @@ def measure(preset: str, precision: str, world: World) -> dict[str, Any]:
         setattr(owner, name, original)
 
     def stepping() -> Any:
-        # gloo's threads let go of what they have reduced a moment after the reduction has ended.
-        held["as AdamW steps"] = min(alive() for _ in range(3)) - before
+        # gloo's threads let go of what they have reduced a moment after the reduction has ended; they need the GIL.
+        until = time.monotonic() + 30
+        while any(x() is not None for x in reduced) and time.monotonic() < until:
+            time.sleep(0.001)
+        held["as AdamW steps"] = alive() - before
         held["gradients"] = storages([p.grad for p in zero.single_partition_of_fp32_groups])
         return optimizer_step()
 
