@@ -38,6 +38,7 @@ from data_prep.preparing import (
     write_shards,
 )
 from megapix import __version__, console
+from megapix.allocator import keep_freed_memory
 from megapix.errors import InputError, StorageError, one_of
 from megapix.files import check_writable
 from megapix.shards.index import read_index
@@ -51,6 +52,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _main(arguments: list[str]) -> int:
+    keep_freed_memory()
     if arguments == ["--version"]:
         print(f"data_prep {__version__}")
         return 0

@@ -17,7 +17,7 @@ from tests.conftest import SLOWEST
 
 ROOT = Path(__file__).resolve().parent.parent
 
-EVERYBODYS = ("errors", "rng", "files", "dist", "outage", "text", "console", "config")
+EVERYBODYS = ("errors", "rng", "files", "dist", "outage", "text", "console", "allocator", "config")
 """What every package of megapix may import."""
 TRAIN = (
     "shards encoders data model diffusion conditioning engine checkpoint weights costs resilience trackers monitoring "
@@ -31,6 +31,7 @@ ALLOWED = {
     "outage": "errors dist",
     "text": "",
     "console": "",
+    "allocator": "",
     "config": "errors rng files dist text",
     "shards": "",
     "encoders": "shards",
@@ -56,7 +57,7 @@ ALLOWED = {
     "report": "checkpoint monitoring resilience",
     "cli": f"train {TRAIN} sample ports parity launch doctor bench report",
     "__main__": "cli",
-    "data_prep": "errors files outage text console shards encoders",
+    "data_prep": "errors files outage text console allocator shards encoders",
 }
 """Room (a package or module of megapix, or data_prep) -> what it may import of megapix, besides EVERYBODYS and itself.
 

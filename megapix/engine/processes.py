@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
 import warnings
@@ -14,12 +13,10 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.constants import default_pg_timeout
 from deepspeed.utils import logger as deepspeed_logger
 
+from megapix.allocator import keep_freed_memory
 from megapix.dist import World, allow_files, free_port, on_all_ranks
 from megapix.engine.comm_op import load_comm_op
 from megapix.errors import InputError
-
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
-"""Options of glibc's mallopt (malloc.h): when to give memory back, how much to take at once, maps in all."""
 
 
 def start(world: World) -> torch.device:
@@ -43,18 +40,8 @@ def start(world: World) -> torch.device:
     get_accelerator().set_device(world.local_rank)
     backend = get_accelerator().communication_backend_name()
     if get_accelerator().device_name() == "cpu":
-        _keep_freed_memory()
+        keep_freed_memory()
         torch.distributed.init_process_group(backend, timeout=default_pg_timeout)  # DeepSpeed takes it as it is
         on_all_ranks(world, lambda: load_comm_op(world))
     deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
     return torch.device(get_accelerator().current_device_name())
-
-
-def _keep_freed_memory() -> None:
-    """Let glibc keep what CPU tensors free, unless the environment tunes it. Its default gives each large block back to
-    the kernel, which fills it with zeros for the next step: 12 to 16 % of a step's time (docs/performance.md)."""
-    tuned = any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ)
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt") and not tuned:
-        for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1), (M_TOP_PAD, 2**28)):
-            libc.mallopt(option, value)

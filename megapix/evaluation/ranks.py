@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed
 
+from megapix.allocator import keep_freed_memory
 from megapix.dist import World, host_group
 from megapix.errors import InputError
 
@@ -36,6 +37,7 @@ def device_of(world: World) -> torch.device:
         InputError: there are GPUs, but none for this rank.
     """
     if not torch.cuda.is_available():
+        keep_freed_memory()
         return torch.device("cpu")
     if world.local_rank >= torch.cuda.device_count():
         raise InputError(f"no GPU is left for local rank {world.local_rank}: {torch.cuda.device_count()} are visible")

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from megapix import config
+from megapix.allocator import keep_freed_memory
 from megapix.conditioning.conditioner import Classes
 from megapix.conditioning.prompts import of_prompts
 from megapix.diffusion.condition import Condition
@@ -30,6 +31,7 @@ def sample(o: SampleOptions) -> int:
         InputError: no weights, options that do not fit them, or what `generate_rows` raises.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    keep_freed_memory()
     weights = load_weights(o.path, False if o.raw else None)
     about = weights.about
     if words := config.share_in_words(about.initial_share):
