@@ -5,7 +5,6 @@ from __future__ import annotations
 import ssl
 import subprocess
 import sys
-import threading
 from base64 import b64encode
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +17,7 @@ import pytest
 from megapix.errors import InputError, StorageError
 from megapix.shards.storage import Access, Remote
 from tests.support.programs import needs
-from tests.support.servers import ManyAtOnce
+from tests.support.servers import answering
 
 pytest.importorskip("aiohttp")
 
@@ -27,7 +26,7 @@ CONTENT = bytes(range(256))
 
 
 @contextmanager
-def answering(context: ssl.SSLContext | None = None) -> Iterator[tuple[int, list[str]]]:
+def serving_ranges(context: ssl.SSLContext | None = None) -> Iterator[tuple[int, list[str]]]:
     """A server of byte ranges of CONTENT, and so a proxy of any host; yields its port and what it is asked for."""
     asked: list[str] = []
 
@@ -49,16 +48,8 @@ def answering(context: ssl.SSLContext | None = None) -> Iterator[tuple[int, list
             self.end_headers()
             self.wfile.write(data)
 
-    server = ManyAtOnce(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    if context:
-        server.socket = context.wrap_socket(server.socket, server_side=True)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield server.server_address[1], asked
-    finally:
-        server.shutdown()
-        server.server_close()
+    with answering(Handler, context) as url:
+        yield int(url.rpartition(":")[2]), asked
 
 
 @pytest.fixture(autouse=True)
@@ -78,7 +69,7 @@ def _direct(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("scheme", ["http://", ""])
 def test_a_proxy_is_asked_but_for_hosts_that_need_none(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    with answering() as (proxy, through), answering() as (port, direct):
+    with serving_ranges() as (proxy, through), serving_ranges() as (port, direct):
         monkeypatch.setenv("http_proxy", f"{scheme}127.0.0.1:{proxy}")
         monkeypatch.setenv("no_proxy", "127.0.0.1")
         assert Remote("http://shards.invalid/set", ACCESS).read("0.tar", 3, 4) == CONTENT[3:7]
@@ -90,7 +81,7 @@ def test_a_proxy_is_asked_but_for_hosts_that_need_none(scheme: str, monkeypatch:
 @pytest.mark.parametrize("way", ["in its URL", "netrc"])
 def test_a_proxy_with_a_password(way: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password s3cr@t\n")
-    with answering() as (proxy, through):
+    with serving_ranges() as (proxy, through):
         monkeypatch.setenv("NETRC", str(tmp_path / ("netrc" if way == "netrc" else "none")))
         password = "" if way == "netrc" else "me:s3cr%40t@"
         monkeypatch.setenv("http_proxy", f"http://{password}127.0.0.1:{proxy}")
@@ -135,7 +126,7 @@ def test_a_certificate_of_ones_own(variable: str, certificate: Path, monkeypatch
     """In a process of its own: OpenSSL's variable is read once."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate)
-    with answering(context) as (port, _):
+    with serving_ranges(context) as (port, _):
         url = f"https://127.0.0.1:{port}"
         with pytest.raises(InputError, match=r"0\.tar: .*certificate"):
             Remote(url, ACCESS).read("0.tar", 3, 4)

@@ -14,7 +14,7 @@ import pytest
 from megapix.shards.storage import Access, Refused, Remote
 from megapix.shards.storage import ranges as module
 from megapix.shards.storage.ranges import GAP, LONGEST, Ranges, joined
-from tests.support.servers import ManyAtOnce
+from tests.support.servers import answering
 
 DATA = np.random.default_rng(0).bytes(1_000_003)
 TOGETHER = 7
@@ -64,12 +64,8 @@ def server() -> Iterator[tuple[Server, str]]:
             self.end_headers()
             self.wfile.write(part)
 
-    found = ManyAtOnce(("127.0.0.1", 0), Handler)
-    found.daemon_threads = True
-    threading.Thread(target=found.serve_forever, daemon=True).start()
-    yield state, f"http://127.0.0.1:{found.server_address[1]}"
-    found.shutdown()
-    found.server_close()
+    with answering(Handler) as url:
+        yield state, url
 
 
 def ranges_of(url: str) -> Ranges:

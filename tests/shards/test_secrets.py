@@ -7,7 +7,6 @@ import json
 import re
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler
@@ -25,7 +24,7 @@ from megapix.shards.index import read_index
 from megapix.shards.storage import Access, Refused, Remote, shown
 from tests.data_prep.test_index import index_of
 from tests.support.foreign_shards import make
-from tests.support.servers import ManyAtOnce
+from tests.support.servers import answering
 
 pytest.importorskip("aiohttp")
 
@@ -90,14 +89,8 @@ def guarded(root: Path, header: str = "", signature: str = "") -> Iterator[tuple
             if body:
                 self.wfile.write(data)
 
-    server = ManyAtOnce(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_address[1]}", asked
-    finally:
-        server.shutdown()
-        server.server_close()
+    with answering(Handler) as url:
+        yield url, asked
 
 
 @pytest.fixture(autouse=True)
@@ -206,7 +199,6 @@ def test_passwords(way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_a_redirect_takes_no_password_along(way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a hub's to its storage; within one host the password goes along."""
     seen: list[tuple[str, str | None]] = []
-    elsewhere = ""
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -224,23 +216,14 @@ def test_a_redirect_takes_no_password_along(way: str, tmp_path: Path, monkeypatc
             self.end_headers()
             self.wfile.write(b"" if to else b"abc")
 
-    servers = [ManyAtOnce(("127.0.0.1", 0), Handler) for _ in range(2)]
-    url, elsewhere = (f"http://127.0.0.1:{server.server_address[1]}" for server in servers)
-    for server in servers:
-        server.daemon_threads = True
-        threading.Thread(target=server.serve_forever, daemon=True).start()
     header = f"Basic {base64.b64encode(b'me:s3cr3t').decode()}"
     if way == "headers":
         monkeypatch.setenv("MEGAPIX_HTTP_HEADERS", json.dumps({"Authorization": header}))
     else:
         (tmp_path / ".netrc").write_text("machine 127.0.0.1 login me password s3cr3t\n")
-    try:
+    with answering(Handler) as url, answering(Handler) as elsewhere:
         for where in ("near", "far"):
             assert Remote(f"{url}/{where}", Access(5.0, 0.001)).read("0.tar", 0, 3) == b"abc"
-    finally:
-        for server in servers:
-            server.shutdown()
-            server.server_close()
     assert seen == [("/near/0.tar", header), ("/there/0.tar", header), ("/far/0.tar", header), ("/there/0.tar", None)]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import ssl
 import subprocess
 import sys
 import threading
@@ -47,10 +48,27 @@ def _wait_for(url: str, process: subprocess.Popen[bytes]) -> None:
     raise RuntimeError(f"the server ended with code {process.returncode}")
 
 
-class ManyAtOnce(ThreadingHTTPServer):
+class _ManyAtOnce(ThreadingHTTPServer):
     """With room for as many connections at once as a process of ours opens; Python's own has 5."""
 
     request_queue_size = 128
+    daemon_threads = True
+
+
+@contextmanager
+def answering(handler: type[BaseHTTPRequestHandler], context: ssl.SSLContext | None = None) -> Iterator[str]:
+    """The URL of a server on this machine that answers by `handler`, with TLS if there is a context for it."""
+    server = _ManyAtOnce(("127.0.0.1", 0), handler)
+    if context:
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield f"{'https' if context else 'http'}://127.0.0.1:{server.server_address[1]}"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
 
 
 @dataclass
@@ -171,13 +189,8 @@ def faulty(root: Path, faults: Faults) -> Iterator[str]:
                 faults.over.wait(60)
                 self.close_connection = True
 
-    server = ManyAtOnce(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_address[1]}"
-    finally:
-        faults.over.set()
-        server.shutdown()
-        server.server_close()
+    with answering(Handler) as url:
+        try:
+            yield url
+        finally:
+            faults.over.set()
