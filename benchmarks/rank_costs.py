@@ -168,7 +168,8 @@ def table(found: dict[int, list[Found]]) -> str:
     """All numbers as a Markdown table, without those that are zero everywhere; bytes by line of code are left out."""
     ranks = list(found)
     at = ", ".join(map(str, ranks))
-    head = f"| part | quantity | rank 0, at {at} ranks | is; at {MANY:,} | most of another rank | is; at {MANY:,} |"
+    formula = f"formula; at {MANY:,}"
+    head = f"| part | quantity | rank 0, at {at} ranks | {formula} | maximum of the other ranks | {formula} |"
     lines = [head, "|---|---|---|---|---|---|"]
     for (part, name), both in compared(found).items():
         if not name.startswith(AT) and any(map(any, both)):
@@ -184,7 +185,7 @@ def growing(found: dict[int, list[Found]]) -> str:
         slopes = [fit[1] for numbers in both if (fit := line(ranks, numbers))]
         if name.startswith(AT) and len(slopes) == 2 and min(slopes) > FEW:
             lines.append((min(slopes), part, name.removeprefix(AT)))
-    head = f"| part | bytes for each rank, on every rank | at {MANY:,} ranks | asked for by |"
+    head = f"| part | bytes per rank, on every rank | at {MANY:,} ranks | code |"
     body = [f"| {part} | {b:,.0f} | {b * MANY:,.0f} | `{where}` |" for b, part, where in sorted(lines, reverse=True)]
     return "\n".join([head, "|---|---|---|---|", *body])
 
