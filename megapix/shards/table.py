@@ -117,8 +117,11 @@ def _hash_records(folder: Path, index: Index) -> tuple[str, str]:
     first, bytes_of = index.table.first, index.table.tar_bytes.astype(np.uint64)
     for start, table in Table(folder, index).blocks():
         digest.update(table.data)
-        entry = np.searchsorted(first, np.arange(start, start + len(table)), "right") - 1
-        ends = bytes_of[entry]
+        stop = start + len(table)
+        low, high = np.searchsorted(first, (start, stop - 1), "right")
+        entries = np.arange(low - 1, high)  # those that the block has samples of
+        counts = np.diff(np.concatenate(([start], first[low:high], [stop])))
+        entry, ends = np.repeat(entries, counts), np.repeat(bytes_of[entries], counts)
         # Offsets are unsigned: they are compared by what is left of the shard, so that no sum can wrap around.
         offsets, sizes = table["offset"], table["size"].astype(np.uint64)
         wrong = table["shard"] != entry
