@@ -1,6 +1,6 @@
 # Two commands for a newcomer: `make quickstart` and `make test`; `make quickstart-t2i` is the first from text to image.
 # Each makes .venv if it is missing. PYTHON=… makes .venv with another interpreter; RANKS=N starts a quickstart on N ranks
-# (a divisor of its batch: 32, with text 16).
+# (a divisor of its batch, 16).
 
 PYTHON ?= python3
 unexport PYTHON # launch.sh would take it, and not .venv

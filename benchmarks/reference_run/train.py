@@ -29,6 +29,7 @@ MOMENTS, MOMENT = 4, 4_800
 """How often the weights are looked at, and how many images lie between."""
 LR_STEP = 9_600
 """Images after which the learning rate falls to a tenth: half of all, as in the paper (epoch 160 of 320)."""
+BATCH = 32
 PLAIN = "plain PyTorch"
 VARIANTS: dict[str, list[str]] = {
     "megapix": [],
@@ -53,6 +54,7 @@ def _options(data: Data) -> list[str]:
     return [
         *("tiny", "--data.path", str(data.train), "--model.num-classes", str(data.classes)),
         *("--optim.lr-step-at", str(LR_STEP), "--optim.end-at", str(MOMENTS * MOMENT)),
+        *("--optim.global-batch", str(BATCH)),
         *("--optim.ema-decay", "0.98"),  # of 600 steps: the preset's 0.995 would remember the first ones too long
         *("--checkpoint.every", str(MOMENT), "--checkpoint.keep-every", str(MOMENT), "--log.every", "320"),
         *("--log.samples-every", "never", "--log.blocks-every", "never"),
@@ -64,9 +66,8 @@ def _megapix(asked: list[str], out: Path) -> tuple[dict[int, Path], Trace]:
     subprocess.run([sys.executable, "-m", "megapix", "train", *asked, "--out", out], check=True)
     events = EventAccumulator(str(out / "tensorboard"), size_guidance={"scalars": 0})
     events.Reload()
-    batch = config.tiny().optim.global_batch
     trace = {
-        tag: {event.step * batch: event.value for event in events.Scalars(tag)}
+        tag: {event.step * BATCH: event.value for event in events.Scalars(tag)}
         for tag in ("loss/train", "validation/loss_raw", "validation/loss_ema")
     }
     return {seen: out / "checkpoints" / f"images-{seen:012d}" for seen in _moments()}, trace

@@ -116,8 +116,8 @@ def pixeldit_xl() -> ModelConfig:
 def tiny() -> Config:
     """A network of 1.6 million parameters for the embedded image set: every part of the stack, small.
 
-    Tuned for five minutes on two CPU cores. No flip, since flags have a left side; fp32, since small matrices gain
-    nothing from bf16 on a CPU.
+    Tuned for five minutes on two CPU cores: from as many images, 16 per step give better samples than 32. No flip,
+    since flags have a left side; fp32, since small matrices gain nothing from bf16 on a CPU.
     """
     return Config(
         precision="fp32",
@@ -125,7 +125,7 @@ def tiny() -> Config:
         flow=PHILOX,
         data=DataConfig(image_size=32, flip=False, workers=1),
         optim=OptimConfig(
-            global_batch=32, lr=3e-3, lr_after=3e-4, lr_step_at=24_000, end_at=33_600, beta2=0.99, ema_decay=0.995
+            global_batch=16, lr=3e-3, lr_after=3e-4, lr_step_at=24_000, end_at=33_600, beta2=0.99, ema_decay=0.995
         ),
         machine=MachineConfig(pixel_checkpointing="none"),
         checkpoint=CheckpointConfig(every=8_000),
