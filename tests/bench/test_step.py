@@ -178,16 +178,16 @@ def test_bad_options(shards: Path, tmp_path: Path) -> None:
 def test_what_a_step_consists_of(shards: Path) -> None:
     """One micro batch a rank by default; with 0 the run's own batch; made-up images differ by rank and go on."""
     assert prepare(TINY, 2).layout == BatchLayout(4, 1, 2)
-    own = replace(TINY, micro_batch=0, machine=replace(TINY.machine, micro_batch=8))
+    own = replace(TINY, micro_batch=0, machine=replace(TINY.machine, micro_batch=4))
     prepared = prepare(own, 2)
-    assert prepared.layout == BatchLayout(8, 2, 2)
+    assert prepared.layout == BatchLayout(4, TINY.optim.global_batch // 8, 2)
     assert prepared.config.optim == config.freeze(config.tiny(), 1).optim
     assert (prepared.config.machine.compile, prepared.config.machine.pixel_checkpointing) == (False, "none")
     made_up = batches(prepared, World(1, 2, 1), CPU)
     first, second = next(made_up), next(made_up)
-    assert first.images.shape == (8, 3, 32, 32)
+    assert first.images.shape == (4, 3, 32, 32)
     assert first.images.dtype == torch.uint8
-    assert (first.positions.tolist(), second.positions.tolist()) == (list(range(8, 16)), list(range(24, 32)))
+    assert (first.positions.tolist(), second.positions.tolist()) == (list(range(4, 8)), list(range(12, 16)))
     data = replace(TINY.data, path=str(shards), image_size=16, workers=0)
     fits = replace(TINY, data=data, model=replace(TINY.model, num_classes=3))
     assert next(batches(prepare(fits, 1), World(), CPU)).images.shape == (4, 3, 16, 16)
