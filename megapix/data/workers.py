@@ -24,8 +24,9 @@ from typing import Any
 import psutil
 
 from megapix import outage
-from megapix.data import handover
+from megapix.allocator import keep_small_freed_memory
 from megapix.data.assemble import Asked, Assembler
+from megapix.data.handover import Receiver, Sender
 from megapix.dist import STOPS, stops_held_back, warn
 from megapix.errors import RankLost
 
@@ -72,7 +73,7 @@ class _Worker:
     """One process, and what has come from it."""
 
     process: Any
-    connection: Any
+    receiver: Receiver
     received: int
 
 
@@ -120,12 +121,10 @@ class Workers:
         while True:
             worker = self._workers[place]
             try:
-                made = handover.receive(worker.connection)
+                made = worker.receiver.receive()
             except (EOFError, OSError) as error:
                 self._start_again(error)
                 continue
-            with suppress(OSError):  # it may just have ended: what it has sent came before
-                worker.connection.send_bytes(b"taken")
             worker.received += 1
             self._restarts = 0
             return made
@@ -145,7 +144,7 @@ class Workers:
             warn(f"rank {self._rank}: data {ends}; {again}")
             for place, worker in enumerate(self._workers):
                 if not worker.process.is_alive():
-                    worker.connection.close()
+                    worker.receiver.connection.close()
                     self._workers[place] = self._started(place, worker.received)
         end_at_exit()
 
@@ -157,21 +156,21 @@ class Workers:
         )
         process.start()
         there.close()
-        return _Worker(process, here, received)
+        return _Worker(process, Receiver(here), received)
 
 
 def _work(assembler: Assembler, asked: Asked, first: int, step: int, connection: Any, clock: Any) -> None:
     """In a worker: make every `step`-th of the batches that are asked for, from number `first` on."""
     begin(clock)
-    made = assembler.each(asked.some(first, step))
+    made, sender = assembler.each(asked.some(first, step)), Sender(connection)
     try:
         for number in count():
             if number >= PREFETCH:
-                connection.recv_bytes()  # one of them has been taken
-            handover.send(connection, (next(made), None))
+                sender.wait()  # one of them has been taken
+            sender.send((next(made), None))
     except Exception as error:
         with suppress(OSError):  # the rank has ended
-            handover.send(connection, (None, _portable(error)))
+            sender.send((None, _portable(error)))
 
 
 def _portable(error: Exception) -> Any:
@@ -188,6 +187,7 @@ def begin(clock: Any) -> None:
     """In a worker: note its waits in the rank's `clock`, and end when the rank has ended, however it did. Workers and
     server hold each other's pipe open, and the parent process is the server."""
     outage.note_waits(clock)
+    keep_small_freed_memory()
     rank = multiprocessing.parent_process()
     assert rank
 
