@@ -117,7 +117,9 @@ def main() -> None:
         for _ in range(REPEATS):
             for name in LOADERS:
                 for what in ("measure", "resume"):
-                    command = [sys.executable, "-m", "benchmarks.data_loading", "--child", what, name, root]
+                    # Not -m: forkserver workers would import that module first, and torch with it.
+                    command = [sys.executable, "-c", "from benchmarks.data_loading import main; main()"]
+                    command += ["--child", what, name, root]
                     command += ["--workers", str(options.workers), "--images", str(options.images)]
                     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
                     for key, value in json.loads(done.stdout.splitlines()[-1]).items():
