@@ -277,13 +277,13 @@ def test_beside_plain_eager(tmp_path: Path) -> None:
 def test_on_two_ranks_with_real_data_and_saves(shards: Path, tmp_path: Path) -> None:
     out = tmp_path / "step.json"
     options = ["bench", "step", "tiny", "--data.path", shards, "--data.image-size", "16", "--model.num-classes", "3"]
-    options += ["--precision", "bf16", "--micro-batch", "0", "--machine.micro-batch", "8", "--out", out]
+    options += ["--precision", "bf16", "--micro-batch", "0", "--machine.micro-batch", "4", "--out", out]
     ranks = succeed(2, "megapix", [*options, "--save", tmp_path, "--repeats", "2", "--warmup", "1"])
     n = json.loads(out.read_text())
     check_parts(n)
     passes = 2 * (3 + 2)  # two micro batches; the tiny preset's blocks, of which none is recomputed
     assert n["kernels"] == {"attention": {"flash for CPUs": passes}, "graphs": 0, "fused": 0, "launches": {}}
-    assert n["batch"] == {"micro": 8, "accumulation": 2, "ranks": 2, "total": 32}
+    assert n["batch"] == {"micro": 4, "accumulation": 2, "ranks": 2, "total": 16}
     assert 0 < n["save"]["stall"]["median"] < n["save"]["written"]["low"]
     assert "MFU" in ranks[0].out
     assert "MFU" not in ranks[1].out
