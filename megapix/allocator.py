@@ -25,7 +25,7 @@ def keep_freed_memory() -> None:
 
 def keep_small_freed_memory() -> None:
     """As `keep_freed_memory`, for a process of which a host has dozens: blocks above 32 MiB are given back, and so is
-    free memory above 128 MiB."""
+    what is free at the heap's end, above 128 MiB."""
     _tune((M_MMAP_THRESHOLD, LARGEST_KEPT), (M_TRIM_THRESHOLD, 4 * LARGEST_KEPT), (M_TOP_PAD, 2 * LARGEST_KEPT))
 
 

@@ -14,7 +14,7 @@ import os
 import pickle
 import weakref
 from collections import deque
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import recv_handle, send_handle
 from typing import Any
@@ -48,20 +48,19 @@ class Sender:
             end = start + buffer.raw().nbytes
             places.append((start, end))
         number, outgrown = self._room(end) if end else (-1, ())
-        descriptor = os.memfd_create("megapix-batch") if end and number not in self._memory else -1
-        try:
-            if descriptor >= 0:
+        new = end > 0 and number not in self._memory
+        with ExitStack() as stack:
+            if new:
+                descriptor = os.memfd_create("megapix-batch")
+                stack.callback(os.close, descriptor)
                 os.ftruncate(descriptor, end)
                 self._memory[number] = mmap.mmap(descriptor, end, mmap.MAP_SHARED | mmap.MAP_POPULATE)
             for buffer, (start, stop) in zip(buffers, places, strict=True):
                 if start < stop:
                     self._memory[number][start:stop] = buffer.raw()
-            self._connection.send_bytes(pickle.dumps((data, places, number, descriptor >= 0, outgrown)))
-            if descriptor >= 0:
+            self._connection.send_bytes(pickle.dumps((data, places, number, new, outgrown)))
+            if new:
                 send_handle(self._connection, descriptor, None)
-        finally:
-            if descriptor >= 0:
-                os.close(descriptor)
 
     def wait(self) -> None:
         """Until a value has been taken."""

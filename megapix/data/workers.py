@@ -184,8 +184,8 @@ def _portable(error: Exception) -> Any:
 
 
 def begin(clock: Any) -> None:
-    """In a worker: note its waits in the rank's `clock`, and end when the rank has ended, however it did. Workers and
-    server hold each other's pipe open, and the parent process is the server."""
+    """In a worker: note its waits in the rank's `clock`, keep what it frees, and end when the rank has ended, however
+    it did. Workers and server hold each other's pipe open, and the parent process is the server."""
     outage.note_waits(clock)
     keep_small_freed_memory()
     rank = multiprocessing.parent_process()

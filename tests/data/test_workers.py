@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import multiprocessing
+import os
 import subprocess
 import sys
 from multiprocessing.connection import Connection
@@ -44,6 +45,7 @@ def test_arrays_are_handed_over() -> None:
     images = generator.integers(0, 256, (3, 3, 7, 5), np.uint8)
     text = (generator.integers(0, 9, (3, 11, 1)).astype(np.int16), np.zeros((3, 0), bool))
     sent = Arrays(images, np.array([5, 1, 2]), np.arange(3), ("one",), features=None, captions=("a",), text=text)
+    before = len(os.listdir("/proc/self/fd"))
     for value in (sent, "alone"):
         sender.send(value)
     found = receiver.receive()
@@ -54,6 +56,7 @@ def test_arrays_are_handed_over() -> None:
     found.images[:] = 0  # it can be written to
     assert images.any()
     assert receiver.receive() == "alone"
+    assert len(os.listdir("/proc/self/fd")) <= before + 2, "mmap keeps a descriptor of the memory, at each end"
     for _ in range(2):
         sender.wait()
     there.close()
@@ -64,6 +67,7 @@ def test_arrays_are_handed_over() -> None:
 def test_memory_is_used_again_when_nothing_of_a_batch_is_left() -> None:
     """Not before: a part of a tensor in its memory is something of it."""
     sender, receiver, _ = pair()
+    before = maps()
 
     def handed_over(value: int, size: int) -> torch.Tensor:
         sender.send(np.full((2, size), value, np.int32))
@@ -72,23 +76,24 @@ def test_memory_is_used_again_when_nothing_of_a_batch_is_left() -> None:
         return torch.from_numpy(received)[1:, 1:]
 
     parts = [handed_over(value, 10_001) for value in range(3)]
-    assert maps() == 2 * 3, "each has memory of its own, which both ends map"
+    assert maps() == before + 2 * 3, "each has memory of its own, which both ends map"
     del parts[1]
     parts.append(handed_over(3, 9_001))  # the answer to it says what is free
-    assert maps() == 2 * 4
+    assert maps() == before + 2 * 4
     parts.append(handed_over(4, 9_001))
-    assert maps() == 2 * 4
+    assert maps() == before + 2 * 4
     assert [part.unique().tolist() for part in parts] == [[0], [2], [3], [4]]
 
 
 def test_memory_that_is_too_small_is_given_back() -> None:
     sender, receiver, _ = pair()
+    before = maps()
     for size in (3, 5_000, 70_001, 1, 900_001, 5):
         for _ in range(4):
             sender.send(np.arange(size))
             assert np.array_equal(receiver.receive(), np.arange(size))
             sender.wait()
-    assert maps() == 2 * 2, "one that is full, and one of which the sender does not know that it is free"
+    assert maps() == before + 2 * 2, "one that is full, and one of which the sender does not know that it is free"
 
 
 def pair() -> tuple[Sender, Receiver, Connection]:
