@@ -48,7 +48,7 @@ quickstart-t2i: $(VENV)/.installed-t2i
 	$(BIN)/data_prep embed-text $(PAIRS)-held-out $(EMBED)
 	@echo "== 3/4  training: a small PixelDiT-T2I with ZeRO-2 in $(T2I)"
 	./launch.sh $(if $(RANKS),--ranks $(RANKS) )t2i-tiny --data.path $(PAIRS) --validation.path $(PAIRS)-held-out \
-	  --validation.every 12000 --out $(T2I)
+	  --validation.every 20000 --out $(T2I)
 	@echo "== 4/4  samples: captions that were held out, from the EMA"
 	$(call unless_drawn,$(T2I)) $(BIN)/megapix sample $(T2I) --prompts $(PAIRS)-held-out --count 12 --per-prompt 6 --batch 12 \
 	  --out $(T2I)/samples.png

@@ -1,14 +1,16 @@
 """Can the classes of a run's samples be told apart? A small classifier, trained on the real images, says so.
 
     python -m benchmarks.classifier runs/quickstart
+    python -m benchmarks.classifier RUN --train SHARDS --held-out SHARDS --epochs 2
 
-Trains a convolutional network on the training part of the embedded image set, states how well it labels the real
-held-out images, then labels 40 guided EMA samples of each class, sampled with the run's own sampling options.
+Trains a convolutional network on the training part of the embedded image set, or on --train, states how well it labels
+the real held-out images, then labels 40 guided EMA samples of each class, sampled with the run's own sampling options.
 """
 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -16,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.steering import real
 from data_prep.sources.openmoji import OpenMoji
 from megapix.diffusion.condition import classes as of_classes
 from megapix.diffusion.pictures import to_uint8
@@ -26,8 +29,11 @@ from megapix.weights.read import load_weights, network
 PER_CLASS = 40
 
 
-def real_images(split: Literal["train", "heldout"], size: int) -> tuple[Tensor, Tensor]:
-    """Images [N, 3, size, size] in [-1, 1] and labels [N] of one part of the set."""
+def real_images(split: Literal["train", "heldout"], shards: Path | None, size: int) -> tuple[Tensor, Tensor]:
+    """Images [N, 3, size, size] in [-1, 1] and labels [N] of shards, or of one part of the embedded set."""
+    if shards:
+        stored, found = real(shards)
+        return stored.float() / 127.5 - 1.0, torch.tensor(found)
     source = OpenMoji.open(split)
     pixels = np.stack([decode(source.reader.read(item, size)) for item in source.items])
     labels = torch.tensor([item.label for item in source.items])
@@ -42,7 +48,7 @@ def classifier(classes: int) -> nn.Sequential:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Dropout(0.3), nn.Linear(512, classes))
 
 
-def train(images: Tensor, labels: Tensor, classes: int, epochs: int = 40, batch: int = 64) -> nn.Sequential:
+def train(images: Tensor, labels: Tensor, classes: int, epochs: int, batch: int = 64) -> nn.Sequential:
     """Train with mirroring, shifts by two pixels, and noise."""
     net = classifier(classes)
     optimizer = torch.optim.AdamW(net.parameters(), 1e-3, weight_decay=1e-2)
@@ -71,15 +77,20 @@ def right(net: nn.Sequential, images: Tensor, labels: Tensor, classes: int) -> l
 def main() -> None:
     """Print a table: class, share of real held-out images and of samples labelled correctly."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", help="a run, checkpoint or exported file trained on the embedded set")
+    parser.add_argument("run", help="a run, checkpoint or exported file")
+    parser.add_argument("--train", type=Path, help="shards it was trained on, if not the embedded set")
+    parser.add_argument("--held-out", type=Path, help="shards of the same classes that it has not seen")
+    parser.add_argument("--epochs", type=int, default=40, help="epochs of the classifier: fewer for larger sets")
     parser.add_argument("--seed", type=int, default=0, help="seed of the classifier and of the samples' noise")
     arguments = parser.parse_args()
+    if (arguments.train is None) != (arguments.held_out is None):
+        parser.error("--train and --held-out belong together")
     torch.manual_seed(arguments.seed)
 
     loaded = load_weights(arguments.run)
     names, size, sampling = loaded.about.classes, loaded.about.image_size, loaded.about.sampling
-    net = train(*real_images("train", size), len(names))
-    held_out = right(net, *real_images("heldout", size), len(names))
+    net = train(*real_images("train", arguments.train, size), len(names), arguments.epochs)
+    held_out = right(net, *real_images("heldout", arguments.held_out, size), len(names))
 
     labels = torch.arange(len(names)).repeat_interleave(PER_CLASS)
     noise = seeded_noise(arguments.seed, list(range(len(labels))), (size, size), torch.device("cpu"))

@@ -53,6 +53,7 @@ def train(variant: str, data: Data, out: Path) -> tuple[dict[int, Path], Trace]:
 def _options(data: Data) -> list[str]:
     return [
         *("tiny", "--data.path", str(data.train), "--model.num-classes", str(data.classes)),
+        *("--model.patch-size", "4"),  # the preset's when the results were made
         *("--optim.lr-step-at", str(LR_STEP), "--optim.end-at", str(MOMENTS * MOMENT)),
         *("--optim.global-batch", str(BATCH)),
         *("--optim.ema-decay", "0.98"),  # of 600 steps: the preset's 0.995 would remember the first ones too long

@@ -111,11 +111,11 @@ def test_the_table_has_all_parts() -> None:
 
 
 def test_the_products_of_the_peak() -> None:
-    """tiny: 4 images of 64 patches, width 128, 16 pixels of width 16 a patch."""
+    """tiny: 4 images of 16 patches, width 128, 64 pixels of width 16 a patch."""
     found = peak.matmuls(config.tiny(), 4, "cpu")
     assert found[-5:] == [
-        *(Matmul(256, 128, 384), Matmul(256, 128, 512), Matmul(256, 512, 128)),
-        *(Matmul(256, 128, 6 * 256), Matmul(256, 256, 128)),
+        *(Matmul(64, 128, 384), Matmul(64, 128, 512), Matmul(64, 512, 128)),
+        *(Matmul(64, 128, 6 * 1024), Matmul(64, 1024, 128)),
     ]
     assert Matmul(2, 3, 5).flops == 60
     for precision in ("bf16", "fp32"):
