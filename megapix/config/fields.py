@@ -84,5 +84,8 @@ def compare(saved: Config, now: Config, where: str) -> list[str]:
         f"{key} is {before!r} there and {after!r} here" for key, before, after, mark in different if mark == "identity"
     ]
     if clashes:
-        raise InputError(f"{where} belongs to another run: {'; '.join(clashes)}. Use another --out, or the old values")
+        raise InputError(
+            f"{where} belongs to another run: {'; '.join(clashes)}. Use another --out, or the old values, "
+            f"which --config {now.out}/config.json gives"
+        )
     return [f"{key}: {before!r} -> {after!r}" for key, before, after, mark in different if mark == "schedule"]

@@ -117,7 +117,9 @@ BAD = {
     "ds config": Bad(option("machine.ds-config", "zero3"), ("machine.ds_config = 'zero3'", "did you mean 'zero2'")),
     "run folder": Bad(below_a_file, ("the run folder cannot be made",)),
     "init": Bad(option("init", "nowhere"), ("'nowhere' holds no weights",)),
-    "other run": Bad(other_run, ("belongs to another run", "optim.ema_decay is 0.5 there and 0.9 here")),
+    "other run": Bad(
+        other_run, ("belongs to another run", "optim.ema_decay is 0.5 there and 0.9 here", "run/config.json gives")
+    ),
 }
 
 
