@@ -66,9 +66,10 @@ def in_folder(old: Path, arguments: list[str]) -> list[str]:
 
 
 def trained(name: str, old: Path) -> Path:
-    """The run that a trace was recorded of, done again, with the noise that presets had then."""
+    """The run that a trace was recorded of, done again, with the noise and the patches that the preset had then."""
     out = old / "again"
-    command = [*in_folder(old, shlex.split(GOLDEN[name]["command"])), "--flow.generator", "torch"]
+    presets = ["--flow.generator", "torch", "--model.patch-size", "4"]
+    command = [*in_folder(old, shlex.split(GOLDEN[name]["command"])), *presets]
     succeed(GOLDEN[name]["ranks"], "megapix", [*command, "--out", out])
     return out
 
