@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from benchmarks.steering import real
 from data_prep.sources.openmoji import OpenMoji
 from megapix.diffusion.condition import classes as of_classes
+from megapix.diffusion.flow import to_images
 from megapix.diffusion.pictures import to_uint8
 from megapix.diffusion.sampler import generate_as, seeded_noise
 from megapix.shards.pixels import decode
@@ -33,11 +34,11 @@ def real_images(split: Literal["train", "heldout"], shards: Path | None, size: i
     """Images [N, 3, size, size] in [-1, 1] and labels [N] of shards, or of one part of the embedded set."""
     if shards:
         stored, found = real(shards)
-        return stored.float() / 127.5 - 1.0, torch.tensor(found)
+        return to_images(stored), torch.tensor(found)
     source = OpenMoji.open(split)
     pixels = np.stack([decode(source.reader.read(item, size)) for item in source.items])
     labels = torch.tensor([item.label for item in source.items])
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1.0, labels
+    return to_images(torch.from_numpy(pixels).permute(0, 3, 1, 2)), labels
 
 
 def classifier(classes: int) -> nn.Sequential:
@@ -99,7 +100,7 @@ def main() -> None:
         generate_as(model, n, of_classes(y, len(names)), sampling)
         for n, y in zip(noise.split(50), labels.split(50), strict=True)
     ]
-    pixels = torch.from_numpy(to_uint8(torch.cat(samples))).permute(0, 3, 1, 2).float() / 127.5 - 1.0
+    pixels = to_images(torch.from_numpy(to_uint8(torch.cat(samples))).permute(0, 3, 1, 2))
     samples = right(net, pixels, labels, len(names))
 
     print(f"{'class':10} {'held-out images':>16} {f'{PER_CLASS} EMA samples':>16}")
